@@ -1,0 +1,48 @@
+# The commands of this project. `make help` lists them.
+#
+# PYTHON  the interpreter that makes the virtual environment (3.11 or newer)
+# VENV    where the virtual environment is made
+
+PYTHON ?= python3
+VENV ?= .venv
+
+VPYTHON := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint
+.DELETE_ON_ERROR:
+
+help:  ## Show this list
+	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+demo: $(VENV)/.installed-plot  ## Install the package and run examples/quickstart.py
+	"$(VPYTHON)" examples/quickstart.py
+
+test: $(VENV)/.installed-test  ## Run the tests, without the slow ones
+	"$(VPYTHON)" -m pytest
+
+# Exit status 5 of pytest: nothing is marked slow.
+test-slow: $(VENV)/.installed-test  ## Run the slow tests
+	@status=0; "$(VPYTHON)" -m pytest -m slow --collect-only -q >/dev/null || status=$$?; \
+	if [ $$status -eq 5 ]; then echo "There are no slow tests."; \
+	else set -x; "$(VPYTHON)" -m pytest -m slow; fi
+
+lint: $(VENV)/.installed-test  ## Check the style
+	"$(VENV)/bin/ruff" check .
+	"$(VENV)/bin/ruff" format --check .
+
+# The stamps: nothing is installed again until pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(VPYTHON)
+	"$(VPYTHON)" -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch "$@"
+
+$(VPYTHON):
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "error: '$(PYTHON)' not found. Say which Python to use: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: sknbln needs Python 3.11 or newer; '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1)." >&2; \
+	  echo "       Say which one to use: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)"

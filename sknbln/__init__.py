@@ -1,3 +1,10 @@
-"""Negative binomial log-normal latent factor models of count matrices."""
+"""Negative binomial log-normal latent factor models of count matrices, for scikit-learn."""
+
+from ._jax import warn_about_jaxlib as _warn_about_jaxlib
+from ._nbln import NBLNEstimator
+from ._nbvcp import NBVCPEstimator
 
 __version__ = "0.1.0"
+__all__ = ["NBLNEstimator", "NBVCPEstimator", "datasets"]
+
+_warn_about_jaxlib()

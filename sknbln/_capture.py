@@ -1,0 +1,160 @@
+"""The capture model: from the user's `capture_efficiency` to a prior on each cell's offset."""
+
+import warnings
+from numbers import Real
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import log_ndtr
+
+from ._jax import RowBatches, solve_rows
+from ._laplace.likelihood import row_constants
+
+#: prior total mRNA of a cell, counts
+ORGANISMS = {"human": 200_000.0, "mouse": 200_000.0, "yeast": 60_000.0, "ecoli": 3_000.0}
+_DEFAULT_SIGMA = 0.5
+
+
+class CapturePrior(NamedTuple):
+    """Log-normal prior of a cell's total mRNA: ``eta ~ TruncNormal(log_m0 - log L, sigma, low=0)``."""
+
+    log_m0: float
+    sigma: float
+
+    def rows(self, library_size):
+        """Location and scale of the offset's prior (before truncation) per row."""
+        loc = self.log_m0 - np.log(np.maximum(library_size, 1.0))
+        return loc, np.full(loc.shape, self.sigma)
+
+
+def library_sizes(X):
+    """Row totals, shape (n_cells,)."""
+    return np.asarray(X.sum(axis=1), float).ravel()
+
+
+def resolve(capture_efficiency, X):
+    """The prior that the parameter stands for, given the training counts; None is no capture.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or a pair that is not (log_M0, sigma_M) with sigma_M > 0.
+    """
+    if capture_efficiency is None:
+        return None
+    if isinstance(capture_efficiency, str):
+        if capture_efficiency == "auto":
+            largest = max(float(library_sizes(X).max()), 1.0)
+            return CapturePrior(np.log(largest) + 3 * _DEFAULT_SIGMA, _DEFAULT_SIGMA)
+        if capture_efficiency not in ORGANISMS:
+            raise ValueError(
+                f"capture_efficiency={capture_efficiency!r} is not known: expected 'auto', None, a "
+                f"pair (log_M0, sigma_M), or one of {sorted(ORGANISMS)}."
+            )
+        return CapturePrior(float(np.log(ORGANISMS[capture_efficiency])), _DEFAULT_SIGMA)
+    pair = tuple(capture_efficiency)
+    if (
+        len(pair) != 2
+        or not all(isinstance(v, Real) and np.isfinite(v) for v in pair)
+        or pair[1] <= 0
+    ):
+        raise ValueError(
+            f"capture_efficiency={capture_efficiency!r}: expected two finite numbers (log_M0, sigma_M) "
+            "with sigma_M > 0, e.g. (np.log(1e5), 0.5)."
+        )
+    return CapturePrior(float(pair[0]), float(pair[1]))
+
+
+def warn_about_truncation(prior, X):
+    """Say so when more than a few cells have more counts than the prior total mRNA of a cell."""
+    if prior is None:
+        return
+    sizes = library_sizes(X)
+    above = int(np.sum(np.log(np.maximum(sizes, 1.0)) > prior.log_m0))
+    if above > max(3, 0.01 * sizes.size):
+        warnings.warn(
+            f"{above} of {sizes.size} cells have more counts than the prior total mRNA of a cell, "
+            f"{np.exp(prior.log_m0):.4g} (the largest has {sizes.max():.4g}). Their capture offset is "
+            "held near 0 by its truncation. Give a larger log_M0 in capture_efficiency.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def row_prior(prior, X):
+    """Location and scale per row of X; zeros without a capture model."""
+    if prior is None:
+        return np.zeros(X.shape[0]), np.zeros(X.shape[0])
+    return prior.rows(library_sizes(X))
+
+
+class OffsetPosterior(NamedTuple):
+    """Posterior of capture offsets: a Gaussian truncated to eta >= 0, per row."""
+
+    loc: np.ndarray  # mode, >= 0
+    scale: np.ndarray
+    raw_loc: np.ndarray  # of the Gaussian before truncation; negative where the bound is active
+
+
+def offset_posterior(X, mean, loadings, noise, phi, prior, batch_size=None):
+    """Posterior of each row's capture offset given the globals.
+
+    Returns an `OffsetPosterior` of zeros where there is no capture model.
+    """
+    offset, scale = row_prior(prior, X)
+    if prior is None:
+        return OffsetPosterior(offset, scale, offset)
+    found = solve_rows(
+        RowBatches(X, offset, scale, batch_size=batch_size), mean, loadings, noise, phi
+    )
+    raw = found["offset"].copy()
+    sd = np.sqrt(found["offset_variance"])
+    rows = np.flatnonzero(raw < 0)
+    if rows.size:
+        gain, curvature, _ = _at_zero(
+            X[rows], offset[rows], scale[rows], mean, loadings, noise, phi, batch_size
+        )
+        raw[rows], sd[rows] = gain / curvature, 1 / np.sqrt(curvature)
+    return OffsetPosterior(np.maximum(raw, 0.0), sd, raw)
+
+
+def _at_zero(X, offset, scale, mean, loadings, noise, phi, batch_size):
+    """Slope and curvature of log p(u, eta) at eta = 0, and log p(u | eta = 0)."""
+    zero = np.zeros(X.shape[0])
+    found = solve_rows(RowBatches(X, zero, zero, batch_size=batch_size), mean, loadings, noise, phi)
+    slope = np.minimum(found["offset_slope"] + offset / scale**2, 0.0)
+    return slope, found["offset_curvature"] + scale**-2, found["log_marginal"]
+
+
+def score_rows(X, mean, loadings, noise, r, prior, batch_size=None):
+    r"""Laplace marginal ``log p(u_c)`` of every row, constants included, shape (n_cells,).
+
+    Log-rates and the capture offset are both integrated, the offset under its capture prior, which
+    is truncated at 0: where the mode of the offset is inside, by the Gaussian's mass above 0; where
+    it is at the bound, by the integral of the expansion there.
+    """
+    phi = 1.0 / r
+    offset, scale = row_prior(prior, X)
+    found = solve_rows(
+        RowBatches(X, offset, scale, batch_size=batch_size), mean, loadings, noise, phi
+    )
+    value = found["log_marginal"]
+    if prior is not None:
+        raw, sd = found["offset"], np.sqrt(found["offset_variance"])
+        value = value + log_ndtr(raw / sd)
+        rows = np.flatnonzero(raw < 0)
+        if rows.size:
+            m, s = offset[rows], scale[rows]
+            slope, curvature, at_zero = _at_zero(
+                X[rows], m, s, mean, loadings, noise, phi, batch_size
+            )
+            value[rows] = (
+                at_zero
+                - 0.5 * (m / s) ** 2
+                - np.log(s)
+                - 0.5 * np.log(curvature)
+                + 0.5 * slope**2 / curvature
+                + log_ndtr(slope / np.sqrt(curvature))
+            )
+        value = value - log_ndtr(offset / scale)
+    return value + row_constants(X, r)

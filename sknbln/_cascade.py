@@ -1,0 +1,182 @@
+"""From a fitted NBVCP source to what an NBLN fit takes of it: frozen values, soft priors, offsets."""
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils.validation import check_is_fitted, check_memory
+
+from . import _capture
+from ._laplace.sweeps import GaussianPrior
+
+#: canonical names and their aliases
+FREEZE_NAMES = {
+    "r": ("dispersion",),
+    "mu": ("expression", "mean_expression"),
+    "eta": ("capture_efficiency",),
+}
+
+
+def canonical_freeze(names):
+    """Canonical freeze names in the order r, mu, eta.
+
+    Raises
+    ------
+    ValueError
+        For a bare string, an unknown name, or a parameter named twice (by name and alias).
+    """
+    allowed = "; ".join(
+        f"{name!r} (or {', '.join(map(repr, a))})" for name, a in FREEZE_NAMES.items()
+    )
+    if isinstance(names, str) or not isinstance(names, (tuple, list)):
+        raise ValueError(
+            f"informative_priors_freeze={names!r}: expected a tuple or list of names. Allowed: {allowed}."
+        )
+    meaning = {alias: name for name, aliases in FREEZE_NAMES.items() for alias in (name, *aliases)}
+    found = {}
+    for given in names:
+        if not isinstance(given, str) or given not in meaning:
+            raise ValueError(
+                f"informative_priors_freeze names {given!r}, which is not a parameter. Allowed: {allowed}."
+            )
+        name = meaning[given]
+        if name in found:
+            raise ValueError(
+                f"informative_priors_freeze names {found[name]!r} and {given!r}, which are the same "
+                f"parameter. Name it once. Allowed: {allowed}."
+            )
+        found[name] = given
+    return tuple(name for name in FREEZE_NAMES if name in found)
+
+
+def needs_fit(source):
+    """Whether the source has still to be fitted."""
+    try:
+        check_is_fitted(unwrapped(source))
+    except NotFittedError:
+        return True
+    return False
+
+
+def unwrapped(source):
+    """The estimator inside a `FrozenEstimator`, or the source itself."""
+    return source.estimator if isinstance(source, FrozenEstimator) else source
+
+
+def _fit_source(source, X):
+    """Module-level, so that joblib can cache it."""
+    return source.fit(X)
+
+
+def fitted_source(source, X, memory):
+    """The source, fitted: as it is, or a clone fitted on X (cached by `memory`).
+
+    Raises
+    ------
+    TypeError
+        When the source is not an NBVCPEstimator.
+    """
+    from ._nbvcp import NBVCPEstimator
+
+    if not isinstance(unwrapped(source), NBVCPEstimator):
+        raise TypeError(
+            "informative_prior_estimator has to be an NBVCPEstimator, fitted or not, possibly inside "
+            f"sklearn.frozen.FrozenEstimator; found {type(unwrapped(source)).__name__}."
+        )
+    if needs_fit(source):
+        if isinstance(source, FrozenEstimator):
+            raise NotFittedError(
+                "informative_prior_estimator is a FrozenEstimator of an estimator that is not fitted. "
+                "Fit it before freezing, or give it without FrozenEstimator."
+            )
+        return check_memory(memory).cache(_fit_source)(clone(source), X)
+    return unwrapped(source)
+
+
+def matched_to_genes(source, n_genes, names):
+    """The source restricted to the target's genes, in their order.
+
+    Names decide where both have them; a source of more genes is cut by name.
+
+    Raises
+    ------
+    ValueError
+        When a gene of the target is missing from the source (the first ten are named), or, without
+        names, when the numbers of genes differ.
+    """
+    own = getattr(source, "feature_names_in_", None)
+    if own is None or names is None:
+        if source.n_features_in_ != n_genes:
+            raise ValueError(
+                f"informative_prior_estimator was fitted on {source.n_features_in_} genes, X has {n_genes}. "
+                "Fit the source on the same genes, or fit both on DataFrames, whose column names let a "
+                "source of more genes be cut to those of X."
+            )
+        return source
+    position = {name: i for i, name in enumerate(own)}
+    missing = [str(name) for name in names if name not in position]
+    if missing:
+        raise ValueError(
+            f"informative_prior_estimator was not fitted on {len(missing)} of the {n_genes} genes of X: "
+            f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}. Fit the source on a set "
+            "of genes that contains those of X."
+        )
+    genes = np.array([position[name] for name in names])
+    if np.array_equal(genes, np.arange(source.n_features_in_)):
+        return source
+    return restricted(source, genes)
+
+
+class SoftPriors(NamedTuple):
+    """Gaussian priors of log m and log r, moment-matched to draws of the source's posterior."""
+
+    log_mean: GaussianPrior
+    log_r: GaussianPrior
+
+
+def soft_priors(source, tau, n_samples, rng):
+    """Moments of posterior draws in the unconstrained coordinates, scales times `tau`."""
+    draws = source.sample_posterior(n_samples, random_state=rng)
+    priors = []
+    for values in (draws.mu, draws.r):
+        log = np.log(values)
+        scale = tau * np.maximum(log.std(0), 1e-8)
+        priors.append(GaussianPrior(log.mean(0), scale**-2.0))
+    return SoftPriors(*priors)
+
+
+def row_offsets(source, X, *, frozen, tau, capture_prior):
+    """Location and scale of each row's capture offset in the NBLN model, two arrays (n_rows,).
+
+    One rule for training rows and new rows. Each row's offset has a one-dimensional posterior given
+    the source's globals. Frozen: its mode, scale 0. Otherwise: the product of that posterior, its
+    scale times `tau`, and the capture prior, so that `tau` spans from the freeze to the capture
+    prior alone. Rows whose posterior mode is at the bound 0 stay there.
+    """
+    found = source._offsets(X)
+    if source.capture_prior_ is None or frozen:
+        return found.loc, np.zeros_like(found.loc)
+    from_source = (tau * found.scale) ** -2.0
+    loc, scale = _capture.row_prior(capture_prior, X)
+    from_prior = scale**-2.0 if capture_prior is not None else np.zeros_like(loc)
+    precision = from_source + from_prior
+    bound = found.raw_loc < 0
+    offset = (from_source * found.raw_loc + from_prior * loc) / precision
+    return np.where(bound, 0.0, offset), np.where(bound, 0.0, precision**-0.5)
+
+
+def restricted(source, genes):
+    """A copy of a fitted NBVCP with only the given genes (positions)."""
+    cut = copy.copy(source)
+    cut.mean_, cut.dispersion_ = source.mean_[genes], source.dispersion_[genes]
+    guide = source._guide
+    cut._guide = guide._replace(
+        log_mean=tuple(a[genes] for a in guide.log_mean),
+        log_dispersion=tuple(a[genes] for a in guide.log_dispersion),
+    )
+    cut.n_features_in_ = len(genes)
+    cut.feature_names_in_ = source.feature_names_in_[genes]
+    return cut

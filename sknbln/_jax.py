@@ -1,0 +1,192 @@
+"""Where the library meets JAX: precision, batches of rows, padding. NumPy in, NumPy out.
+
+The solver runs in float64 inside a local scope; the user's global JAX configuration is never
+changed, and no JAX array leaves this file's callers (a pickled float64 JAX array would come back as
+float32).
+"""
+
+import functools
+import re
+import warnings
+
+import jax
+import jaxlib
+import numpy as np
+
+from ._laplace.marginal import BatchSums, solve_cells, sweep_cells
+from ._laplace.mode import Cells, Globals
+
+# jaxlib releases that can hang for ever on 2-core CPUs on batched solvers like this one.
+_HANGING_JAXLIB = re.compile(r"0\.10\.\d+|0\.11\.[01]")
+_ROW_BUCKET = 64  # rows of a batch are padded to a multiple of this
+_RANK_BUCKET = 4  # latent dimensions are padded to a multiple of this
+_BATCH_ENTRIES = 2**19  # automatic batches hold about this many counts (4 MB in float64)
+
+
+def warn_about_jaxlib(version=jaxlib.__version__):
+    """Warn when the installed jaxlib is known to hang on this kind of computation."""
+    if _HANGING_JAXLIB.fullmatch(version):
+        warnings.warn(
+            f"jaxlib {version} can hang for ever on CPUs with two cores in computations of the kind "
+            "that sknbln runs. Install another release, e.g. `pip install 'jax>=0.11.2'` or "
+            "`pip install 'jax<0.10'`.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def float64(function):
+    """Run `function` with 64-bit JAX types, whatever the caller's setting; a local scope."""
+
+    @functools.wraps(function)
+    def scoped(*args, **kwargs):
+        with jax.enable_x64(True):
+            return function(*args, **kwargs)
+
+    return scoped
+
+
+def padded_rank(k):
+    """Latent dimension of the compiled kernel. A zero column of W stays zero through a sweep."""
+    return -(-k // _RANK_BUCKET) * _RANK_BUCKET
+
+
+def pad_columns(a, k):
+    """Append zero columns to `a` until it has `k`."""
+    return np.concatenate([a, np.zeros((a.shape[0], k - a.shape[1]))], 1)
+
+
+class RowBatches:
+    """Rows of a count matrix as padded dense batches of one shape, with their capture data.
+
+    Parameters
+    ----------
+    X : csr_matrix of shape (n_cells, n_genes)
+    offset, scale : ndarray of shape (n_cells,)
+        Prior location and scale of the capture offset; scale 0 is a known offset.
+    precision : ndarray of shape (n_cells,), optional
+        1 (default) for a proper prior on the offset, 0 for a flat one.
+    batch_size : int or None
+        Rows per batch at most; None chooses by the number of genes.
+    """
+
+    def __init__(self, X, offset, scale, precision=None, *, batch_size=None):
+        self.X = X
+        n, n_genes = X.shape
+        precision = np.ones(n) if precision is None else precision
+        self.capture = np.stack([offset, scale, precision], 1).astype(float)
+        if batch_size is None:
+            batch_size = max(_BATCH_ENTRIES // max(n_genes, 1), 32)
+        n_batches = -(-n // batch_size)
+        rows = -(-n // n_batches)
+        bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
+        self.rows = -(-rows // bucket) * bucket
+        self.starts = range(0, n, self.rows)
+
+    def padded(self, a, value=0.0):
+        """Rows of `a` filled up to the rows of a batch."""
+        return np.concatenate([a, np.full((self.rows - a.shape[0], *a.shape[1:]), value)], 0)
+
+    def __iter__(self):
+        """Yield (slice of rows, `Cells`)."""
+        n = self.X.shape[0]
+        for start in self.starts:
+            rows = slice(start, min(start + self.rows, n))
+            counts = np.zeros((self.rows, self.X.shape[1]))
+            self.X[rows].toarray(out=counts[: rows.stop - start])
+            offset, scale, precision = self.capture[rows].T
+            padded = self.padded(offset), self.padded(scale), self.padded(precision, 1.0)
+            yield rows, Cells(counts, *padded, self.padded(np.ones(rows.stop - start)))
+
+
+def _globals(mean, loadings, noise, phi):
+    k = padded_rank(loadings.shape[1])
+    return Globals(mean, pad_columns(loadings, k), noise, phi)
+
+
+@float64
+def solve_rows(batches, mean, loadings, noise, phi):
+    """Solve every row given the globals.
+
+    Returns
+    -------
+    dict of ndarray
+        ``log_marginal`` (n,) without the constants of the counts, ``scores`` (n, k), ``score_covariance``
+        (n, k, k), ``offset`` (n,) and ``offset_variance`` (n,) of the posterior of the capture
+        offset (not truncated), ``offset_slope``, ``offset_curvature``, ``converged`` (n,),
+        ``score_offset_covariance`` (n, k).
+    """
+    params = _globals(mean, loadings, noise, phi)
+    k, padded = loadings.shape[1], params.loadings.shape[1]
+    zeta = np.zeros((batches.rows, padded + 1))
+    out = {}
+    for rows, cells in batches:
+        result = jax.tree.map(np.asarray, solve_cells(cells, params, zeta))
+        offset, scale = cells.offset, cells.scale
+        covariance = result.covariance
+        found = dict(
+            log_marginal=result.log_marginal,
+            scores=result.zeta[:, :k],
+            score_covariance=covariance[:, :k, :k],
+            offset=offset - scale * result.zeta[:, -1],
+            offset_variance=scale**2 * covariance[:, -1, -1],
+            score_offset_covariance=-scale[:, None] * covariance[:, :k, -1],
+            offset_slope=result.offset_slope,
+            offset_curvature=result.offset_curvature,
+            converged=result.converged,
+        )
+        for name, value in found.items():
+            if name not in out:
+                out[name] = np.empty((batches.X.shape[0], *value.shape[1:]), value.dtype)
+            out[name][rows] = value[: rows.stop - rows.start]
+    return out
+
+
+def sum_over_batches(batches, mean, phi):
+    """A function that sums ``function(cells, mean, phi, *args)`` over the batches."""
+
+    @float64
+    def summed(function, *args):
+        total = None
+        for _, cells in batches:
+            part = jax.tree.map(np.asarray, function(cells, mean, phi, *args))
+            total = part if total is None else jax.tree.map(np.add, total, part)
+        return total
+
+    return summed
+
+
+class Sweeper:
+    """Runs sweeps over the batches, keeping each row's scores as the next sweep's start."""
+
+    def __init__(self, batches, k):
+        self.batches = batches
+        self.scores = np.zeros((batches.X.shape[0], padded_rank(k) + 1))
+
+    @float64
+    def __call__(self, mean, loadings, noise, phi):
+        """One pass over all rows: `BatchSums` of NumPy arrays for the unpadded latent dimension."""
+        params = _globals(mean, loadings, noise, phi)
+        total = None
+        for rows, cells in self.batches:
+            start = self.batches.padded(self.scores[rows])
+            zeta, sums = jax.tree.map(np.asarray, sweep_cells(cells, params, start))
+            self.scores[rows] = zeta[: rows.stop - rows.start]
+            if total is None:
+                total = sums
+            else:
+                worst = max(total.max_decrement, sums.max_decrement)
+                total = jax.tree.map(np.add, total, sums)._replace(max_decrement=worst)
+        return _unpad(total, loadings.shape[1])
+
+
+def _unpad(sums: BatchSums, k):
+    genes = sums.genes
+    padded = genes.gradient_loadings.shape[1]
+    i, j = np.triu_indices(padded)
+    keep = np.r_[True, np.arange(padded) < k, (i < k) & (j < k)]
+    return sums._replace(
+        genes=genes._replace(
+            gradient_loadings=genes.gradient_loadings[:, :k], moments=genes.moments[:, keep]
+        )
+    )

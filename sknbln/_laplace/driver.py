@@ -1,0 +1,216 @@
+"""The loop over sweeps: preconditioned quasi-Newton ascent with a monotone guard.
+
+The direction is the limited-memory BFGS two-loop recursion whose initial metric is the step of
+``sweeps`` (so with an empty memory it *is* that step). A trial that would lower the objective is
+damped until it does not.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .sweeps import (
+    Gradients,
+    Parameters,
+    regression_step,
+    scale_step,
+    shift_step,
+)
+
+MEMORY = 8
+MAX_HALVINGS = 12
+#: relative rounding error of a sum over all counts; a smaller fall is not a fall
+ROUNDING = 1e-11
+
+
+class Free(NamedTuple):
+    """Which blocks of the parameters are estimated."""
+
+    mean: bool
+    loadings: bool
+    log_noise: bool
+    log_r: bool
+
+
+class Point(NamedTuple):
+    """Parameters with the objective and its gradient there."""
+
+    params: Parameters
+    value: float
+    grad: Gradients
+    n_unconverged: int
+
+
+class Outcome(NamedTuple):
+    """How a fit ended; `reason` is a sentence."""
+
+    params: Parameters
+    converged: bool
+    reason: str
+    history: list
+    n_iter: int
+    n_unconverged: int
+    gain: float
+
+
+def direction_from(grad, free):
+    """The preconditioned gradient as a `Parameters` step."""
+    mean, loadings = regression_step(grad, free.mean, free.loadings)
+    if free.mean:
+        mean = mean + shift_step(grad)
+    zero = np.zeros_like(grad.log_noise)
+    noise = scale_step(grad.log_noise, grad.information_log_noise) if free.log_noise else zero
+    log_r = scale_step(grad.log_r, grad.information_log_r) if free.log_r else zero
+    return Parameters(mean, loadings, noise, log_r)
+
+
+def _flat(blocks, free):
+    return np.concatenate(
+        [b.ravel() for b, f in zip(blocks, free, strict=True) if f] or [np.zeros(0)]
+    )
+
+
+def _unflat(x, like, free):
+    out, start = [], 0
+    for block, f in zip(like, free, strict=True):
+        size = block.size if f else 0
+        out.append(x[start : start + size].reshape(block.shape) if f else np.zeros_like(block))
+        start += size
+    return Parameters(*out)
+
+
+def _blocks(grad):
+    return grad.mean, grad.loadings, grad.log_noise, grad.log_r
+
+
+class _Memory:
+    """Pairs of steps and changes of the gradient (of minus the objective)."""
+
+    def __init__(self):
+        self.pairs = []
+
+    def add(self, s, y):
+        sy = float(s @ y)
+        if sy > 1e-10 * float(np.linalg.norm(s) * np.linalg.norm(y)):
+            self.pairs = [*self.pairs[-(MEMORY - 1) :], (s, y, sy)]
+
+    def direction(self, g, precondition):
+        """Two-loop recursion; ``precondition`` maps a gradient to a step."""
+        q, alphas = g.copy(), []
+        for s, y, sy in reversed(self.pairs):
+            a = float(s @ q) / sy
+            alphas.append(a)
+            q -= a * y
+        z = precondition(q)
+        for (s, y, sy), a in zip(self.pairs, reversed(alphas), strict=True):
+            z += (a - float(y @ z) / sy) * s
+        return z
+
+
+def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
+    """Maximize the objective.
+
+    Parameters
+    ----------
+    evaluate : callable
+        Maps `Parameters` to a `Point`.
+    params : Parameters
+        Start.
+    free : Free
+    n_cells : int
+        The tolerance is per cell.
+    tol : float
+        Stop when a sweep gains less than this, in nats per cell, twice in a row.
+    max_iter : int
+        Sweeps at most.
+    report : callable or None
+        Called with (iteration, Point) after each accepted sweep.
+
+    Returns
+    -------
+    Outcome
+    """
+    point = evaluate(params)
+    history, memory, small, gain = [point.value / n_cells], _Memory(), 0, np.inf
+    free_flags = tuple(free)
+
+    for iteration in range(1, max_iter + 1):
+        trial, step = _trial(evaluate, point, memory, free)
+        if trial is None and memory.pairs:
+            memory = _Memory()
+            trial, step = _trial(evaluate, point, memory, free)
+        if trial is None:
+            return Outcome(
+                point.params,
+                True,
+                "no step raises the objective beyond rounding",
+                history,
+                iteration,
+                point.n_unconverged,
+                0.0,
+            )
+        memory.add(
+            step, _flat(_blocks(point.grad), free_flags) - _flat(_blocks(trial.grad), free_flags)
+        )
+        gain = (trial.value - point.value) / n_cells
+        point = trial
+        history.append(point.value / n_cells)
+        if report is not None:
+            report(iteration, point)
+        small = small + 1 if gain < tol else 0
+        if small == 2:
+            return Outcome(
+                point.params,
+                True,
+                f"the last two sweeps gained less than tol={tol:g} nats per cell",
+                history,
+                iteration,
+                point.n_unconverged,
+                gain,
+            )
+    return Outcome(
+        point.params,
+        False,
+        f"max_iter={max_iter} sweeps were done",
+        history,
+        max_iter,
+        point.n_unconverged,
+        gain,
+    )
+
+
+def _trial(evaluate, point, memory, free):
+    """The first damped trial that does not lower the objective, and the step to it."""
+    flags = tuple(free)
+    g = _flat(_blocks(point.grad), flags)
+
+    def precondition(q):
+        blocks = _unflat(q, point.params, flags)
+        grad = point.grad._replace(
+            mean=blocks.mean,
+            loadings=blocks.loadings,
+            log_noise=blocks.log_noise,
+            log_r=blocks.log_r,
+        )
+        return _flat(direction_from(grad, free), flags)
+
+    x = memory.direction(g, precondition)
+    if not np.all(np.isfinite(x)) or float(x @ g) <= 0:
+        if memory.pairs:
+            return None, None
+        x = precondition(g)
+    step = _unflat(x, point.params, flags)
+    step = step._replace(
+        log_noise=np.clip(step.log_noise, -1.5, 1.5), log_r=np.clip(step.log_r, -1.5, 1.5)
+    )
+    length, slack = 1.0, ROUNDING * abs(point.value)
+    for _ in range(MAX_HALVINGS):
+        params = point.params.moved(step, length)
+        trial = evaluate(params)
+        if np.isfinite(trial.value) and trial.value >= point.value - slack:
+            moved = [
+                new - old for new, old, f in zip(params, point.params, flags, strict=True) if f
+            ]
+            return trial, np.concatenate([m.ravel() for m in moved])
+        length *= 0.35
+    return None, None

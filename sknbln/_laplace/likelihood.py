@@ -1,0 +1,188 @@
+r"""The count channel: negative binomial in its mean form, Poisson as its limit.
+
+With overdispersion ``phi = 1/r`` and log-rate ``y``
+
+.. math:: \log p(u \mid y) = u y - (u + 1/\phi) \log(1 + \phi e^y) + c(u, \phi) - \log u!,
+          \qquad c(u, \phi) = \sum_{j<u} \log(1 + j \phi)
+
+Every term has a finite limit at ``phi = 0``, which is the Poisson channel: Poisson is a value of
+``phi`` and not another code path. The part that does not depend on ``y`` (``c`` and ``log u!``) is
+computed on the host, once per distinct count of a gene, and never inside a Newton iteration.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import digamma, gammaln, polygamma
+
+# Above this r the differences of gamma functions are taken from Stirling's series, which does not
+# cancel; below it the library functions are exact to rounding.
+_STIRLING = 30.0
+
+
+class ChannelTerms(NamedTuple):
+    """Derivatives of the log-likelihood in the log-rate, elementwise, ``(n_cells, n_genes)``."""
+
+    gradient: jnp.ndarray  # d log p / dy
+    curvature: jnp.ndarray  # -d^2 log p / dy^2, >= 0
+    rate: jnp.ndarray  # exp(y)
+    odds: jnp.ndarray  # phi exp(y)
+    fitted: jnp.ndarray  # (1 + u phi) exp(y) / (1 + phi exp(y)); u - gradient
+
+
+def channel_terms(u, y, phi):
+    """First and second derivative of ``log p(u | y)`` in ``y``.
+
+    Parameters are ``u`` and ``y`` of shape (n_cells, n_genes) and ``phi`` of shape (1, n_genes).
+    """
+    rate = jnp.exp(jnp.minimum(y, 600.0))
+    odds = phi * rate
+    keep = 1.0 / (1.0 + odds)
+    fitted = (1.0 + u * phi) * rate * keep
+    return ChannelTerms(u - fitted, fitted * keep, rate, odds, fitted)
+
+
+def log_likelihood_terms(u, y, terms):
+    """``u y - (u + 1/phi) log(1 + phi e^y)``: the part of the log-likelihood that depends on y."""
+    log1p = jnp.log1p(terms.odds)
+    return u * (y - log1p) - terms.rate * _ratio(log1p, terms.odds)
+
+
+def _ratio(log1p, odds):
+    """``log1p(x) / x`` with its limit 1 at 0."""
+    positive = odds > 0
+    return jnp.where(positive, log1p / jnp.where(positive, odds, 1.0), 1.0)
+
+
+def third_derivative(terms):
+    """Derivative of the curvature in ``y``."""
+    return terms.curvature * (1.0 - terms.odds) / (1.0 + terms.odds)
+
+
+class DispersionTerms(NamedTuple):
+    """Derivatives in ``log r`` at fixed ``y``, elementwise (without the constant's part)."""
+
+    score: jnp.ndarray  # d log p / d log r
+    second: jnp.ndarray  # d^2 log p / d (log r)^2
+    d_gradient: jnp.ndarray  # d gradient / d log r
+    d_curvature: jnp.ndarray  # d curvature / d log r
+
+
+def dispersion_terms(u, phi, terms):
+    """Derivatives of the y-dependent part of the channel in ``log r = -log phi``."""
+    prob = terms.odds / (1.0 + terms.odds)
+    share = u * phi / (1.0 + u * phi)
+    entropy = terms.rate * _ratio(jnp.log1p(terms.odds), terms.odds)
+    score = terms.fitted - entropy
+    d_gradient = terms.fitted * (share - prob)
+    second = terms.rate / (1.0 + terms.odds) - entropy - d_gradient
+    d_curvature = terms.curvature * (2.0 * prob - share)
+    return DispersionTerms(score, second, d_gradient, d_curvature)
+
+
+# ------------------------------------------------------------------ constants, on the host
+
+
+def log_rising(u, r):
+    r"""``sum_{j<u} log(1 + j/r) = lgamma(u+r) - lgamma(r) - u log r``, stable for every r.
+
+    Accepts ``r = inf`` (the Poisson limit, 0). Fractional ``u`` is allowed.
+    """
+    u, r = np.broadcast_arrays(np.asarray(u, float), np.asarray(r, float))
+    out = np.zeros(u.shape)
+    small = r < _STIRLING
+    us, rs = u[small], r[small]
+    out[small] = gammaln(us + rs) - gammaln(rs) - us * np.log(rs)
+    big = ~small & np.isfinite(r)
+    ub, rb = u[big], r[big]
+    out[big] = (
+        (ub + rb - 0.5) * np.log1p(ub / rb) - ub + _stirling_tail(ub + rb) - _stirling_tail(rb)
+    )
+    return out
+
+
+def log_rising_derivatives(u, r):
+    """First and second derivative of :func:`log_rising` in ``log r``."""
+    u, r = np.broadcast_arrays(np.asarray(u, float), np.asarray(r, float))
+    first, second = np.zeros(u.shape), np.zeros(u.shape)
+    small = r < _STIRLING
+    us, rs = u[small], r[small]
+    slope = digamma(us + rs) - digamma(rs) - us / rs
+    first[small] = rs * slope
+    second[small] = rs * slope + rs**2 * (polygamma(1, us + rs) - polygamma(1, rs) + us / rs**2)
+    big = ~small & np.isfinite(r)
+    ub, rb = u[big], r[big]
+    z = ub + rb
+    # r (d/dr) of (u+r-1/2) log1p(u/r) - u + tail(u+r) - tail(r), and once more
+    log1p = np.log1p(ub / rb)
+    t1z, t2z = _stirling_tail_derivatives(z)
+    t1r, t2r = _stirling_tail_derivatives(rb)
+    # (u+r-1/2) d log1p(u/r)/dr = -(u/r) (u+r-1/2)/(u+r)
+    slope = log1p - ub / rb + 0.5 * ub / (rb * z) + t1z - t1r
+    curve = -ub / (rb * z) + ub / rb**2 - 0.5 * ub * (z + rb) / (rb * z) ** 2 + t2z - t2r
+    first[big] = rb * slope
+    second[big] = rb * slope + rb**2 * curve
+    return first, second
+
+
+def _stirling_tail(z):
+    """``lgamma(z) - ((z - 1/2) log z - z + log(2 pi)/2)``."""
+    return 1 / (12 * z) - 1 / (360 * z**3) + 1 / (1260 * z**5)
+
+
+def _stirling_tail_derivatives(z):
+    return (
+        -1 / (12 * z**2) + 1 / (120 * z**4) - 1 / (252 * z**6),
+        1 / (6 * z**3) - 1 / (30 * z**5) + 1 / (42 * z**7),
+    )
+
+
+def log_factorial(u):
+    """``log u!``."""
+    return gammaln(np.asarray(u, float) + 1.0)
+
+
+class CountHistogram:
+    """Distinct non-zero counts of every gene with their multiplicities.
+
+    Sums over cells of functions of (count, dispersion) cost one evaluation per distinct count.
+
+    Parameters
+    ----------
+    X : csr_matrix of shape (n_cells, n_genes)
+        Canonical (sorted, no duplicates, no explicit zeros).
+    """
+
+    def __init__(self, X):
+        order = np.lexsort((X.data, X.indices))
+        gene, count = X.indices[order], X.data[order].astype(float)
+        self.n_genes = X.shape[1]
+        if gene.size == 0:
+            self.gene = np.zeros(0, np.intp)
+            self.count = self.times = np.zeros(0)
+        else:
+            new = np.r_[True, (gene[1:] != gene[:-1]) | (count[1:] != count[:-1])]
+            starts = np.flatnonzero(new)
+            self.gene, self.count = gene[starts].astype(np.intp), count[starts]
+            self.times = np.diff(np.r_[starts, gene.size]).astype(float)
+        self.log_factorials = float(np.sum(self.times * log_factorial(self.count)))
+
+    def _sum(self, values):
+        return np.bincount(self.gene, self.times * values, minlength=self.n_genes)
+
+    def constants(self, r):
+        """Per gene ``sum_cells log_rising(u, r)``, shape (n_genes,)."""
+        return self._sum(log_rising(self.count, r[self.gene]))
+
+    def constant_derivatives(self, r):
+        """First and second derivative of :meth:`constants` in ``log r``, two arrays (n_genes,)."""
+        first, second = log_rising_derivatives(self.count, r[self.gene])
+        return self._sum(first), self._sum(second)
+
+
+def row_constants(X, r):
+    """Per cell ``sum_genes [log_rising(u, r) - log u!]``, shape (n_cells,)."""
+    values = log_rising(X.data, r[X.indices]) - log_factorial(X.data)
+    rows = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr))
+    return np.bincount(rows, values, minlength=X.shape[0])

@@ -1,0 +1,180 @@
+r"""Laplace marginal likelihood of cells, its exact gradient, and the sums that update the globals.
+
+.. math:: \log p(u_c) \approx \sum_g \log p(u \mid y^*) - \tfrac12 (\zeta' P \zeta + \alpha' D \alpha)
+          - \tfrac12 (\textstyle\sum_g \log(1 + d_g a_g) + \log\det M)
+
+The mode moves with the globals, and the curvature at the mode with it. Differentiating the marginal
+after one live Newton step from the mode gives that implicit term exactly; here it is written out.
+With the posterior covariance ``V = (Sigma^{-1} + A)^{-1}``, ``h = -diag(V) a' / 2`` (a' the third
+derivative), ``q = V h`` and ``beta = Sigma^{-1} q``:
+
+* location: ``alpha + beta``
+* covariance: ``(alpha alpha' - K)/2 + sym(alpha beta')``, with ``K = (A^{-1} + Sigma)^{-1}``
+* ``log r``: partial derivative ``- diag(V) (da/dlog r)/2 + q (dg/dlog r)``
+
+All are low-rank algebra with the Cholesky factor that the Newton step has made already. The twin
+that lets JAX differentiate through the live step is in ``tests/reference``.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import lowrank
+from .likelihood import dispersion_terms, log_likelihood_terms, third_derivative
+from .mode import Globals, find_mode, linearize
+
+
+class CellResults(NamedTuple):
+    """What the solver says of each cell of a batch."""
+
+    log_marginal: jnp.ndarray  # (n_cells,) without the y-free constants
+    zeta: jnp.ndarray  # (n_cells, k + 1) posterior mean of scores and capture deviation
+    covariance: jnp.ndarray  # (n_cells, k + 1, k + 1) their posterior covariance
+    offset_slope: jnp.ndarray  # (n_cells,) d log_marginal / d offset, mode held
+    offset_curvature: jnp.ndarray  # (n_cells,) -d^2 log_marginal / d offset^2, curvature held
+    decrement: jnp.ndarray  # (n_cells,)
+    converged: jnp.ndarray  # (n_cells,)
+    n_newton: jnp.ndarray  # ()
+
+
+class GeneSums(NamedTuple):
+    """Sums over cells, one row per gene. They add up over batches, devices and machines."""
+
+    gradient_mean: jnp.ndarray  # (n_genes,)
+    gradient_loadings: jnp.ndarray  # (n_genes, k)
+    gradient_noise: jnp.ndarray  # (n_genes,) in d
+    gradient_log_r: jnp.ndarray  # (n_genes,) without the constant's part
+    moments: jnp.ndarray  # (n_genes, T) sum_c b [1 z][1 z]', packed upper triangle
+    information_noise: jnp.ndarray  # (n_genes,) sum_c K_gg^2 / 2
+    information_log_r: jnp.ndarray  # (n_genes,) at fixed y, without the constant's part
+
+
+class BatchSums(NamedTuple):
+    """Sums over a batch of cells."""
+
+    log_marginal: jnp.ndarray  # ()
+    n_unconverged: jnp.ndarray  # ()
+    max_decrement: jnp.ndarray  # ()
+    information_shift: jnp.ndarray  # () sum_c 1' K_c 1, of a common shift of the log-rates
+    genes: GeneSums
+
+
+def _expansion(cells, params, zeta):
+    """Mode of every cell, and the Newton system at it."""
+    mode = find_mode(cells, params, zeta)
+    return mode, linearize(cells, params, mode.y)
+
+
+def _log_marginal(cells, params, mode, lin):
+    d = params.noise[None, :]
+    likelihood = jnp.sum(log_likelihood_terms(cells.counts, mode.y, lin.terms), 1)
+    prior = jnp.sum(lin.prior_precision * mode.zeta**2, 1) + jnp.sum(d * mode.alpha**2, 1)
+    return likelihood - 0.5 * (prior + jnp.sum(jnp.log(lin.den), 1) + lowrank.log_det(lin.L))
+
+
+def _offset_curvature(params, lin):
+    """``1' K_c 1``, shape (n_cells,)."""
+    pull = (lin.b @ lowrank.with_capture(params.loadings)) * lin.scales
+    return jnp.sum(lin.b, 1) - jnp.sum(pull * lowrank.solve(lin.L, pull), 1)
+
+
+def _cell_results(cells, params, mode, lin):
+    return CellResults(
+        _log_marginal(cells, params, mode, lin),
+        mode.zeta,
+        lowrank.inverse(lin.L),
+        -jnp.sum(mode.alpha, 1),
+        _offset_curvature(params, lin),
+        mode.decrement,
+        mode.converged,
+        mode.n_iter,
+    )
+
+
+@jax.jit
+def solve_cells(cells, params, zeta):
+    """Mode, scores and Laplace marginal of each cell of a batch."""
+    return _cell_results(cells, params, *_expansion(cells, params, zeta))
+
+
+@jax.jit
+def sweep_cells(cells, params, zeta):
+    """As :func:`solve_cells`, with the sums over cells that update the globals.
+
+    Returns the new scores (n_cells, k + 1) and :class:`BatchSums`.
+    """
+    mode, lin = _expansion(cells, params, zeta)
+    log_marginal = _log_marginal(cells, params, mode, lin)
+    genes = _gene_sums(cells, params, mode, lin)
+    live = cells.weight > 0
+    return mode.zeta, BatchSums(
+        jnp.sum(cells.weight * log_marginal),
+        jnp.sum(jnp.where(live & ~mode.converged, 1, 0)),
+        jnp.max(jnp.where(live, mode.decrement, 0.0)),
+        jnp.sum(cells.weight * _offset_curvature(params, lin)),
+        genes,
+    )
+
+
+def _gene_sums(cells, params, mode, lin):
+    k = params.loadings.shape[1]
+    d, phi = params.noise[None, :], params.phi[None, :]
+    F = lowrank.with_capture(params.loadings)
+    terms, den, b = lin.terms, lin.den, lin.b
+    weight = cells.weight[:, None]
+
+    covariance = lowrank.inverse(lin.L)
+    scaled = covariance * lin.scales[:, :, None] * lin.scales[:, None, :]
+    spread = lowrank.quadratic_diagonal(scaled, lowrank.pair_products(F))  # diag F C F'
+    variance = d / den + spread / den**2  # diag V
+    K = b - b**2 * spread
+
+    # the implicit term
+    h = -0.5 * variance * third_derivative(terms)
+    x = h / den
+    xi = lowrank.solve(lin.L, (x @ F) * lin.scales)
+    lifted = (xi * lin.scales) @ F.T
+    beta = x - b * lifted
+    q = d * x + lifted / den
+
+    alpha, zeta = mode.alpha, mode.zeta
+    z = zeta[:, :k]
+    gradient_mean = jnp.sum(weight * (alpha + beta), 0)
+    gradient_noise = jnp.sum(weight * (0.5 * (alpha**2 - K) + alpha * beta), 0)
+
+    dispersion = dispersion_terms(cells.counts, phi, terms)
+    gradient_log_r = jnp.sum(
+        weight
+        * (dispersion.score - 0.5 * variance * dispersion.d_curvature + q * dispersion.d_gradient),
+        0,
+    )
+
+    # Loadings: (alpha alpha' - K + beta alpha' + alpha beta') F without a cells x genes x k array.
+    # F' alpha = P zeta and F' beta = P xi; alpha zeta' - K F = v zeta' - b F E[zeta zeta'].
+    second = zeta[:, :, None] * zeta[:, None, :] + covariance
+    with_capture = lin.scales[:, k][:, None] * second[:, k, :k]  # (n_cells, k)
+    i, j, back = lowrank.triangle(k)
+    features = jnp.concatenate([jnp.ones_like(zeta[:, :1]), z, second[:, i, j], with_capture], 1)
+    sums = (weight * b).T @ features
+    moments, capture_part = sums[:, : 1 + k + i.size], sums[:, 1 + k + i.size :]
+    zz = moments[:, 1 + k :][:, back]  # (n_genes, k, k)
+    gradient_loadings = (
+        (weight * (lin.v + beta)).T @ z
+        + (weight * alpha).T @ xi[:, :k]
+        - jnp.sum(zz * params.loadings[:, None, :], 2)
+        - capture_part
+    )
+    return GeneSums(
+        gradient_mean,
+        gradient_loadings,
+        gradient_noise,
+        gradient_log_r,
+        moments,
+        0.5 * jnp.sum(weight * K**2, 0),
+        -jnp.sum(weight * dispersion.second, 0),
+    )
+
+
+__all__ = ["BatchSums", "CellResults", "GeneSums", "Globals", "solve_cells", "sweep_cells"]

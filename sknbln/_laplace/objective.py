@@ -1,0 +1,168 @@
+r"""The log-posterior of the globals as a function of the coordinates in which it is maximized.
+
+Without coupling the coordinates are the model's parameters themselves. With it (the
+marginal-preserving cascade) the coordinates are each gene's *marginal* log-mean ``M`` and, where it
+is frozen, *marginal* overdispersion ``phi_m``; the covariance takes its share of both:
+
+.. math:: \mu = M - \Sigma_{gg}/2, \qquad \phi = (1 + \phi_m) e^{-\Sigma_{gg}} - 1
+
+and so that ``phi > 0``, ``Sigma_gg`` saturates below ``S_max = log(1 + phi_m)``: a row (w, d) of the
+coordinates with ``S = |w|^2 + d`` stands for the row ``(sqrt(c) w, c d)`` with
+``c = S_max (1 - exp(-S / S_max)) / S``.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .driver import Point
+from .sweeps import GaussianPrior, Gradients, Parameters
+
+
+class NaturalGradient(NamedTuple):
+    """Gradient in the model's parameters (in d, not log d) before it is pulled back."""
+
+    mean: np.ndarray
+    loadings: np.ndarray
+    noise: np.ndarray
+    log_r: np.ndarray
+
+
+class Identity:
+    """The coordinates are the parameters."""
+
+    def expand(self, x):
+        """Coordinates to parameters."""
+        return x
+
+    def pull_back(self, x, params, grad):
+        """Gradient in the coordinates."""
+        return Parameters(grad.mean, grad.loadings, params.noise * grad.noise, grad.log_r)
+
+
+class MarginalCoupling:
+    """Marginal mean, and where `couple_dispersion` marginal overdispersion, are the coordinates."""
+
+    def __init__(self, couple_dispersion):
+        self.couple_dispersion = couple_dispersion
+
+    def _variance(self, x):
+        return np.sum(x.loadings**2, 1) + x.noise
+
+    def _saturation(self, x):
+        """``c`` and ``dc/dS`` per gene."""
+        S = self._variance(x)
+        if not self.couple_dispersion:
+            return S, np.ones_like(S), np.zeros_like(S)
+        t = S / np.log1p(np.exp(-x.log_r))
+        decay = np.exp(-t)
+        small = t < 1e-5
+        safe = np.where(small, 1.0, t)
+        c = np.where(small, 1.0 - t / 2, -np.expm1(-safe) / safe)
+        dc_dt = np.where(small, -0.5 + t / 3, (decay - c) / safe)
+        return S, c, dc_dt * t / np.maximum(S, 1e-300)
+
+    def _overdispersion(self, x, variance):
+        """``phi = (1 + phi_m) exp(-Sigma_gg) - 1``, without cancellation."""
+        return np.expm1(np.log1p(np.exp(-x.log_r)) - variance)
+
+    def expand(self, x):
+        """Coordinates to parameters."""
+        S, c, _ = self._saturation(x)
+        variance = c * S
+        log_r = x.log_r
+        if self.couple_dispersion:
+            log_r = -np.log(np.maximum(self._overdispersion(x, variance), 1e-12))
+        return Parameters(
+            x.mean - variance / 2,
+            np.sqrt(c)[:, None] * x.loadings,
+            x.log_noise + np.log(c),
+            log_r,
+        )
+
+    def pull_back(self, x, params, grad):
+        """Gradient in the coordinates: the chain rule through Sigma_gg."""
+        _, c, dc_dS = self._saturation(x)
+        by_variance = -0.5 * grad.mean
+        by_log_r = grad.log_r
+        if self.couple_dispersion:
+            phi = np.exp(-params.log_r)
+            # d log r / d Sigma_gg = (1 + phi) / phi; the marginal overdispersion is frozen
+            by_variance = by_variance + grad.log_r * (1.0 + phi) / phi
+            by_log_r = np.zeros_like(grad.log_r)
+        loadings = grad.loadings + 2.0 * by_variance[:, None] * params.loadings
+        noise = grad.noise + by_variance
+        # through c: loadings = sqrt(c) w, d = c exp(log_noise)
+        by_c = np.sum(loadings * x.loadings, 1) / (2.0 * np.sqrt(c)) + noise * x.noise
+        return Parameters(
+            grad.mean,
+            np.sqrt(c)[:, None] * loadings + 2.0 * (by_c * dc_dS)[:, None] * x.loadings,
+            x.noise * (c * noise + by_c * dc_dS),
+            by_log_r,
+        )
+
+
+class Objective:
+    """Log-posterior of the globals, by one pass over the cells.
+
+    Parameters
+    ----------
+    sweep : callable
+        Maps (mean, loadings, noise, phi) to `BatchSums`.
+    histogram : CountHistogram
+    prior_mean, prior_log_r : GaussianPrior
+        Priors of the coordinates ``mean`` and ``log_r``.
+    coupling : Identity or MarginalCoupling
+    weak_log_r : GaussianPrior
+        Prior of the model's own ``log r``, whatever the coordinates.
+    """
+
+    def __init__(self, sweep, histogram, prior_mean, prior_log_r, coupling=None, weak_log_r=None):
+        self.sweep = sweep
+        self.histogram = histogram
+        self.prior_mean: GaussianPrior = prior_mean
+        self.prior_log_r: GaussianPrior = prior_log_r
+        self.coupling = coupling if coupling is not None else Identity()
+        self.weak_log_r = (
+            weak_log_r if weak_log_r is not None else GaussianPrior.flat(histogram.n_genes)
+        )
+
+    def natural_gradient(self, params):
+        """Log-likelihood, gradient in the model's parameters, and the sums behind it."""
+        sums = self.sweep(*params.natural())
+        r = np.exp(params.log_r)
+        constants = float(np.sum(self.histogram.constants(r))) - self.histogram.log_factorials
+        first, second = self.histogram.constant_derivatives(r)
+        genes = sums.genes
+        grad = NaturalGradient(
+            genes.gradient_mean,
+            genes.gradient_loadings,
+            genes.gradient_noise,
+            genes.gradient_log_r + first,
+        )
+        return float(sums.log_marginal) + constants, grad, sums, genes.information_log_r - second
+
+    def __call__(self, x):
+        """The `Point` at coordinates x."""
+        params = self.coupling.expand(x)
+        value, natural, sums, information_log_r = self.natural_gradient(params)
+        natural = natural._replace(log_r=natural.log_r + self.weak_log_r.gradient(params.log_r))
+        value += self.weak_log_r.log_density(params.log_r)
+        grad = self.coupling.pull_back(x, params, natural)
+        moments = sums.genes.moments.copy()
+        moments[:, 0] += self.prior_mean.precision
+        return Point(
+            x,
+            value + self.prior_mean.log_density(x.mean) + self.prior_log_r.log_density(x.log_r),
+            Gradients(
+                grad.mean + self.prior_mean.gradient(x.mean),
+                grad.loadings,
+                grad.log_noise,
+                grad.log_r + self.prior_log_r.gradient(x.log_r),
+                moments,
+                params.noise**2 * sums.genes.information_noise,
+                information_log_r + self.prior_log_r.precision + self.weak_log_r.precision,
+                float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
+            ),
+            int(sums.n_unconverged),
+        )

@@ -1,0 +1,65 @@
+r"""Start values of the loadings from the moments of the scores at the independent-gene fit.
+
+With the score ``g_cg = u - (u + r) p`` and the expected information ``i_cg = m r / (m + r)`` at the
+fitted means, and ``q_g = sqrt(mean_c i_cg^2)``, the off-diagonal entries of ``B' B / n`` with
+``B = g / q`` estimate those of ``Sigma``. Its leading eigenpairs, less the share of the noise in
+each eigenvalue, start the loadings.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .likelihood import channel_terms
+
+_OVERSAMPLING = 8
+_POWER_ITERATIONS = 4
+
+
+def _scores_and_information(cells, mean, phi):
+    terms = channel_terms(cells.counts, mean[None, :] - cells.offset[:, None], phi[None, :])
+    weight = cells.weight[:, None]
+    return weight * terms.gradient, weight * terms.rate / (1.0 + terms.odds)
+
+
+@jax.jit
+def information_sums(cells, mean, phi):
+    """Sums over cells of the expected information and of its square, two arrays (n_genes,)."""
+    _, information = _scores_and_information(cells, mean, phi)
+    return jnp.sum(information, 0), jnp.sum(information**2, 0)
+
+
+@jax.jit
+def score_product(cells, mean, phi, q, omega):
+    """``B' B omega`` summed over the batch, (n_genes, n_columns)."""
+    gradient, _ = _scores_and_information(cells, mean, phi)
+    B = gradient / q[None, :]
+    return B.T @ (B @ omega)
+
+
+def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
+    """Leading loadings, (n_genes, k), columns by descending norm.
+
+    Parameters
+    ----------
+    sum_over_batches : callable
+        ``sum_over_batches(function, *args)`` sums ``function(cells, mean, phi, *args)`` over the
+        batches; ``cells.offset`` holds known capture offsets.
+    n_cells, n_genes, k : int
+    rng : RandomState
+        For the range finder of the randomized eigendecomposition.
+    """
+    if k == 0:
+        return np.zeros((n_genes, 0))
+    total, squares = sum_over_batches(information_sums)
+    q = np.sqrt(np.maximum(squares / n_cells, 1e-12))
+    noise = total / n_cells / q**2
+    columns = min(k + _OVERSAMPLING, n_genes)
+    basis = np.linalg.qr(rng.standard_normal((n_genes, columns)))[0]
+    for _ in range(_POWER_ITERATIONS):
+        basis = np.linalg.qr(sum_over_batches(score_product, q, basis))[0]
+    small = basis.T @ sum_over_batches(score_product, q, basis) / n_cells
+    values, vectors = np.linalg.eigh((small + small.T) / 2)
+    values, vectors = values[::-1][:k], basis @ vectors[:, ::-1][:, :k]
+    share = (vectors**2).T @ noise
+    return vectors * np.sqrt(np.maximum(values - share, np.maximum(values, 0.0) / 20.0))[None, :]

@@ -1,0 +1,133 @@
+r"""One update of the global parameters from the sums over cells.
+
+Given the posterior of the scores, the working response of gene g has variance ``1/b``, so
+``(mu_g, w_g)`` solve a weighted least squares with matrix ``A_g = sum_c b_cg E[(1, z)(1, z)']``. The
+step taken here is ``A_g^{-1}`` times the *exact* gradient of the Laplace marginal: without the
+implicit terms it is the expectation-maximization step, with them its fixed point is the optimum of
+the objective. ``log d`` takes a Fisher-scoring step, ``log r`` a Newton step.
+
+Plain NumPy: this works on arrays with one row per gene, never on cells.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .lowrank import triangle
+
+LOG_NOISE_RANGE = (np.log(1e-6), np.log(50.0))
+LOG_DISPERSION_RANGE = (np.log(1e-5), np.log(1e9))
+_MAX_LOG_STEP = 1.0
+
+
+class Parameters(NamedTuple):
+    """Global parameters in the coordinates in which steps are taken.
+
+    ``log_noise`` may be -inf (no gene-specific noise) and ``log_r`` +inf (Poisson) where they are
+    not free.
+    """
+
+    mean: np.ndarray  # (n_genes,)
+    loadings: np.ndarray  # (n_genes, k)
+    log_noise: np.ndarray  # (n_genes,)
+    log_r: np.ndarray  # (n_genes,)
+
+    @property
+    def noise(self):
+        """Noise variance d of the log-rates."""
+        return np.exp(self.log_noise)
+
+    def natural(self):
+        """Arguments of the cell solver: mean, loadings, noise variance d, overdispersion 1/r."""
+        return self.mean, self.loadings, self.noise, np.exp(-self.log_r)
+
+    def moved(self, step, length):
+        """These parameters after ``length`` times a step, inside the ranges of the scales."""
+        out = [a + length * s for a, s in zip(self, step, strict=True)]
+        out[2] = _clipped(self.log_noise, out[2], LOG_NOISE_RANGE)
+        out[3] = _clipped(self.log_r, out[3], LOG_DISPERSION_RANGE)
+        return Parameters(*out)
+
+
+def _clipped(old, new, limits):
+    return np.where(np.isfinite(old), np.clip(new, *limits), old)
+
+
+class GaussianPrior(NamedTuple):
+    """Independent Gaussian priors; precision 0 is no prior."""
+
+    loc: np.ndarray
+    precision: np.ndarray
+
+    @classmethod
+    def flat(cls, n):
+        """No prior on any of n parameters."""
+        return cls(np.zeros(n), np.zeros(n))
+
+    def log_density(self, x):
+        """Without the normalizing constant, which does not depend on x."""
+        return 0.5 * float(np.sum(self.gradient(x) * self._residual(x)))
+
+    def gradient(self, x):
+        """Of the log-density."""
+        return -self.precision * self._residual(x)
+
+    def _residual(self, x):
+        # x may be infinite where there is no prior
+        return np.where(self.precision > 0, x, self.loc) - self.loc
+
+
+class Gradients(NamedTuple):
+    """Gradient of the log-posterior in `Parameters`, with what preconditions it."""
+
+    mean: np.ndarray
+    loadings: np.ndarray
+    log_noise: np.ndarray
+    log_r: np.ndarray
+    moments: np.ndarray
+    information_log_noise: np.ndarray
+    information_log_r: np.ndarray
+    information_shift: float
+
+
+def least_squares_matrix(moments, k):
+    """Unpack the sums of b [1 z][1 z]' to (n_genes, k + 1, k + 1)."""
+    n_genes = moments.shape[0]
+    A = np.empty((n_genes, k + 1, k + 1))
+    A[:, 0, 0] = moments[:, 0]
+    A[:, 0, 1:] = A[:, 1:, 0] = moments[:, 1 : k + 1]
+    A[:, 1:, 1:] = moments[:, k + 1 :][:, triangle(k)[2]]
+    return A
+
+
+def regression_step(grad, free_mean, free_loadings):
+    """``A_g^{-1} gradient`` for (mu_g, w_g), with what is frozen left out of the system."""
+    k = grad.loadings.shape[1]
+    if not (free_mean or (free_loadings and k)):
+        return np.zeros_like(grad.mean), np.zeros_like(grad.loadings)
+    keep = np.r_[free_mean, np.full(k, free_loadings)]
+    A = least_squares_matrix(grad.moments, k)[:, keep][:, :, keep]
+    rhs = np.concatenate([grad.mean[:, None], grad.loadings], 1)[:, keep]
+    diagonal = np.einsum("gii->gi", A)
+    diagonal += 1e-10 * diagonal.mean(1, keepdims=True) + 1e-300
+    step = np.zeros((grad.mean.size, k + 1))
+    step[:, keep] = np.linalg.solve(A, rhs[:, :, None])[:, :, 0]
+    return step[:, 0], step[:, 1:]
+
+
+def shift_step(grad):
+    """Newton step of a common shift of all log-rates, beyond what the regression takes of it.
+
+    With free capture offsets a shift of ``mu`` is nearly undone by the offsets, so that its
+    information is far below what the regression assumes.
+    """
+    information, assumed = grad.information_shift, float(grad.moments[:, 0].sum())
+    if not 0 < information < assumed:
+        return 0.0
+    return float(np.sum(grad.mean)) / information * (1.0 - information / assumed)
+
+
+def scale_step(gradient, information):
+    """Damped Newton step of logarithms of scales."""
+    floor = 1e-8 + 0.1 * np.abs(gradient)
+    return np.clip(gradient / np.maximum(information, floor), -_MAX_LOG_STEP, _MAX_LOG_STEP)

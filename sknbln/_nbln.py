@@ -1,0 +1,534 @@
+"""NBLNEstimator: the negative binomial log-normal factor model."""
+
+import warnings
+from numbers import Integral, Real
+
+import numpy as np
+from scipy.special import gammaln, logsumexp
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    _fit_context,
+)
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+
+from . import _capture, _cascade
+from ._jax import RowBatches, Sweeper, solve_rows, sum_over_batches
+from ._laplace.driver import Free, ascend
+from ._laplace.likelihood import CountHistogram
+from ._laplace.objective import Identity, MarginalCoupling, Objective
+from ._laplace.start import loadings_from_scores
+from ._laplace.sweeps import GaussianPrior, Parameters
+from ._nbvcp import CountModelMixin, NBVCPEstimator, weak_dispersion_prior
+from ._validation import validate_counts
+
+_START_NOISE = 0.05
+_DEFAULT_FREEZE = ("r", "eta")
+
+
+class NBLNEstimator(
+    ClassNamePrefixFeaturesOutMixin, CountModelMixin, TransformerMixin, BaseEstimator
+):
+    r"""Negative binomial log-normal factor model of counts.
+
+    .. math:: x_c \sim N(\mu, \Sigma), \quad \Sigma = W W' + \mathrm{diag}(d), \qquad
+              u_{cg} \sim NB(\mathrm{mean} = e^{x_{cg} - \eta_c}, \mathrm{size} = r_g)
+
+    Parameters
+    ----------
+    latent_dim : int, default=8
+        Number of factors k, the columns of W.
+    informative_prior_estimator : NBVCPEstimator or None, default=None
+        The source of the cascade. A fitted one is used as it is; an unfitted one is cloned and fitted
+        on the same rows; ``sklearn.frozen.FrozenEstimator(fitted)`` is used as it is under
+        cross-validation too. None fits an `NBVCPEstimator` with the same `capture_efficiency`,
+        `batch_size` and seed.
+    informative_priors_freeze : tuple or list of str, default=("r", "eta")
+        Parameters that are held at the source's values: ``"r"`` (or ``"dispersion"``), ``"mu"``
+        (``"expression"``, ``"mean_expression"``), ``"eta"`` (``"capture_efficiency"``). What is not frozen
+        is refined under a Gaussian prior from the source's posterior.
+    informative_priors_tau : float, default=1.0
+        Factor of the scales of those priors; ``inf`` removes them (the capture offset keeps its
+        capture prior).
+    informative_priors_n_samples : int, default=1000
+        Posterior draws that the priors are matched to.
+    cascade : {"parameter", "marginal"}, default="parameter"
+        What the source's r and mu stand for. ``"parameter"``: the model's own r and mu, literally; the
+        overdispersion that the source saw is then counted twice, in r and in Sigma. ``"marginal"``:
+        each gene's marginal mean and, where r is frozen, marginal overdispersion; Sigma takes its
+        share: ``mu = log m - Sigma_gg/2``, ``1/r = (1 + 1/r_source) exp(-Sigma_gg) - 1``.
+    observation : {"nb", "poisson", "multinomial"}, default="nb"
+        The count channel. ``"poisson"`` is the Poisson log-normal model (r = inf); ``"multinomial"`` the
+        logistic-normal multinomial: Poisson with a flat capture offset, its score conditional on the
+        row totals.
+    loadings_prior : {"none"}, default="none"
+        Prior of the loadings.
+    capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
+        As in `NBVCPEstimator`; ``"auto"`` takes the source's capture prior.
+    max_iter : int, default=200
+        Sweeps over the data at most.
+    tol : float, default=1e-3
+        The fit stops when two sweeps in a row each gain less than this, in nats per cell.
+    batch_size : int or None, default=None
+        Rows that are made dense at a time; it sets memory and no result.
+    memory : str, joblib.Memory or None, default=None
+        Caches the fit of an unfitted source, so that a grid search fits it once per fold.
+    random_state : int, RandomState instance or None, default=None
+        Of the source's fit, its posterior draws, and the range finder of the start.
+    verbose : int, default=0
+        1 reports each sweep.
+
+    Attributes
+    ----------
+    components_ : ndarray of shape (latent_dim_, n_genes)
+        W_perp', the loadings less their mean over genes, in their singular basis: rows orthogonal,
+        norms descending, the entry of largest magnitude of each row positive. Invariant under the
+        exchange of log-rate level and capture offset within a cell.
+    loadings_ : ndarray of shape (n_genes, latent_dim_)
+        W itself in the same basis; depends on how the level of a cell is split between log-rate and
+        capture.
+    mean_ : ndarray of shape (n_genes,)
+        Mean log-rates mu, nats.
+    noise_variance_ : ndarray of shape (n_genes,)
+        d, nats squared.
+    dispersion_ : ndarray of shape (n_genes,)
+        r; inf for Poisson channels.
+    capture_offset_ : ndarray of shape (n_cells,)
+        Capture offset eta of the training rows, nats, >= 0.
+    capture_prior_ : tuple (log_M0, sigma_M) or None
+        Capture prior of the held-out score.
+    frozen_params_ : tuple of str
+        Canonical names of what was frozen.
+    informative_prior_estimator_ : NBVCPEstimator
+        The fitted source that was used.
+    latent_dim_ : int
+        latent_dim, at most min(n_cells, n_genes).
+    objective_history_ : ndarray of shape (n_iter_ + 1,)
+        Log-posterior per cell, from the start on; never falls.
+    n_iter_ : int
+        Sweeps done.
+    converged_ : bool
+        Whether the tolerance was met and every cell's mode was found.
+    n_features_in_ : int
+        Number of genes.
+    feature_names_in_ : ndarray of shape (n_genes,)
+        Gene names, where X has names that are all strings.
+
+    See Also
+    --------
+    NBVCPEstimator : The model without correlation; source of the cascade.
+
+    Notes
+    -----
+    The log-rates are integrated by Laplace's method; the globals maximize the resulting marginal
+    likelihood by its exact gradient, preconditioned by the least squares of each gene on the scores.
+    A sweep costs about ``n_cells n_genes latent_dim^2`` operations, memory is one batch of rows.
+
+    Examples
+    --------
+    >>> from sknbln import NBLNEstimator
+    >>> from sknbln.datasets import make_nbln_counts
+    >>> sim = make_nbln_counts(n_cells=200, n_genes=30, n_factors=2, random_state=0)
+    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(sim.data)
+    >>> model.transform(sim.data).shape
+    (200, 2)
+    >>> model.components_.shape
+    (2, 30)
+    """
+
+    _parameter_constraints: dict = {
+        "latent_dim": [Interval(Integral, 1, None, closed="left")],
+        "informative_prior_estimator": [HasMethods(["fit", "transform"]), None],
+        "informative_priors_freeze": "no_validation",  # _cascade.canonical_freeze
+        "informative_priors_tau": [Interval(Real, 0, None, closed="right")],
+        "informative_priors_n_samples": [Interval(Integral, 2, None, closed="left")],
+        "cascade": [StrOptions({"parameter", "marginal"})],
+        "observation": [StrOptions({"nb", "poisson", "multinomial"})],
+        "loadings_prior": [StrOptions({"none"})],
+        "capture_efficiency": NBVCPEstimator._parameter_constraints["capture_efficiency"],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), None],
+        "memory": [str, HasMethods(["cache"]), None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        latent_dim=8,
+        *,
+        informative_prior_estimator=None,
+        informative_priors_freeze=_DEFAULT_FREEZE,
+        informative_priors_tau=1.0,
+        informative_priors_n_samples=1000,
+        cascade="parameter",
+        observation="nb",
+        loadings_prior="none",
+        capture_efficiency="auto",
+        max_iter=200,
+        tol=1e-3,
+        batch_size=None,
+        memory=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.latent_dim = latent_dim
+        self.informative_prior_estimator = informative_prior_estimator
+        self.informative_priors_freeze = informative_priors_freeze
+        self.informative_priors_tau = informative_priors_tau
+        self.informative_priors_n_samples = informative_priors_n_samples
+        self.cascade = cascade
+        self.observation = observation
+        self.loadings_prior = loadings_prior
+        self.capture_efficiency = capture_efficiency
+        self.max_iter = max_iter
+        self.tol = tol
+        self.batch_size = batch_size
+        self.memory = memory
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # ------------------------------------------------------------------ fit
+
+    # informative_prior_estimator is validated when it is fitted
+    @_fit_context(prefer_skip_nested_validation=False)
+    def fit(self, X, y=None):
+        """Fit the model to counts.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+        y : Ignored
+            Present for scikit-learn's conventions.
+
+        Returns
+        -------
+        self : object
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            For counts that are negative or not finite, an unknown freeze name, and genes that the source
+            does not have.
+        TypeError
+            When `informative_prior_estimator` is not an NBVCPEstimator.
+
+        Warns
+        -----
+        ConvergenceWarning
+            When `max_iter` sweeps did not meet `tol`, or when cells' modes were not found.
+        """
+        frozen = self._frozen()
+        source = self.informative_prior_estimator
+        if source is None:
+            source = NBVCPEstimator(
+                capture_efficiency=self.capture_efficiency,
+                batch_size=self.batch_size,
+                random_state=self.random_state,
+                verbose=self.verbose,
+            )
+        # a source that is fitted here says what there is to say of fractional counts
+        given, X = (
+            X,
+            validate_counts(self, X, reset=True, warn_fractional=not _cascade.needs_fit(source)),
+        )
+        rng = check_random_state(self.random_state)
+        source = _cascade.fitted_source(
+            source, given if hasattr(self, "feature_names_in_") else X, self.memory
+        )
+        matched = _cascade.matched_to_genes(
+            source, X.shape[1], getattr(self, "feature_names_in_", None)
+        )
+        if self.capture_efficiency == "auto":
+            capture_prior = source.capture_prior_
+        else:
+            capture_prior = _capture.resolve(self.capture_efficiency, X)
+
+        # nothing of the estimator's fitted state is written before the fit has ended
+        fit = _Fit(self, matched, frozen, capture_prior, X, rng)
+        outcome = fit.run()
+        params = fit.objective.coupling.expand(outcome.params)
+        self.informative_prior_estimator_ = source
+        self._source = matched
+        self.capture_prior_ = capture_prior
+        self.frozen_params_ = frozen
+        self.mean_ = params.mean
+        self.noise_variance_ = params.noise
+        self.dispersion_ = np.exp(params.log_r)
+        if fit.keeps_dispersion:
+            self.dispersion_ = matched.dispersion_.copy()
+        if fit.keeps_mean:
+            self.mean_ = np.log(matched.mean_)
+        self.loadings_, self.components_ = singular_basis(params.loadings)
+        self.latent_dim_ = self.components_.shape[0]
+        self._n_features_out = self.latent_dim_
+        self.objective_history_ = np.asarray(outcome.history)
+        self.n_iter_ = outcome.n_iter
+        self.converged_ = bool(outcome.converged and outcome.n_unconverged == 0)
+        self.capture_offset_ = np.maximum(self._solve(X)["offset"], 0.0)
+        self._warn_unless_converged(outcome, X.shape[0])
+        return self
+
+    def _frozen(self):
+        frozen = _cascade.canonical_freeze(self.informative_priors_freeze)
+        if self.observation == "nb":
+            return frozen
+        if "r" in frozen and frozen != _DEFAULT_FREEZE:
+            raise ValueError(
+                f"informative_priors_freeze={self.informative_priors_freeze!r} freezes the dispersion, which "
+                f"observation={self.observation!r} does not have. Leave 'r' out."
+            )
+        return tuple(name for name in frozen if name != "r")
+
+    def _warn_unless_converged(self, outcome, n_cells):
+        if not outcome.converged:
+            warnings.warn(
+                f"NBLNEstimator did not converge: {outcome.reason}; the last one gained {outcome.gain:.2g} "
+                f"nats per cell, tol={self.tol:g}. Increase max_iter or tol.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        if outcome.n_unconverged:
+            warnings.warn(
+                f"The mode of {outcome.n_unconverged} of {n_cells} cells was not found to tolerance in "
+                "the last sweep. Look for extreme counts in those rows.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+
+    # ------------------------------------------------------------------ rows
+
+    def _row_capture(self, X):
+        """Offset, scale and prior precision of each row: the same for training and new rows."""
+        return row_capture(
+            self._source,
+            X,
+            self.observation,
+            self.frozen_params_,
+            self.informative_priors_tau,
+            self.capture_prior_,
+            self.mean_,
+        )
+
+    def _globals(self):
+        return self.mean_, self.loadings_, self.noise_variance_, 1.0 / self.dispersion_
+
+    def _solve(self, X):
+        batches = RowBatches(X, *self._row_capture(X), batch_size=self.batch_size)
+        return solve_rows(batches, *self._globals())
+
+    def transform(self, X):
+        """Posterior mean of the factor scores, in the basis of `components_`.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts; training rows and new rows are treated alike.
+
+        Returns
+        -------
+        ndarray of shape (n_cells, latent_dim_)
+            Standardized scores (a priori standard normal).
+        """
+        return self._solve(self._validated(X))["scores"]
+
+    def score_samples(self, X):
+        """Laplace marginal log-likelihood of each row.
+
+        Log-rates and capture offset are both integrated, the offset under the capture prior whatever
+        was frozen, constants included: the numbers compare between estimators, freeze sets, channels
+        and latent dimensions. For ``observation="multinomial"`` they are conditional on the row's total.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+
+        Returns
+        -------
+        ndarray of shape (n_cells,)
+            Nats.
+        """
+        X = self._validated(X)
+        mean, loadings, noise, _ = self._globals()
+        if self.observation == "multinomial":
+            return self._multinomial_score(X)
+        return _capture.score_rows(
+            X, mean, loadings, noise, self.dispersion_, self.capture_prior_, self.batch_size
+        )
+
+    def _multinomial_score(self, X):
+        r"""``log p(u | total)``: a Poisson total with a flat log-rate has density 1/total.
+
+        Laplace's method on the offset alone is Stirling's formula of Gamma(total); its error is known
+        and taken out, so that the score is exact as Sigma -> 0.
+        """
+        totals = _capture.library_sizes(X)
+        some = totals > 0
+        n = totals[some]
+        value = np.zeros(X.shape[0])
+        stirling = gammaln(n) - (0.5 * np.log(2 * np.pi / n) + n * np.log(n) - n)
+        constants = _capture.row_constants(X[some], self.dispersion_)
+        value[some] = (
+            self._solve(X)["log_marginal"][some]
+            + constants
+            + 0.5 * np.log(2 * np.pi)
+            + np.log(n)
+            + stirling
+        )
+        return value
+
+    # ------------------------------------------------------------------ covariance
+
+    def get_covariance(self):
+        """Covariance of the log-rates, ``W W' + diag(d)``.
+
+        Returns
+        -------
+        ndarray of shape (n_genes, n_genes)
+        """
+        check_is_fitted(self)
+        return self.loadings_ @ self.loadings_.T + np.diag(self.noise_variance_)
+
+    def get_precision(self):
+        """Inverse of :meth:`get_covariance`, by the Woodbury identity.
+
+        Returns
+        -------
+        ndarray of shape (n_genes, n_genes)
+        """
+        check_is_fitted(self)
+        scaled = self.loadings_ / self.noise_variance_[:, None]
+        inner = np.eye(self.latent_dim_) + self.loadings_.T @ scaled
+        return np.diag(1 / self.noise_variance_) - scaled @ np.linalg.solve(inner, scaled.T)
+
+    def get_correlation(self):
+        """Compositional correlation of the log-rates: of ``P Sigma P``, ``P = I - 11'/G``.
+
+        Invariant under the exchange of level and capture offset within a cell.
+
+        Returns
+        -------
+        ndarray of shape (n_genes, n_genes)
+        """
+        covariance = self.get_covariance()
+        covariance = covariance - covariance.mean(0)
+        covariance = covariance - covariance.mean(1, keepdims=True)
+        sd = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
+        correlation = covariance / sd[:, None] / sd[None, :]
+        np.fill_diagonal(correlation, 1.0)
+        return correlation
+
+
+def singular_basis(loadings):
+    """W in the singular basis of W_perp, (n_genes, k), and components W_perp', (k, n_genes)."""
+    centred = loadings - loadings.mean(0)
+    _, _, Vt = np.linalg.svd(centred, full_matrices=False)
+    if Vt.shape[0] < loadings.shape[1]:  # fewer genes than factors: complete the basis
+        Vt = np.linalg.svd(centred, full_matrices=True)[2]
+    rotated = centred @ Vt.T
+    largest = rotated[np.argmax(np.abs(rotated), 0), np.arange(rotated.shape[1])]
+    sign = np.where(largest < 0, -1.0, 1.0)
+    return loadings @ Vt.T * sign, np.ascontiguousarray((rotated * sign).T)
+
+
+def row_capture(source, X, observation, frozen, tau, capture_prior, mean):
+    """Offset, scale and precision of each row's capture in the NBLN model."""
+    if observation != "multinomial":
+        offset, scale = _cascade.row_offsets(
+            source, X, frozen="eta" in frozen, tau=tau, capture_prior=capture_prior
+        )
+        return offset, scale, np.ones(X.shape[0])
+    # flat, around the offset that explains the total; a row without counts has nothing to explain
+    totals = _capture.library_sizes(X)
+    some = totals > 0
+    offset = np.where(some, logsumexp(mean) - np.log(np.where(some, totals, 1.0)), 0.0)
+    return offset, some.astype(float), np.where(some, 0.0, 1.0)
+
+
+class _Fit:
+    """One fit: what is free, under which priors, from which start."""
+
+    def __init__(self, estimator, source, frozen, capture_prior, X, rng):
+        self.estimator, self.X = estimator, X
+        n_cells, n_genes = X.shape
+        k = min(estimator.latent_dim, n_cells, n_genes)
+        coupled = estimator.cascade == "marginal"
+        negative_binomial = estimator.observation == "nb"
+        self.keeps_dispersion = "r" in frozen and not coupled
+        self.keeps_mean = "mu" in frozen and not coupled
+        self.free = Free(
+            mean="mu" not in frozen,
+            loadings=True,
+            log_noise=True,
+            log_r=negative_binomial and "r" not in frozen,
+        )
+        flat = GaussianPrior.flat(n_genes)
+        priors = _cascade.SoftPriors(flat, flat)
+        if self.free.mean or self.free.log_r:
+            priors = _cascade.soft_priors(
+                source,
+                estimator.informative_priors_tau,
+                estimator.informative_priors_n_samples,
+                rng,
+            )
+        log_mean = np.log(source.mean_)
+        log_r = np.log(source.dispersion_) if negative_binomial else np.full(n_genes, np.inf)
+        offset = source._offsets(X).loc
+        known = RowBatches(X, offset, np.zeros(n_cells), batch_size=estimator.batch_size)
+        loadings = loadings_from_scores(
+            sum_over_batches(known, log_mean, np.exp(-log_r)), n_cells, n_genes, k, rng
+        )
+        share = 0.5 * (np.sum(loadings**2, 1) + _START_NOISE)
+        self.start = Parameters(
+            log_mean - share if self.free.mean and not coupled else log_mean,
+            loadings,
+            np.full(n_genes, np.log(_START_NOISE)),
+            log_r,
+        )
+        rows = row_capture(
+            source,
+            X,
+            estimator.observation,
+            frozen,
+            estimator.informative_priors_tau,
+            capture_prior,
+            log_mean,
+        )
+        batches = RowBatches(X, *rows, batch_size=estimator.batch_size)
+        self.objective = Objective(
+            Sweeper(batches, k),
+            CountHistogram(X),
+            priors.log_mean if self.free.mean else flat,
+            priors.log_r if self.free.log_r else flat,
+            MarginalCoupling("r" in frozen) if coupled else Identity(),
+            weak_dispersion_prior(n_genes),
+        )
+
+    def run(self):
+        """Maximize the objective."""
+        estimator = self.estimator
+        n_cells = self.X.shape[0]
+
+        def report(iteration, point):
+            print(
+                f"[NBLNEstimator] sweep {iteration}: {point.value / n_cells:.4f} nats per cell",
+                flush=True,
+            )
+
+        return ascend(
+            self.objective,
+            self.start,
+            self.free,
+            n_cells=n_cells,
+            tol=estimator.tol,
+            max_iter=estimator.max_iter,
+            report=report if estimator.verbose else None,
+        )

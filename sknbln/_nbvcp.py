@@ -1,0 +1,411 @@
+"""NBVCPEstimator: independent genes, negative binomial counts, a capture probability per cell."""
+
+import warnings
+from numbers import Integral, Real
+
+import numpy as np
+from scipy.stats import truncnorm
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, _fit_context
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils import Bunch, check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted
+
+from . import _capture, _svi
+from ._jax import RowBatches, Sweeper, solve_rows
+from ._laplace.driver import Free, ascend
+from ._laplace.likelihood import CountHistogram
+from ._laplace.objective import Objective
+from ._laplace.sweeps import GaussianPrior, Parameters
+from ._validation import validate_counts
+
+#: standard deviation of the normal prior of log m, around the genes' average
+LOG_MEAN_PRIOR_SCALE = 4.0
+#: location and standard deviation of the normal prior of log r
+LOG_DISPERSION_PRIOR = (2.0, 1.0)
+_MAP_TOL = 1e-7
+_MAP_MAX_ITER = 100
+_PIN_ROUNDS = 3
+
+
+def weak_dispersion_prior(n_genes):
+    """The prior of log r that keeps genes with little information finite."""
+    loc, scale = LOG_DISPERSION_PRIOR
+    return GaussianPrior(np.full(n_genes, loc), np.full(n_genes, scale**-2.0))
+
+
+class CountModelMixin:
+    """What both estimators share: tags, the held-out score."""
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.input_tags.positive_only = True
+        return tags
+
+    def _validated(self, X):
+        check_is_fitted(self)
+        return validate_counts(self, X, reset=False)
+
+    def score(self, X, y=None):
+        """Mean over rows of :meth:`score_samples`; higher is better.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+        y : Ignored
+            Present for scikit-learn's conventions.
+
+        Returns
+        -------
+        float
+            Nats per cell.
+        """
+        return float(np.mean(self.score_samples(X)))
+
+
+class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, BaseEstimator):
+    r"""Negative binomial with a capture probability per cell; genes are independent.
+
+    .. math:: u_{cg} \sim NB(\mathrm{mean} = m_g e^{-\eta_c}, \mathrm{size} = r_g), \qquad
+              \mathrm{variance} = \mathrm{mean} + \mathrm{mean}^2 / r_g
+
+    ``exp(-eta_c)`` is the capture probability of cell c, with the prior ``eta_c ~ TruncNormal(log M0 -
+    log L_c, sigma_M, low=0)``, ``L_c`` the cell's library size (its row total) and ``M0`` the prior total
+    mRNA of a cell. Weak priors keep every gene finite: ``log m_g`` is normal around the genes' average
+    with standard deviation 4, ``log r_g`` is normal(2, 1).
+
+    Parameters
+    ----------
+    capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
+        The pair ``(log_M0, sigma_M)``. An organism's name stands for a known M0 (human and mouse
+        200,000; yeast 60,000; ecoli 3,000) with sigma 0.5. ``"auto"`` takes sigma 0.5 and log M0 =
+        log(largest library) + 3 sigma, so that the truncation never bites. ``None`` means no capture
+        model: eta = 0.
+    n_steps : int, default=1000
+        Steps of stochastic variational inference at most.
+    learning_rate : float, default=0.02
+        Of Adam, in units of posterior standard deviations.
+    tol : float, default=1e-3
+        The variational fit stops when 50 steps raise the smoothed ELBO by less than this, in nats per
+        cell, or by less than its noise.
+    n_posterior_samples : int, default=1000
+        Default number of draws of :meth:`sample_posterior`.
+    batch_size : int or None, default=None
+        Rows that are made dense at a time; it sets memory and no result. None chooses by the number of
+        genes.
+    random_state : int, RandomState instance or None, default=None
+        Of the variational fit.
+    verbose : int, default=0
+        1 reports progress.
+
+    Attributes
+    ----------
+    mean_ : ndarray of shape (n_genes,)
+        Biological mean expression m_g: expected counts at full capture (posterior median).
+    dispersion_ : ndarray of shape (n_genes,)
+        Dispersion (size) r_g (posterior median).
+    capture_offset_ : ndarray of shape (n_cells,)
+        Capture offset eta_c of the training rows, in nats: the mode given ``mean_`` and
+        ``dispersion_``. The capture probability is ``exp(-capture_offset_)``.
+    capture_prior_ : tuple (log_M0, sigma_M) or None
+        The capture prior that was used.
+    loss_curve_ : ndarray of shape (n_iter_,)
+        Minus the ELBO per step, nats per cell.
+    n_iter_ : int
+        Variational steps done.
+    converged_ : bool
+        Whether both stages, the maximum a posteriori and the ELBO, met their tolerances.
+    n_features_in_ : int
+        Number of genes.
+    feature_names_in_ : ndarray of shape (n_genes,)
+        Gene names, where X has names that are all strings.
+
+    See Also
+    --------
+    NBLNEstimator : Correlated genes; takes this estimator fitted as its source.
+
+    Notes
+    -----
+    The maximum a posteriori (capture offsets integrated by Laplace's method) is found first, in a few
+    passes; a mean-field guide started there is then fitted by NumPyro's stochastic variational
+    inference. Memory is that of one batch plus the sparse matrix.
+
+    Examples
+    --------
+    >>> from sknbln import NBVCPEstimator
+    >>> from sknbln.datasets import make_nbvcp_counts
+    >>> sim = make_nbvcp_counts(n_cells=200, n_genes=30, random_state=0)
+    >>> model = NBVCPEstimator(random_state=0).fit(sim.data)
+    >>> model.transform(sim.data).shape
+    (200, 30)
+    """
+
+    _parameter_constraints: dict = {
+        "capture_efficiency": [StrOptions({"auto", *_capture.ORGANISMS}), tuple, list, None],
+        "n_steps": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "tol": [Interval(Real, 0, None, closed="left")],
+        "n_posterior_samples": [Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), None],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    def __init__(
+        self,
+        *,
+        capture_efficiency="auto",
+        n_steps=1000,
+        learning_rate=0.02,
+        tol=1e-3,
+        n_posterior_samples=1000,
+        batch_size=None,
+        random_state=None,
+        verbose=0,
+    ):
+        self.capture_efficiency = capture_efficiency
+        self.n_steps = n_steps
+        self.learning_rate = learning_rate
+        self.tol = tol
+        self.n_posterior_samples = n_posterior_samples
+        self.batch_size = batch_size
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        """Fit the model to counts.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+        y : Ignored
+            Present for scikit-learn's conventions.
+
+        Returns
+        -------
+        self : object
+            The fitted estimator.
+
+        Raises
+        ------
+        ValueError
+            For counts that are negative or not finite, and for a `capture_efficiency` that is neither a
+            known name nor a pair of finite numbers with sigma_M > 0.
+
+        Warns
+        -----
+        ConvergenceWarning
+            When a stage did not meet its tolerance.
+        UserWarning
+            When counts are fractional, or when more than a few cells exceed M0.
+        """
+        X = validate_counts(self, X, reset=True)
+        rng = check_random_state(self.random_state)
+        prior = _capture.resolve(self.capture_efficiency, X)
+        _capture.warn_about_truncation(prior, X)
+        problem = _problem(X, prior)
+        outcome, point = self._maximum(X, problem)
+        start = self._curvature_guide(X, prior, point)
+        found = _svi.fit(
+            X,
+            problem,
+            start,
+            self._baseline(X, problem, point.params),
+            n_steps=self.n_steps,
+            learning_rate=self.learning_rate,
+            tol=self.tol,
+            rng=rng,
+            report=self._report("ELBO step") if self.verbose else None,
+        )
+        self.capture_prior_ = prior
+        self.mean_ = np.exp(found.guide.log_mean[0])
+        self.dispersion_ = np.exp(found.guide.log_dispersion[0])
+        self._guide = found.guide
+        self.capture_offset_ = self._offsets(X).loc
+        self.loss_curve_ = found.losses
+        self.n_iter_ = int(found.losses.size)
+        self.converged_ = bool(outcome.converged and found.converged)
+        for stage, result in (("maximum a posteriori", outcome), ("variational fit", found)):
+            if not result.converged:
+                warnings.warn(
+                    f"The {stage} of NBVCPEstimator did not converge: {result.reason}. Increase n_steps "
+                    "or tol.",
+                    ConvergenceWarning,
+                    stacklevel=2,
+                )
+        return self
+
+    def _report(self, what):
+        def report(step, value):
+            print(f"[NBVCPEstimator] {what} {step}: {value:.4f} nats per cell", flush=True)
+
+        return report
+
+    def _maximum(self, X, problem):
+        """Maximum of the posterior of log m and log r, the offsets integrated by Laplace."""
+        n_cells, n_genes = X.shape
+        offset, scale = (a.copy() for a in problem.row_prior)
+        if not np.any(scale):
+            scale = np.zeros(n_cells)
+        histogram = CountHistogram(X)
+        priors = [
+            GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)
+        ]
+        x = Parameters(
+            np.log(problem.column_totals + 0.5) - np.log(np.sum(np.exp(-offset))),
+            np.zeros((n_genes, 0)),
+            np.full(n_genes, -np.inf),
+            problem.dispersion_prior[0].copy(),
+        )
+        report = self._report("maximum a posteriori, sweep") if self.verbose else None
+        for _ in range(_PIN_ROUNDS):
+            sweeper = Sweeper(RowBatches(X, offset, scale, batch_size=self.batch_size), 0)
+            outcome = ascend(
+                Objective(sweeper, histogram, *priors),
+                x,
+                Free(mean=True, loadings=False, log_noise=False, log_r=True),
+                n_cells=n_cells,
+                tol=_MAP_TOL,
+                max_iter=_MAP_MAX_ITER,
+                report=None if report is None else lambda i, p: report(i, p.value / n_cells),
+            )
+            x = outcome.params
+            # the truncation of the offsets' prior: a mode below 0 is held at 0
+            below = (scale > 0) & (offset - scale * sweeper.scores[:, -1] < 0)
+            if not below.any():
+                break
+            offset[below] = scale[below] = 0.0
+        return outcome, Objective(sweeper, histogram, *priors)(x)
+
+    def _baseline(self, X, problem, x):
+        """Row parts of the log-likelihood that the variational fit estimates from minibatches."""
+        batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size)
+        return solve_rows(batches, *x.natural())["log_marginal"] - X @ x.mean
+
+    def _curvature_guide(self, X, prior, point):
+        """Normal posterior by the curvature at the maximum, one parameter at a time."""
+        x, grad = point.params, point.grad
+        log_mean = x.mean, 1 / np.sqrt(grad.moments[:, 0])
+        log_r = (
+            x.log_r,
+            1 / np.sqrt(np.maximum(grad.information_log_r, LOG_DISPERSION_PRIOR[1] ** -2)),
+        )
+        if prior is None:
+            return _svi.Guide(log_mean, log_r, None)
+        mean, loadings, noise, phi = x.natural()
+        offsets = _capture.offset_posterior(X, mean, loadings, noise, phi, prior, self.batch_size)
+        return _svi.Guide(log_mean, log_r, (offsets.raw_loc, offsets.scale))
+
+    def _globals(self):
+        """Arguments of the cell solver: no loadings, no noise beyond the counts'."""
+        n_genes = self.mean_.size
+        return (
+            np.log(self.mean_),
+            np.zeros((n_genes, 0)),
+            np.zeros(n_genes),
+            1.0 / self.dispersion_,
+        )
+
+    def _offsets(self, X):
+        """Posterior of the capture offsets of the rows of X given the globals."""
+        return _capture.offset_posterior(X, *self._globals(), self.capture_prior_, self.batch_size)
+
+    def transform(self, X):
+        """Denoised log-expression: log of the posterior mean of each biological rate.
+
+        Given the capture offset, the rate ``lambda_cg`` of gene g in cell c has a gamma posterior with
+        mean ``(r_g + u_cg) / (r_g / m_g + exp(-eta_c))``.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+
+        Returns
+        -------
+        ndarray of shape (n_cells, n_genes)
+            In nats (natural logarithm of expected counts at full capture).
+        """
+        X = self._validated(X)
+        capture = np.exp(-self._offsets(X).loc)
+        r = self.dispersion_
+        return np.log((r + X.toarray()) / (r / self.mean_ + capture[:, None]))
+
+    def score_samples(self, X):
+        """Log-likelihood of each row, its capture offset integrated under the capture prior.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+
+        Returns
+        -------
+        ndarray of shape (n_cells,)
+            Nats; constants included, so that scores compare between models.
+        """
+        X = self._validated(X)
+        mean, loadings, noise, _ = self._globals()
+        return _capture.score_rows(
+            X, mean, loadings, noise, self.dispersion_, self.capture_prior_, self.batch_size
+        )
+
+    def sample_posterior(self, n_samples=None, X=None, *, random_state=None):
+        """Draws from the posterior.
+
+        Parameters
+        ----------
+        n_samples : int or None, default=None
+            None takes ``n_posterior_samples``.
+        X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
+            Rows whose offsets are drawn, by their one-dimensional problem given the globals. None draws
+            those of the training rows from the variational posterior.
+        random_state : int, RandomState instance or None, default=None
+            None takes the estimator's.
+
+        Returns
+        -------
+        Bunch
+            ``r`` (n_samples, n_genes) dispersion, ``mu`` (n_samples, n_genes) mean expression in the
+            unit of ``mean_``, ``eta`` (n_samples, n_rows) capture offset in nats.
+        """
+        check_is_fitted(self)
+        rows = None if X is None else self._offsets(self._validated(X))
+        n_samples = self.n_posterior_samples if n_samples is None else n_samples
+        rng = check_random_state(self.random_state if random_state is None else random_state)
+        draws = {}
+        for name, (loc, scale) in (("r", self._guide.log_dispersion), ("mu", self._guide.log_mean)):
+            draws[name] = np.exp(loc + scale * rng.standard_normal((n_samples, loc.size)))
+        if self._guide.capture_offset is None:
+            n_rows = self.capture_offset_.size if rows is None else rows.loc.size
+            draws["eta"] = np.zeros((n_samples, n_rows))
+        else:
+            loc, scale = self._guide.capture_offset if rows is None else (rows.raw_loc, rows.scale)
+            draws["eta"] = truncnorm.rvs(
+                -loc / scale, np.inf, loc, scale, size=(n_samples, loc.size), random_state=rng
+            )
+        return Bunch(**draws)
+
+
+def _problem(X, prior):
+    """The fixed part of the variational problem: priors and totals."""
+    n_genes = X.shape[1]
+    offset, scale = _capture.row_prior(prior, X)
+    histogram = CountHistogram(X)
+    columns = np.asarray(X.sum(axis=0), float).ravel()
+    level = np.log(columns + 0.5) - np.log(np.sum(np.exp(-offset)))
+    return _svi.Problem(
+        (np.full(n_genes, level.mean()), np.full(n_genes, LOG_MEAN_PRIOR_SCALE)),
+        tuple(np.full(n_genes, v) for v in LOG_DISPERSION_PRIOR),
+        (offset, scale),
+        _capture.library_sizes(X),
+        columns,
+        histogram.gene,
+        histogram.count,
+        histogram.times,
+        histogram.log_factorials,
+    )

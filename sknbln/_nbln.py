@@ -484,7 +484,7 @@ class _Fit:
         offset = source._offsets(X).loc
         known = RowBatches(X, offset, np.zeros(n_cells), batch_size=estimator.batch_size)
         loadings = loadings_from_scores(
-            sum_over_batches(known, log_mean, np.exp(-log_r)), n_cells, n_genes, k, rng
+            sum_over_batches(known, log_mean, 1.0 / source.dispersion_), n_cells, n_genes, k, rng
         )
         share = 0.5 * (np.sum(loadings**2, 1) + _START_NOISE)
         self.start = Parameters(
@@ -509,7 +509,7 @@ class _Fit:
             priors.log_mean if self.free.mean else flat,
             priors.log_r if self.free.log_r else flat,
             MarginalCoupling("r" in frozen) if coupled else Identity(),
-            weak_dispersion_prior(n_genes),
+            weak_dispersion_prior(n_genes) if negative_binomial else flat,
         )
 
     def run(self):

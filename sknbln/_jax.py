@@ -13,7 +13,8 @@ import jax
 import jaxlib
 import numpy as np
 
-from ._laplace.marginal import BatchSums, solve_cells, sweep_cells
+from ._laplace.likelihood import log_rising_derivatives
+from ._laplace.marginal import BatchSums, score_products, solve_cells, sweep_cells
 from ._laplace.mode import Cells, Globals
 
 # jaxlib releases that can hang for ever on 2-core CPUs on batched solvers like this one.
@@ -140,6 +141,22 @@ def solve_rows(batches, mean, loadings, noise, phi):
                 out[name] = np.empty((batches.X.shape[0], *value.shape[1:]), value.dtype)
             out[name][rows] = value[: rows.stop - rows.start]
     return out
+
+
+@float64
+def gene_score_products(batches, mean, loadings, noise, phi):
+    """Outer products of the genes' scores in (mu, log d, log r), (n_genes, 3, 3), and ``sum_c b``."""
+    params = _globals(mean, loadings, noise, phi)
+    zeta = np.zeros((batches.rows, params.loadings.shape[1] + 1))
+    r = np.where(phi > 0, 1.0 / np.where(phi > 0, phi, 1.0), np.inf)
+    total = None
+    for _, cells in batches:
+        constants = np.zeros_like(cells.counts)
+        rows, genes = np.nonzero(cells.counts)
+        constants[rows, genes] = log_rising_derivatives(cells.counts[rows, genes], r[genes])[0]
+        part = jax.tree.map(np.asarray, score_products(cells, params, zeta, constants))
+        total = part if total is None else jax.tree.map(np.add, total, part)
+    return total
 
 
 def sum_over_batches(batches, mean, phi):

@@ -4,7 +4,7 @@ import warnings
 from numbers import Integral, Real
 
 import numpy as np
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
@@ -16,17 +16,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from . import _capture, _cascade
-from ._jax import RowBatches, Sweeper, solve_rows, sum_over_batches
-from ._laplace.driver import Free, ascend
-from ._laplace.likelihood import CountHistogram
-from ._laplace.objective import Identity, MarginalCoupling, Objective
-from ._laplace.start import loadings_from_scores
-from ._laplace.sweeps import GaussianPrior, Parameters
-from ._nbvcp import CountModelMixin, NBVCPEstimator, weak_dispersion_prior
+from . import _capture, _cascade, _posterior
+from ._fitting import NBLNProblem, row_capture, row_posterior, singular_basis
+from ._jax import RowBatches, solve_rows
+from ._nbvcp import CountModelMixin, NBVCPEstimator
 from ._validation import validate_counts
 
-_START_NOISE = 0.05
 _DEFAULT_FREEZE = ("r", "eta")
 
 
@@ -107,6 +102,11 @@ class NBLNEstimator(
         The fitted source that was used.
     latent_dim_ : int
         latent_dim, at most min(n_cells, n_genes).
+    dispersion_gradient_ : ndarray of shape (n_genes,)
+        Derivative of the marginal log-likelihood in log r at the fit. Where r was frozen as it is
+        (``cascade="parameter"``), large positive sums say that the data want less dispersion than the
+        source's: the variance that Sigma explains is counted twice. See
+        :meth:`get_dispersion_diagnostics`.
     objective_history_ : ndarray of shape (n_iter_ + 1,)
         Log-posterior per cell, from the start on; never falls.
     n_iter_ : int
@@ -252,27 +252,28 @@ class NBLNEstimator(
             capture_prior = _capture.resolve(self.capture_efficiency, X)
 
         # nothing of the estimator's fitted state is written before the fit has ended
-        fit = _Fit(self, matched, frozen, capture_prior, X, rng)
-        outcome = fit.run()
-        params = fit.objective.coupling.expand(outcome.params)
+        problem = NBLNProblem(self, matched, frozen, capture_prior, X, rng)
+        outcome = problem.run()
+        params = problem.parameters(outcome.point.params)
+        rows = solve_rows(problem.batches, *params.natural())
+        self._curvature = problem.curvature(params)
+        self._coordinate_variance = problem.coordinate_variance(outcome.point.params)
         self.informative_prior_estimator_ = source
         self._source = matched
         self.capture_prior_ = capture_prior
         self.frozen_params_ = frozen
         self.mean_ = params.mean
         self.noise_variance_ = params.noise
-        self.dispersion_ = np.exp(params.log_r)
-        if fit.keeps_dispersion:
-            self.dispersion_ = matched.dispersion_.copy()
-        if fit.keeps_mean:
-            self.mean_ = np.log(matched.mean_)
-        self.loadings_, self.components_ = singular_basis(params.loadings)
+        self.dispersion_ = problem.dispersion(params)
+        self.dispersion_gradient_ = outcome.point.gradient_log_r
+        self.loadings_, self.components_, rotation = singular_basis(params.loadings)
         self.latent_dim_ = self.components_.shape[0]
         self._n_features_out = self.latent_dim_
+        self._rows = row_posterior(rows, rotation)
         self.objective_history_ = np.asarray(outcome.history)
         self.n_iter_ = outcome.n_iter
-        self.converged_ = bool(outcome.converged and outcome.n_unconverged == 0)
-        self.capture_offset_ = np.maximum(self._solve(X)["offset"], 0.0)
+        self.converged_ = bool(outcome.converged and outcome.point.n_unconverged == 0)
+        self.capture_offset_ = np.maximum(rows["offset"], 0.0)
         self._warn_unless_converged(outcome, X.shape[0])
         return self
 
@@ -280,12 +281,15 @@ class NBLNEstimator(
         frozen = _cascade.canonical_freeze(self.informative_priors_freeze)
         if self.observation == "nb":
             return frozen
-        if "r" in frozen and frozen != _DEFAULT_FREEZE:
+        # Poisson counts have no dispersion, and conditional on totals there is no capture either
+        absent = ("r",) if self.observation == "poisson" else ("r", "eta")
+        named = [name for name in frozen if name in absent]
+        if named and frozen != _DEFAULT_FREEZE:
             raise ValueError(
-                f"informative_priors_freeze={self.informative_priors_freeze!r} freezes the dispersion, which "
-                f"observation={self.observation!r} does not have. Leave 'r' out."
+                f"informative_priors_freeze={self.informative_priors_freeze!r} freezes {named}, which "
+                f"observation={self.observation!r} does not have. Leave {named} out."
             )
-        return tuple(name for name in frozen if name != "r")
+        return tuple(name for name in frozen if name not in absent)
 
     def _warn_unless_converged(self, outcome, n_cells):
         if not outcome.converged:
@@ -295,9 +299,9 @@ class NBLNEstimator(
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        if outcome.n_unconverged:
+        if outcome.point.n_unconverged:
             warnings.warn(
-                f"The mode of {outcome.n_unconverged} of {n_cells} cells was not found to tolerance in "
+                f"The mode of {outcome.point.n_unconverged} of {n_cells} cells was not found to tolerance in "
                 "the last sweep. Look for extreme counts in those rows.",
                 ConvergenceWarning,
                 stacklevel=3,
@@ -387,6 +391,113 @@ class NBLNEstimator(
 
     # ------------------------------------------------------------------ covariance
 
+    def get_W_compositional(self):
+        """Gauge-invariant loadings W_perp, ``components_.T``.
+
+        Returns
+        -------
+        ndarray of shape (n_genes, latent_dim_)
+        """
+        check_is_fitted(self)
+        return self.components_.T.copy()
+
+    def get_gauge_diagnostics(self):
+        """How much of the raw loadings is common to all genes.
+
+        A common shift of a cell's log-rates is exchangeable with its capture offset. With a frozen offset
+        a sizeable all-ones part is variation of the cells' totals that the offsets did not take
+        (harmless, and absent from `components_`); with free offsets it says that depth and loadings
+        compete, and only compositional quantities should be read. A loadings prior acts on W_perp
+        alone, so with shrinkage the ratio grows because W_perp gets smaller, not because the gauge
+        got worse.
+
+        Returns
+        -------
+        dict
+            ``compositional_norm`` Frobenius norm of W_perp; ``ones_norm`` norm of the all-ones part,
+            ``W - W_perp``; ``ratio`` the second by the first; ``ones_norm_per_factor`` (latent_dim_,).
+        """
+        check_is_fitted(self)
+        ones = np.abs(self.loadings_.mean(0)) * np.sqrt(self.loadings_.shape[0])
+        compositional = float(np.linalg.norm(self.components_))
+        total = float(np.linalg.norm(ones))
+        return {
+            "compositional_norm": compositional,
+            "ones_norm": total,
+            "ratio": total / compositional if compositional > 0 else np.inf,
+            "ones_norm_per_factor": ones,
+        }
+
+    def get_dispersion_diagnostics(self):
+        """Slope of the likelihood in the dispersion: is dispersion counted twice.
+
+        With r frozen as it is, the source's dispersion already holds the variance that Sigma
+        explains. The data then push r up: the derivative of the marginal log-likelihood in log r is
+        large and positive. Near zero, or small against the number of cells, nothing is wrong; otherwise use
+        ``cascade="marginal"`` or leave r out of the freeze set.
+
+        Returns
+        -------
+        dict
+            ``total`` sum over genes, in nats per unit of log r; ``per_cell`` the same by the number of
+            training cells; ``per_gene`` (n_genes,), ``dispersion_gradient_``; ``fraction_positive`` of genes.
+        """
+        check_is_fitted(self)
+        total = float(self.dispersion_gradient_.sum())
+        return {
+            "total": total,
+            "per_cell": total / self.capture_offset_.size,
+            "per_gene": self.dispersion_gradient_.copy(),
+            "fraction_positive": float(np.mean(self.dispersion_gradient_ > 0)),
+        }
+
+    def get_distributions(self):
+        """Posterior distributions of the parameters, as NumPyro distributions.
+
+        Returns
+        -------
+        dict
+            ``"r"`` (n_genes,) unless the channel has no dispersion; ``"mu"`` (n_genes,) log-rates; ``"eta"``
+            (n_cells,) capture offsets and ``"z"`` (n_cells, latent_dim_) scores of the training rows. Frozen
+            parameters have the source's own posterior (under ``cascade="marginal"`` pushed through the
+            coupling); free ones a Gaussian (log-normal for r) from the curvature of the profiled
+            objective.
+        """
+        check_is_fitted(self)
+        rows = self._rows
+        offsets = None if "eta" in self.frozen_params_ else (rows.offset, rows.offset_scale)
+        return _posterior.distributions(self, rows.scores, rows.score_covariance, offsets)
+
+    def sample_posterior(self, n_samples=None, X=None, *, random_state=None):
+        """Draws from the posterior of r, mu and eta; frozen parameters come from the source's draws.
+
+        Parameters
+        ----------
+        n_samples : int or None, default=None
+            None takes ``informative_priors_n_samples``.
+        X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
+            Rows whose capture offsets are drawn; None for the training rows.
+        random_state : int, RandomState instance or None, default=None
+            None takes the estimator's.
+
+        Returns
+        -------
+        Bunch
+            ``r`` (n_samples, n_genes), ``mu`` (n_samples, n_genes) log-rates, ``eta`` (n_samples, n_rows).
+        """
+        check_is_fitted(self)
+        X = None if X is None else self._validated(X)
+        offsets = None
+        if "eta" not in self.frozen_params_:
+            rows = self._rows
+            if X is not None:
+                found = self._solve(X)
+                rows = row_posterior(found, np.eye(self.latent_dim_))
+            offsets = rows.offset, rows.offset_scale
+        n_samples = self.informative_priors_n_samples if n_samples is None else n_samples
+        rng = check_random_state(self.random_state if random_state is None else random_state)
+        return _posterior.draws(self, n_samples, X, offsets, rng)
+
     def get_covariance(self):
         """Covariance of the log-rates, ``W W' + diag(d)``.
 
@@ -425,110 +536,3 @@ class NBLNEstimator(
         correlation = covariance / sd[:, None] / sd[None, :]
         np.fill_diagonal(correlation, 1.0)
         return correlation
-
-
-def singular_basis(loadings):
-    """W in the singular basis of W_perp, (n_genes, k), and components W_perp', (k, n_genes)."""
-    centred = loadings - loadings.mean(0)
-    _, _, Vt = np.linalg.svd(centred, full_matrices=False)
-    if Vt.shape[0] < loadings.shape[1]:  # fewer genes than factors: complete the basis
-        Vt = np.linalg.svd(centred, full_matrices=True)[2]
-    rotated = centred @ Vt.T
-    largest = rotated[np.argmax(np.abs(rotated), 0), np.arange(rotated.shape[1])]
-    sign = np.where(largest < 0, -1.0, 1.0)
-    return loadings @ Vt.T * sign, np.ascontiguousarray((rotated * sign).T)
-
-
-def row_capture(source, X, observation, frozen, tau, capture_prior, mean):
-    """Offset, scale and precision of each row's capture in the NBLN model."""
-    if observation != "multinomial":
-        offset, scale = _cascade.row_offsets(
-            source, X, frozen="eta" in frozen, tau=tau, capture_prior=capture_prior
-        )
-        return offset, scale, np.ones(X.shape[0])
-    # flat, around the offset that explains the total; a row without counts has nothing to explain
-    totals = _capture.library_sizes(X)
-    some = totals > 0
-    offset = np.where(some, logsumexp(mean) - np.log(np.where(some, totals, 1.0)), 0.0)
-    return offset, some.astype(float), np.where(some, 0.0, 1.0)
-
-
-class _Fit:
-    """One fit: what is free, under which priors, from which start."""
-
-    def __init__(self, estimator, source, frozen, capture_prior, X, rng):
-        self.estimator, self.X = estimator, X
-        n_cells, n_genes = X.shape
-        k = min(estimator.latent_dim, n_cells, n_genes)
-        coupled = estimator.cascade == "marginal"
-        negative_binomial = estimator.observation == "nb"
-        self.keeps_dispersion = "r" in frozen and not coupled
-        self.keeps_mean = "mu" in frozen and not coupled
-        self.free = Free(
-            mean="mu" not in frozen,
-            loadings=True,
-            log_noise=True,
-            log_r=negative_binomial and "r" not in frozen,
-        )
-        flat = GaussianPrior.flat(n_genes)
-        priors = _cascade.SoftPriors(flat, flat)
-        if self.free.mean or self.free.log_r:
-            priors = _cascade.soft_priors(
-                source,
-                estimator.informative_priors_tau,
-                estimator.informative_priors_n_samples,
-                rng,
-            )
-        log_mean = np.log(source.mean_)
-        log_r = np.log(source.dispersion_) if negative_binomial else np.full(n_genes, np.inf)
-        offset = source._offsets(X).loc
-        known = RowBatches(X, offset, np.zeros(n_cells), batch_size=estimator.batch_size)
-        loadings = loadings_from_scores(
-            sum_over_batches(known, log_mean, 1.0 / source.dispersion_), n_cells, n_genes, k, rng
-        )
-        share = 0.5 * (np.sum(loadings**2, 1) + _START_NOISE)
-        self.start = Parameters(
-            log_mean - share if self.free.mean and not coupled else log_mean,
-            loadings,
-            np.full(n_genes, np.log(_START_NOISE)),
-            log_r,
-        )
-        rows = row_capture(
-            source,
-            X,
-            estimator.observation,
-            frozen,
-            estimator.informative_priors_tau,
-            capture_prior,
-            log_mean,
-        )
-        batches = RowBatches(X, *rows, batch_size=estimator.batch_size)
-        self.objective = Objective(
-            Sweeper(batches, k),
-            CountHistogram(X),
-            priors.log_mean if self.free.mean else flat,
-            priors.log_r if self.free.log_r else flat,
-            MarginalCoupling("r" in frozen) if coupled else Identity(),
-            weak_dispersion_prior(n_genes) if negative_binomial else flat,
-        )
-
-    def run(self):
-        """Maximize the objective."""
-        estimator = self.estimator
-        n_cells = self.X.shape[0]
-
-        def report(iteration, point):
-            print(
-                f"[NBLNEstimator] sweep {iteration}: {point.value / n_cells:.4f} nats per cell",
-                flush=True,
-            )
-
-        return ascend(
-            self.objective,
-            self.start,
-            self.free,
-            n_cells=n_cells,
-            tol=estimator.tol,
-            max_iter=estimator.max_iter,
-            report=report if estimator.verbose else None,
-        )

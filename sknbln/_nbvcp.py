@@ -273,13 +273,13 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
                 max_iter=_MAP_MAX_ITER,
                 report=None if report is None else lambda i, p: report(i, p.value / n_cells),
             )
-            x = outcome.params
+            x = outcome.point.params
             # the truncation of the offsets' prior: a mode below 0 is held at 0
             below = (scale > 0) & (offset - scale * sweeper.scores[:, -1] < 0)
             if not below.any():
                 break
             offset[below] = scale[below] = 0.0
-        return outcome, Objective(sweeper, histogram, *priors)(x)
+        return outcome, outcome.point
 
     def _baseline(self, X, problem, x):
         """Row parts of the log-likelihood that the variational fit estimates from minibatches."""

@@ -39,17 +39,17 @@ class Point(NamedTuple):
     value: float
     grad: Gradients
     n_unconverged: int
+    gradient_log_r: np.ndarray  # of the log-likelihood, in the model's own log r; (n_genes,)
 
 
 class Outcome(NamedTuple):
     """How a fit ended; `reason` is a sentence."""
 
-    params: Parameters
+    point: Point
     converged: bool
     reason: str
     history: list
     n_iter: int
-    n_unconverged: int
     gain: float
 
 
@@ -132,7 +132,9 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
     """
     point = evaluate(params)
     if not np.isfinite(point.value):
-        raise FloatingPointError(f"The objective at the start is {point.value}, not a finite number.")
+        raise FloatingPointError(
+            f"The objective at the start is {point.value}, not a finite number."
+        )
     history, memory, small, gain = [point.value / n_cells], _Memory(), 0, np.inf
     free_flags = tuple(free)
 
@@ -144,12 +146,11 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
         if trial is None:
             promised = step / n_cells
             return Outcome(
-                point.params,
+                point,
                 promised < tol,
                 f"no damped step raises the objective (the full one promised {promised:.2g} nats per cell)",
                 history,
                 iteration,
-                point.n_unconverged,
                 0.0,
             )
         memory.add(
@@ -163,21 +164,19 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
         small = small + 1 if gain < tol else 0
         if small == 2:
             return Outcome(
-                point.params,
+                point,
                 True,
                 f"the last two sweeps gained less than tol={tol:g} nats per cell",
                 history,
                 iteration,
-                point.n_unconverged,
                 gain,
             )
     return Outcome(
-        point.params,
+        point,
         False,
         f"max_iter={max_iter} sweeps were done",
         history,
         max_iter,
-        point.n_unconverged,
         gain,
     )
 

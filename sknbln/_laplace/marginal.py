@@ -118,12 +118,23 @@ def sweep_cells(cells, params, zeta):
     )
 
 
-def _gene_sums(cells, params, mode, lin):
-    k = params.loadings.shape[1]
+class _GeneScores(NamedTuple):
+    """Exact gradient of each cell's marginal in the parameters of each gene, (n_cells, n_genes)."""
+
+    mean: jnp.ndarray
+    noise: jnp.ndarray  # in d
+    log_r: jnp.ndarray  # without the constant's part
+    information_log_r: jnp.ndarray  # at fixed y, without the constant's part
+    K: jnp.ndarray  # diagonal of (A^{-1} + Sigma)^{-1}
+    beta: jnp.ndarray
+    xi: jnp.ndarray  # (n_cells, k + 1)
+    covariance: jnp.ndarray  # (n_cells, k + 1, k + 1)
+
+
+def _gene_scores(cells, params, mode, lin):
     d, phi = params.noise[None, :], params.phi[None, :]
     F = lowrank.with_capture(params.loadings)
     terms, den, b = lin.terms, lin.den, lin.b
-    weight = cells.weight[:, None]
 
     covariance = lowrank.inverse(lin.L)
     scaled = covariance * lin.scales[:, :, None] * lin.scales[:, None, :]
@@ -139,17 +150,26 @@ def _gene_sums(cells, params, mode, lin):
     beta = x - b * lifted
     q = d * x + lifted / den
 
-    alpha, zeta = mode.alpha, mode.zeta
-    z = zeta[:, :k]
-    gradient_mean = jnp.sum(weight * (alpha + beta), 0)
-    gradient_noise = jnp.sum(weight * (0.5 * (alpha**2 - K) + alpha * beta), 0)
-
+    alpha = mode.alpha
     dispersion = dispersion_terms(cells.counts, phi, terms)
-    gradient_log_r = jnp.sum(
-        weight
-        * (dispersion.score - 0.5 * variance * dispersion.d_curvature + q * dispersion.d_gradient),
-        0,
+    return _GeneScores(
+        alpha + beta,
+        0.5 * (alpha**2 - K) + alpha * beta,
+        dispersion.score - 0.5 * variance * dispersion.d_curvature + q * dispersion.d_gradient,
+        -dispersion.second,
+        K,
+        beta,
+        xi,
+        covariance,
     )
+
+
+def _gene_sums(cells, params, mode, lin):
+    k = params.loadings.shape[1]
+    weight = cells.weight[:, None]
+    scores = _gene_scores(cells, params, mode, lin)
+    covariance, alpha, zeta = scores.covariance, mode.alpha, mode.zeta
+    z = zeta[:, :k]
 
     # Loadings: (alpha alpha' - K + beta alpha' + alpha beta') F without a cells x genes x k array.
     # F' alpha = P zeta and F' beta = P xi; alpha zeta' - K F = v zeta' - b F E[zeta zeta'].
@@ -157,24 +177,46 @@ def _gene_sums(cells, params, mode, lin):
     with_capture = lin.scales[:, k][:, None] * second[:, k, :k]  # (n_cells, k)
     i, j, back = lowrank.triangle(k)
     features = jnp.concatenate([jnp.ones_like(zeta[:, :1]), z, second[:, i, j], with_capture], 1)
-    sums = (weight * b).T @ features
+    sums = (weight * lin.b).T @ features
     moments, capture_part = sums[:, : 1 + k + i.size], sums[:, 1 + k + i.size :]
     zz = moments[:, 1 + k :][:, back]  # (n_genes, k, k)
     gradient_loadings = (
-        (weight * (lin.v + beta)).T @ z
-        + (weight * alpha).T @ xi[:, :k]
+        (weight * (lin.v + scores.beta)).T @ z
+        + (weight * alpha).T @ scores.xi[:, :k]
         - jnp.sum(zz * params.loadings[:, None, :], 2)
         - capture_part
     )
     return GeneSums(
-        gradient_mean,
+        jnp.sum(weight * scores.mean, 0),
         gradient_loadings,
-        gradient_noise,
-        gradient_log_r,
+        jnp.sum(weight * scores.noise, 0),
+        jnp.sum(weight * scores.log_r, 0),
         moments,
-        0.5 * jnp.sum(weight * K**2, 0),
-        -jnp.sum(weight * dispersion.second, 0),
+        0.5 * jnp.sum(weight * scores.K**2, 0),
+        jnp.sum(weight * scores.information_log_r, 0),
     )
 
 
-__all__ = ["BatchSums", "CellResults", "GeneSums", "Globals", "solve_cells", "sweep_cells"]
+@jax.jit
+def score_products(cells, params, zeta, constant_scores):
+    """Sums over cells of products of each gene's scores in (mu, log d, log r): (n_genes, 3, 3).
+
+    ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Also returns
+    ``sum_c b``, the information of mu given the factor scores, (n_genes,).
+    """
+    mode, lin = _expansion(cells, params, zeta)
+    scores = _gene_scores(cells, params, mode, lin)
+    parts = (scores.mean, params.noise[None, :] * scores.noise, scores.log_r + constant_scores)
+    stacked = jnp.stack(parts) * cells.weight[None, :, None]
+    return jnp.einsum("acg,bcg->gab", stacked, stacked), jnp.sum(cells.weight[:, None] * lin.b, 0)
+
+
+__all__ = [
+    "BatchSums",
+    "CellResults",
+    "GeneSums",
+    "Globals",
+    "score_products",
+    "solve_cells",
+    "sweep_cells",
+]

@@ -146,6 +146,7 @@ class Objective:
         """The `Point` at coordinates x."""
         params = self.coupling.expand(x)
         value, natural, sums, information_log_r = self.natural_gradient(params)
+        gradient_log_r = natural.log_r
         natural = natural._replace(log_r=natural.log_r + self.weak_log_r.gradient(params.log_r))
         value += self.weak_log_r.log_density(params.log_r)
         grad = self.coupling.pull_back(x, params, natural)
@@ -165,4 +166,5 @@ class Objective:
                 float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
             ),
             int(sums.n_unconverged),
+            gradient_log_r,
         )

@@ -1,0 +1,179 @@
+"""From an NBLN estimator's parameters and its source to one Laplace problem, and its solution."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import logsumexp
+
+from . import _capture, _cascade
+from ._jax import RowBatches, Sweeper, sum_over_batches
+from ._laplace.driver import Free, ascend
+from ._laplace.likelihood import CountHistogram
+from ._laplace.objective import Identity, MarginalCoupling, Objective
+from ._laplace.start import loadings_from_scores
+from ._laplace.sweeps import GaussianPrior, Parameters
+from ._nbvcp import weak_dispersion_prior
+from ._posterior import curvature
+
+_START_NOISE = 0.05
+_NO_CAPTURE = 500.0  # nats
+
+
+def singular_basis(loadings):
+    """W in the singular basis of W_perp (n_genes, k), components W_perp' (k, n_genes), the rotation.
+
+    The rotation (k, k) takes scores of the old basis to the new one: ``scores @ rotation``.
+    """
+    centred = loadings - loadings.mean(0)
+    _, _, Vt = np.linalg.svd(centred, full_matrices=False)
+    if Vt.shape[0] < loadings.shape[1]:  # fewer genes than factors: complete the basis
+        Vt = np.linalg.svd(centred, full_matrices=True)[2]
+    rotated = centred @ Vt.T
+    largest = rotated[np.argmax(np.abs(rotated), 0), np.arange(rotated.shape[1])]
+    sign = np.where(largest < 0, -1.0, 1.0)
+    rotation = Vt.T * sign
+    return loadings @ rotation, np.ascontiguousarray((rotated * sign).T), rotation
+
+
+class RowPosterior(NamedTuple):
+    """Gaussian posterior of training rows: scores in the basis of the components, and offset."""
+
+    scores: np.ndarray  # (n_cells, k)
+    score_covariance: np.ndarray  # (n_cells, k, k)
+    offset: np.ndarray  # (n_cells,) before truncation at 0
+    offset_scale: np.ndarray  # (n_cells,)
+
+
+def row_posterior(rows, rotation):
+    """From the cell solver's answer."""
+    return RowPosterior(
+        rows["scores"] @ rotation,
+        rotation.T @ rows["score_covariance"] @ rotation,
+        rows["offset"],
+        np.sqrt(rows["offset_variance"]),
+    )
+
+
+def row_capture(source, X, observation, frozen, tau, capture_prior, mean):
+    """Offset, scale and precision of each row's capture in the NBLN model."""
+    if observation != "multinomial":
+        offset, scale = _cascade.row_offsets(
+            source, X, frozen="eta" in frozen, tau=tau, capture_prior=capture_prior
+        )
+        return offset, scale, np.ones(X.shape[0])
+    # flat, around the offset that explains the total; a row without counts says nothing, which is
+    # what a vanishing capture says
+    totals = _capture.library_sizes(X)
+    some = totals > 0
+    offset = np.where(some, logsumexp(mean) - np.log(np.where(some, totals, 1.0)), _NO_CAPTURE)
+    return offset, some.astype(float), np.where(some, 0.0, 1.0)
+
+
+class NBLNProblem:
+    """One fit: what is free, under which priors, from which start."""
+
+    def __init__(self, estimator, source, frozen, capture_prior, X, rng):
+        self.estimator, self.X = estimator, X
+        n_cells, n_genes = X.shape
+        k = min(estimator.latent_dim, n_cells, n_genes)
+        coupled = estimator.cascade == "marginal"
+        negative_binomial = estimator.observation == "nb"
+        self.source, self.frozen, self.coupled = source, frozen, coupled
+        self.free = Free(
+            mean="mu" not in frozen,
+            loadings=True,
+            log_noise=True,
+            log_r=negative_binomial and "r" not in frozen,
+        )
+        flat = GaussianPrior.flat(n_genes)
+        priors = _cascade.SoftPriors(flat, flat)
+        if self.free.mean or self.free.log_r:
+            priors = _cascade.soft_priors(
+                source,
+                estimator.informative_priors_tau,
+                estimator.informative_priors_n_samples,
+                rng,
+            )
+        log_mean = np.log(source.mean_)
+        log_r = np.log(source.dispersion_) if negative_binomial else np.full(n_genes, np.inf)
+        offset = source._offsets(X).loc
+        known = RowBatches(X, offset, np.zeros(n_cells), batch_size=estimator.batch_size)
+        loadings = loadings_from_scores(
+            sum_over_batches(known, log_mean, 1.0 / source.dispersion_), n_cells, n_genes, k, rng
+        )
+        share = 0.5 * (np.sum(loadings**2, 1) + _START_NOISE)
+        self.start = Parameters(
+            log_mean - share if self.free.mean and not coupled else log_mean,
+            loadings,
+            np.full(n_genes, np.log(_START_NOISE)),
+            log_r,
+        )
+        rows = row_capture(
+            source,
+            X,
+            estimator.observation,
+            frozen,
+            estimator.informative_priors_tau,
+            capture_prior,
+            log_mean,
+        )
+        self.batches = RowBatches(X, *rows, batch_size=estimator.batch_size)
+        self.objective = Objective(
+            Sweeper(self.batches, k),
+            CountHistogram(X),
+            priors.log_mean if self.free.mean else flat,
+            priors.log_r if self.free.log_r else flat,
+            MarginalCoupling("r" in frozen) if coupled else Identity(),
+            weak_dispersion_prior(n_genes) if negative_binomial else flat,
+        )
+
+    def parameters(self, x):
+        """The model's parameters at coordinates x; what is frozen literally is the source's."""
+        params = self.objective.coupling.expand(x)
+        if "mu" in self.frozen and not self.coupled:
+            params = params._replace(mean=np.log(self.source.mean_))
+        return params
+
+    def dispersion(self, params):
+        """The model's r; bit for bit the source's where it is frozen literally."""
+        if "r" in self.frozen and not self.coupled:
+            return self.source.dispersion_.copy()
+        return np.exp(params.log_r)
+
+    def coordinate_variance(self, x):
+        """``|w|^2 + d`` of the coordinates, from which the coupling makes Sigma_gg."""
+        return np.sum(x.loadings**2, 1) + x.noise
+
+    def curvature(self, params):
+        """Standard deviations of free mu and log r; None where neither is free."""
+        if not (self.free.mean or self.free.log_r):
+            return None
+        objective = self.objective
+        return curvature(
+            self.batches,
+            params,
+            self.free,
+            objective.prior_mean.precision,
+            objective.prior_log_r.precision + objective.weak_log_r.precision,
+        )
+
+    def run(self):
+        """Maximize the objective."""
+        estimator = self.estimator
+        n_cells = self.X.shape[0]
+
+        def report(iteration, point):
+            print(
+                f"[NBLNEstimator] sweep {iteration}: {point.value / n_cells:.4f} nats per cell",
+                flush=True,
+            )
+
+        return ascend(
+            self.objective,
+            self.start,
+            self.free,
+            n_cells=n_cells,
+            tol=estimator.tol,
+            max_iter=estimator.max_iter,
+            report=report if estimator.verbose else None,
+        )

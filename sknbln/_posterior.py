@@ -1,0 +1,172 @@
+r"""Posterior of an NBLN fit: distributions and draws of r, mu, eta and the scores.
+
+Frozen parameters keep the source's own posterior. Under the marginal-preserving cascade it is pushed
+through the coupling: with ``t = log(1 + 1/r_source)`` and the coordinates' ``s = |w|^2 + d`` of a
+gene, ``log(1 + 1/r) = t exp(-s/t)`` and ``Sigma_gg = t - t exp(-s/t)``.
+
+Free parameters get a Gaussian from the curvature of the profiled objective. For mu that is the
+information of the Gaussian model that the Laplace approximation stands on: given the offsets, ``mu_g`` is
+estimated from working responses of variance ``1/b`` around ``W z``, and the mean of z over n cells has
+covariance ``I/n``:
+
+.. math:: V = \mathrm{diag}(1 / \textstyle\sum_c b_{cg}) + W W' / n, \qquad
+          \mathrm{Cov}(\mu) = (V^{-1} + \Lambda)^{-1}
+
+with ``Lambda`` the precision of the soft prior. It is positive by construction. For log r, its own
+curvature less what it shares with log d and mu is found from the outer products of the cells' exact
+gradients.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.distributions.transforms import Transform
+from scipy.special import lambertw
+from scipy.stats import truncnorm
+from sklearn.utils import Bunch
+
+from ._jax import RowBatches, gene_score_products
+
+
+class CoupledDispersion(Transform):
+    """From the source's (marginal) dispersion to the model's, given the coordinates' variance."""
+
+    domain = dist.constraints.positive
+    codomain = dist.constraints.positive
+
+    def __init__(self, variance):
+        self.variance = variance
+
+    def __call__(self, r):
+        t = jnp.log1p(1.0 / r)
+        return 1.0 / jnp.expm1(t * jnp.exp(-self.variance / t))
+
+    def _inverse(self, r):
+        level = np.log1p(1.0 / np.asarray(r, float))
+        x = np.real(lambertw(self.variance / level))
+        t = np.where(x > 0, self.variance / np.where(x > 0, x, 1.0), level)
+        return jnp.asarray(1.0 / np.expm1(t))
+
+    def log_abs_det_jacobian(self, x, y, intermediates=None):
+        t = jnp.log1p(1.0 / x)
+        slope = jnp.exp(-self.variance / t) * (1.0 + self.variance / t)
+        # r = 1/expm1(level): |dr/dlevel| = r (1 + r);  |dt/dx| = 1 / (x (1 + x))
+        return jnp.log(y) + jnp.log1p(y) + jnp.log(slope) - jnp.log(x) - jnp.log1p(x)
+
+    def tree_flatten(self):
+        """As NumPyro asks of a transform with parameters."""
+        return (self.variance,), (("variance",), {})
+
+    def __eq__(self, other):
+        return isinstance(other, CoupledDispersion) and np.array_equal(
+            self.variance, other.variance
+        )
+
+
+def mean_covariance_diagonal(information, loadings, n_cells, prior_precision):
+    """Diagonal of ``(V^{-1} + Lambda)^{-1}``, ``V = diag(1/information) + W W'/n_cells``."""
+    information = np.maximum(information, 1e-300)
+    total = information + prior_precision
+    # V^{-1} = D - D W (n I + W' D W)^{-1} W' D with D = diag(information)
+    scaled = information[:, None] * loadings
+    inner = n_cells * np.eye(loadings.shape[1]) + loadings.T @ scaled
+    # the low-rank part comes back with total in place of D
+    correction = inner - scaled.T @ (scaled / total[:, None])
+    back = scaled / total[:, None]
+    return 1.0 / total + np.einsum("gi,gi->g", back @ np.linalg.inv(correction), back)
+
+
+class Curvature(NamedTuple):
+    """Standard deviations of free globals; 0 where frozen."""
+
+    mean: np.ndarray  # (n_genes,)
+    log_r: np.ndarray  # (n_genes,)
+
+
+def curvature(batches: RowBatches, params, free, prior_mean_precision, log_r_precision):
+    """Standard deviations of mu and log r at the fit, by one pass over the rows."""
+    n_genes = params.mean.size
+    products, information = gene_score_products(batches, *params.natural())
+    mean_sd, log_r_sd = np.zeros(n_genes), np.zeros(n_genes)
+    if free.mean:
+        variance = mean_covariance_diagonal(
+            information, params.loadings, batches.X.shape[0], prior_mean_precision
+        )
+        mean_sd = np.sqrt(variance)
+    if free.log_r:
+        J = products.copy()
+        J[:, 2, 2] += log_r_precision
+        J += np.diag([1e-10, 1e-6, 1e-10])
+        log_r_sd = np.sqrt(np.linalg.inv(J)[:, 2, 2])
+    return Curvature(mean_sd, log_r_sd)
+
+
+def _share(r_source, variance):
+    """Dispersion and Sigma_gg of the model, given the source's dispersion (coupled)."""
+    t = np.log1p(1.0 / r_source)
+    level = t * np.exp(-variance / t)
+    return 1.0 / np.expm1(level), t - level
+
+
+def distributions(model, scores, score_covariance, offsets):
+    """NumPyro distributions of r, mu, eta and the factor scores of the training rows.
+
+    ``offsets`` is the Gaussian (loc, scale) of free capture offsets, None where they are frozen.
+    """
+    guide = model._source._guide
+    coupled = model.cascade == "marginal"
+    found = {}
+    if model.observation == "nb":
+        if "r" in model.frozen_params_:
+            found["r"] = dist.LogNormal(*guide.log_dispersion)
+            if coupled:
+                change = CoupledDispersion(model._coordinate_variance)
+                found["r"] = dist.TransformedDistribution(found["r"], change)
+        else:
+            found["r"] = dist.LogNormal(np.log(model.dispersion_), model._curvature.log_r)
+    if "mu" in model.frozen_params_:
+        loc, scale = guide.log_mean
+        shift = np.diag(model.get_covariance()) / 2 if coupled else 0.0
+        found["mu"] = dist.Normal(loc - shift, scale)
+    else:
+        found["mu"] = dist.Normal(model.mean_, model._curvature.mean)
+    if offsets is None:
+        offsets = guide.capture_offset
+    if offsets is not None and np.all(offsets[1] > 0):
+        found["eta"] = dist.TruncatedNormal(*offsets, low=0.0)
+    else:
+        found["eta"] = dist.Delta(model.capture_offset_)
+    found["z"] = dist.MultivariateNormal(scores, score_covariance)
+    return found
+
+
+def draws(model, n_samples, X, offsets, rng):
+    """Draws of r, mu and eta, coupled per draw; ``offsets`` (loc, scale) of free rows or None."""
+    source = model._source.sample_posterior(n_samples, X, random_state=rng)
+    n_genes = model.mean_.size
+    r, variance = source.r, np.diag(model.get_covariance())
+    if "r" not in model.frozen_params_:
+        noise = rng.standard_normal((n_samples, n_genes))
+        r = model.dispersion_ * np.exp(model._curvature.log_r * noise)
+    elif model.cascade == "marginal":
+        r, variance = _share(source.r, model._coordinate_variance)
+    if "mu" in model.frozen_params_:
+        mu = np.log(source.mu) - (variance / 2 if model.cascade == "marginal" else 0.0)
+    else:
+        mu = model.mean_ + model._curvature.mean * rng.standard_normal((n_samples, n_genes))
+    eta = source.eta
+    if offsets is not None:
+        loc, scale = offsets
+        some = scale > 0
+        eta = np.broadcast_to(np.maximum(loc, 0.0), (n_samples, loc.size)).copy()
+        eta[:, some] = truncnorm.rvs(
+            -loc[some] / scale[some],
+            np.inf,
+            loc[some],
+            scale[some],
+            size=(n_samples, int(some.sum())),
+            random_state=rng,
+        )
+    return Bunch(r=r, mu=mu, eta=eta)

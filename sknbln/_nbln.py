@@ -124,6 +124,9 @@ class NBLNEstimator(
 
     Notes
     -----
+    Two weak priors keep genes with next to no counts finite: ``log r ~ N(2, 1)`` where r is not frozen,
+    and ``d ~ Exponential(rate 2)``.
+
     The log-rates are integrated by Laplace's method; the globals maximize the resulting marginal
     likelihood by its exact gradient, preconditioned by the least squares of each gene on the scores.
     A sweep costs about ``n_cells n_genes latent_dim^2`` operations, memory is one batch of rows.

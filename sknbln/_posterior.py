@@ -28,6 +28,7 @@ from scipy.stats import truncnorm
 from sklearn.utils import Bunch
 
 from ._jax import RowBatches, gene_score_products
+from ._laplace.objective import SMALLEST_OVERDISPERSION
 
 
 class CoupledDispersion(Transform):
@@ -41,7 +42,9 @@ class CoupledDispersion(Transform):
 
     def __call__(self, r):
         t = jnp.log1p(1.0 / r)
-        return 1.0 / jnp.expm1(t * jnp.exp(-self.variance / t))
+        return 1.0 / jnp.maximum(
+            jnp.expm1(t * jnp.exp(-self.variance / t)), SMALLEST_OVERDISPERSION
+        )
 
     def _inverse(self, r):
         level = np.log1p(1.0 / np.asarray(r, float))
@@ -107,7 +110,7 @@ def _share(r_source, variance):
     """Dispersion and Sigma_gg of the model, given the source's dispersion (coupled)."""
     t = np.log1p(1.0 / r_source)
     level = t * np.exp(-variance / t)
-    return 1.0 / np.expm1(level), t - level
+    return 1.0 / np.maximum(np.expm1(level), SMALLEST_OVERDISPERSION), t - level
 
 
 def distributions(model, scores, score_covariance, offsets):

@@ -19,6 +19,8 @@ from scipy.special import digamma, gammaln, polygamma
 # Above this r the differences of gamma functions are taken from Stirling's series, which does not
 # cancel; below it the library functions are exact to rounding.
 _STIRLING = 30.0
+# Log-rates above this are taken as this: far beyond any count, and its exponential is finite.
+MAX_LOG_RATE = 600.0
 
 
 class ChannelTerms(NamedTuple):
@@ -36,7 +38,7 @@ def channel_terms(u, y, phi):
 
     Parameters are ``u`` and ``y`` of shape (n_cells, n_genes) and ``phi`` of shape (1, n_genes).
     """
-    rate = jnp.exp(jnp.minimum(y, 600.0))
+    rate = jnp.exp(jnp.minimum(y, MAX_LOG_RATE))
     odds = phi * rate
     keep = 1.0 / (1.0 + odds)
     fitted = (1.0 + u * phi) * rate * keep
@@ -46,7 +48,7 @@ def channel_terms(u, y, phi):
 def log_likelihood_terms(u, y, terms):
     """``u y - (u + 1/phi) log(1 + phi e^y)``: the part of the log-likelihood that depends on y."""
     log1p = jnp.log1p(terms.odds)
-    return u * (y - log1p) - terms.rate * _ratio(log1p, terms.odds)
+    return u * (jnp.minimum(y, MAX_LOG_RATE) - log1p) - terms.rate * _ratio(log1p, terms.odds)
 
 
 def _ratio(log1p, odds):

@@ -18,6 +18,12 @@ import numpy as np
 from .driver import Point
 from .sweeps import GaussianPrior, Gradients, Parameters
 
+#: 1/r of a gene whose whole overdispersion is explained by Sigma
+SMALLEST_OVERDISPERSION = 1e-12
+#: rate of the exponential prior of every noise variance d: mean 1/2 nat squared. It matters for genes
+#: with next to no counts, whose d is otherwise unbounded.
+NOISE_RATE = 2.0
+
 
 class NaturalGradient(NamedTuple):
     """Gradient in the model's parameters (in d, not log d) before it is pulled back."""
@@ -72,7 +78,7 @@ class MarginalCoupling:
         variance = c * S
         log_r = x.log_r
         if self.couple_dispersion:
-            log_r = -np.log(np.maximum(self._overdispersion(x, variance), 1e-12))
+            log_r = -np.log(np.maximum(self._overdispersion(x, variance), SMALLEST_OVERDISPERSION))
         return Parameters(
             x.mean - variance / 2,
             np.sqrt(c)[:, None] * x.loadings,
@@ -147,8 +153,13 @@ class Objective:
         params = self.coupling.expand(x)
         value, natural, sums, information_log_r = self.natural_gradient(params)
         gradient_log_r = natural.log_r
-        natural = natural._replace(log_r=natural.log_r + self.weak_log_r.gradient(params.log_r))
-        value += self.weak_log_r.log_density(params.log_r)
+        natural = natural._replace(
+            log_r=natural.log_r + self.weak_log_r.gradient(params.log_r),
+            noise=natural.noise - NOISE_RATE,
+        )
+        value += self.weak_log_r.log_density(params.log_r) - NOISE_RATE * float(
+            np.sum(params.noise)
+        )
         grad = self.coupling.pull_back(x, params, natural)
         moments = sums.genes.moments.copy()
         moments[:, 0] += self.prior_mean.precision
@@ -161,7 +172,7 @@ class Objective:
                 grad.log_noise,
                 grad.log_r + self.prior_log_r.gradient(x.log_r),
                 moments,
-                params.noise**2 * sums.genes.information_noise,
+                params.noise**2 * sums.genes.information_noise + NOISE_RATE * params.noise,
                 information_log_r + self.prior_log_r.precision + self.weak_log_r.precision,
                 float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
             ),

@@ -14,6 +14,7 @@ from .likelihood import channel_terms
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 4
+_LARGEST_SD = 2.0  # nats; a gene whose scores ask for more starts here
 
 
 def _scores_and_information(cells, mean, phi):
@@ -62,4 +63,7 @@ def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
     values, vectors = np.linalg.eigh((small + small.T) / 2)
     values, vectors = values[::-1][:k], basis @ vectors[:, ::-1][:, :k]
     share = (vectors**2).T @ noise
-    return vectors * np.sqrt(np.maximum(values - share, np.maximum(values, 0.0) / 20.0))[None, :]
+    size = np.sqrt(np.maximum(values - share, np.maximum(values, 0.0) / 20.0))
+    loadings = vectors * size[None, :]
+    norms = np.linalg.norm(loadings, axis=1, keepdims=True)
+    return loadings * np.minimum(1.0, _LARGEST_SD / np.maximum(norms, 1e-300))

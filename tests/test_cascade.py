@@ -1,0 +1,216 @@
+"""The cascade: names, frozen values, soft priors, gene sets, levels under a grid search."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import GridSearchCV
+
+from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln._cascade import canonical_freeze, row_offsets, soft_priors
+from sknbln._validation import validate_counts
+from sknbln.datasets import make_nbln_counts
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=3).data
+
+
+@pytest.fixture(scope="module")
+def source(counts):
+    return NBVCPEstimator(random_state=0).fit(counts)
+
+
+def fit(counts, source, **options):
+    return NBLNEstimator(2, informative_prior_estimator=source, random_state=0, **options).fit(
+        counts
+    )
+
+
+# ------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    ("given", "canonical"),
+    [
+        ((), ()),
+        (["eta", "r"], ("r", "eta")),
+        (("dispersion", "capture_efficiency"), ("r", "eta")),
+        (("capture_efficiency", "expression", "r"), ("r", "mu", "eta")),
+        (("mean_expression",), ("mu",)),
+    ],
+)
+def test_names_and_aliases(given, canonical):
+    assert canonical_freeze(given) == canonical
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("r", "expected a tuple or list"),
+        (("r", "dispersion"), "'r' and 'dispersion', which are the same"),
+        (("expression", "mean_expression"), "the same"),
+        (("r", "r"), "the same"),
+        (("W",), "'W', which is not a parameter"),
+        ((3,), "not a parameter"),
+        (None, "expected a tuple or list"),
+    ],
+)
+def test_bad_names_say_what_is_allowed(counts, source, given, found):
+    with pytest.raises(ValueError, match=found) as caught:
+        fit(counts, source, informative_priors_freeze=given)
+    for name in ("'r'", "dispersion", "mean_expression", "capture_efficiency"):
+        assert name in str(caught.value)
+
+
+# ------------------------------------------------------------------ frozen values
+
+
+@pytest.mark.parametrize("freeze", [(), ("r",), ("r", "eta"), ("r", "mu", "eta"), ("eta",)])
+def test_frozen_values_are_the_source_s_bit_for_bit(counts, source, freeze):
+    model = fit(counts, source, informative_priors_freeze=list(reversed(freeze)))
+    assert model.frozen_params_ == freeze
+    for name, ours, theirs in (
+        ("r", model.dispersion_, source.dispersion_),
+        ("mu", model.mean_, np.log(source.mean_)),
+        ("eta", model.capture_offset_, source.capture_offset_),
+    ):
+        assert np.array_equal(ours, theirs) == (name in freeze), name
+
+
+def test_marginal_freeze_keeps_the_marginal_moments(counts, source):
+    model = fit(counts, source, informative_priors_freeze=("r", "mu", "eta"), cascade="marginal")
+    variance = np.diag(model.get_covariance())
+    np.testing.assert_allclose(model.mean_ + variance / 2, np.log(source.mean_), rtol=1e-10)
+    np.testing.assert_allclose(
+        (1 + 1 / model.dispersion_) * np.exp(variance), 1 + 1 / source.dispersion_, rtol=1e-8
+    )
+    assert np.all(variance < np.log1p(1 / source.dispersion_))
+
+
+def test_marginal_without_r_couples_the_mean_only(counts, source):
+    model = fit(counts, source, informative_priors_freeze=("mu", "eta"), cascade="marginal")
+    variance = np.diag(model.get_covariance())
+    np.testing.assert_allclose(model.mean_ + variance / 2, np.log(source.mean_), rtol=1e-10)
+
+
+# ------------------------------------------------------------------ soft priors
+
+
+def test_soft_priors_are_the_moments_of_the_draws(source):
+    priors = soft_priors(source, 2.0, 4000, np.random.RandomState(0))
+    for prior, (loc, scale) in (
+        (priors.log_mean, source._guide.log_mean),
+        (priors.log_r, source._guide.log_dispersion),
+    ):
+        # 4,000 draws: 1.1 % error of a standard deviation
+        np.testing.assert_allclose(prior.precision**-0.5, 2.0 * scale, rtol=0.06)
+        np.testing.assert_allclose(prior.loc, loc, atol=0.08 * scale.max())
+
+
+def test_small_tau_approaches_the_freeze(counts, source):
+    free = dict(informative_priors_freeze=(), tol=1e-6)
+    frozen = fit(counts, source, informative_priors_freeze=("r", "mu", "eta"), tol=1e-6)
+    distances = []
+    for tau in (1.0, 1e-1, 1e-3):
+        model = fit(counts, source, informative_priors_tau=tau, **free)
+        distances.append(
+            [
+                np.abs(np.log(model.dispersion_ / frozen.dispersion_)).max(),
+                np.abs(model.mean_ - frozen.mean_).max(),
+                np.abs(model.capture_offset_ - frozen.capture_offset_).max(),
+            ]
+        )
+    distances = np.array(distances)
+    assert np.all(distances[1:] < 0.3 * distances[0])
+    # what is left is the centre of the prior: the mean of 1,000 draws, a few hundredths of a
+    # posterior standard deviation from the point estimate
+    assert np.all(distances[-1] < 0.1)
+
+
+def test_infinite_tau_is_no_prior(counts, source):
+    """The prior's centre then has no influence on mu and r."""
+    options = dict(
+        informative_priors_freeze=("eta",), informative_priors_tau=np.inf, tol=1e-7, max_iter=2000
+    )
+    model = fit(counts, source, **options)
+    import copy
+
+    moved = copy.copy(source)
+    moved._guide = source._guide._replace(
+        log_dispersion=(source._guide.log_dispersion[0] + 3.0, source._guide.log_dispersion[1]),
+        log_mean=(source._guide.log_mean[0] - 2.0, source._guide.log_mean[1]),
+    )
+    again = fit(counts, moved, **options)
+    np.testing.assert_allclose(again.mean_, model.mean_, atol=1e-9)
+    np.testing.assert_allclose(again.dispersion_, model.dispersion_, rtol=1e-9)
+
+
+def test_free_offsets_lie_between_the_source_and_the_capture_prior(counts, source):
+    X = validate_counts(source, counts, reset=False)
+    found = source._offsets(X)
+    prior = source.capture_prior_
+    narrow = row_offsets(source, X, frozen=False, tau=1e-6, capture_prior=prior)
+    np.testing.assert_allclose(narrow[0], found.loc, atol=1e-6)
+    np.testing.assert_allclose(narrow[1], 1e-6 * found.scale, rtol=1e-6)
+    wide = row_offsets(source, X, frozen=False, tau=np.inf, capture_prior=prior)
+    loc, scale = prior.rows(np.asarray(X.sum(1)).ravel())
+    np.testing.assert_allclose(wide[0], loc)
+    np.testing.assert_allclose(wide[1], scale)
+
+
+# ------------------------------------------------------------------ gene sets
+
+
+def frame(counts, names):
+    return pd.DataFrame(counts.toarray(), columns=names)
+
+
+def test_a_source_of_more_genes_is_cut_by_name(counts):
+    names = np.array([f"g{i}" for i in range(counts.shape[1])])
+    whole = NBVCPEstimator(random_state=0).fit(frame(counts, names))
+    keep = np.array([5, 3, 11, 0, 20, 8, 9, 1])
+    X = frame(counts, names)[names[keep]]
+    model = fit(X, whole)
+    np.testing.assert_array_equal(model.dispersion_, whole.dispersion_[keep])
+    assert model.informative_prior_estimator_ is whole
+    assert model.sample_posterior(5).r.shape == (5, 8)
+    assert whole.n_features_in_ == counts.shape[1]
+
+
+def test_missing_genes_are_named(counts):
+    names = [f"g{i}" for i in range(counts.shape[1])]
+    part = NBVCPEstimator(random_state=0).fit(frame(counts, names)[names[:12]])
+    with pytest.raises(ValueError, match=r"12 of the 24 genes.*g12, g13.*g21, \.\.\."):
+        fit(frame(counts, names), part)
+
+
+def test_without_names_the_numbers_must_agree(counts, source):
+    with pytest.raises(ValueError, match="24 genes, X has 10"):
+        fit(counts[:, :10], source)
+
+
+def test_a_frozen_source_that_is_not_fitted_is_refused(counts):
+    with pytest.raises(ValueError, match="not fitted"):
+        fit(counts, FrozenEstimator(NBVCPEstimator()))
+
+
+# ------------------------------------------------------------------ a grid over all of it
+
+
+def test_grid_search_over_cascade_and_freeze_sets(counts, source):
+    grid = GridSearchCV(
+        NBLNEstimator(2, informative_prior_estimator=FrozenEstimator(source), random_state=0),
+        {
+            "cascade": ["parameter", "marginal"],
+            "informative_priors_freeze": [(), ("r",), ("r", "eta"), ("r", "mu", "eta")],
+            "latent_dim": [1, 2],
+        },
+        cv=2,
+        error_score="raise",
+    ).fit(counts)
+    assert np.all(np.isfinite(grid.cv_results_["mean_test_score"]))
+    best = grid.best_params_
+    # the raw freeze counts dispersion twice, and a held-out score sees that
+    assert (best["cascade"], best["informative_priors_freeze"]) != ("parameter", ("r", "eta"))

@@ -1,5 +1,7 @@
 """From an NBLN estimator's parameters and its source to one Laplace problem, and its solution."""
 
+import inspect
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ from ._jax import RowBatches, Sweeper, sum_over_batches
 from ._laplace.driver import Free, ascend
 from ._laplace.likelihood import CountHistogram
 from ._laplace.objective import Identity, MarginalCoupling, Objective
+from ._laplace.shrinkage import TYPES, ascend_with_prior
 from ._laplace.start import loadings_from_scores
 from ._laplace.sweeps import GaussianPrior, Parameters
 from ._nbvcp import weak_dispersion_prior
@@ -17,22 +20,6 @@ from ._posterior import curvature
 
 _START_NOISE = 0.05
 _NO_CAPTURE = 500.0  # nats
-
-
-def singular_basis(loadings):
-    """W in the singular basis of W_perp (n_genes, k), components W_perp' (k, n_genes), the rotation.
-
-    The rotation (k, k) takes scores of the old basis to the new one: ``scores @ rotation``.
-    """
-    centred = loadings - loadings.mean(0)
-    _, _, Vt = np.linalg.svd(centred, full_matrices=False)
-    if Vt.shape[0] < loadings.shape[1]:  # fewer genes than factors: complete the basis
-        Vt = np.linalg.svd(centred, full_matrices=True)[2]
-    rotated = centred @ Vt.T
-    largest = rotated[np.argmax(np.abs(rotated), 0), np.arange(rotated.shape[1])]
-    sign = np.where(largest < 0, -1.0, 1.0)
-    rotation = Vt.T * sign
-    return loadings @ rotation, np.ascontiguousarray((rotated * sign).T), rotation
 
 
 class RowPosterior(NamedTuple):
@@ -79,6 +66,7 @@ class NBLNProblem:
         coupled = estimator.cascade == "marginal"
         negative_binomial = estimator.observation == "nb"
         self.source, self.frozen, self.coupled = source, frozen, coupled
+        self.strategy = loadings_strategy(estimator.loadings_prior)
         self.free = Free(
             mean="mu" not in frozen,
             loadings=True,
@@ -158,7 +146,7 @@ class NBLNProblem:
         )
 
     def run(self):
-        """Maximize the objective."""
+        """Maximize the objective. Returns the driver's outcome and the columns' scales, or None."""
         estimator = self.estimator
         n_cells = self.X.shape[0]
 
@@ -168,12 +156,38 @@ class NBLNProblem:
                 flush=True,
             )
 
-        return ascend(
-            self.objective,
-            self.start,
-            self.free,
+        options = dict(
             n_cells=n_cells,
             tol=estimator.tol,
             max_iter=estimator.max_iter,
             report=report if estimator.verbose else None,
         )
+        if self.strategy.type == "none":
+            return ascend(self.objective, self.start, self.free, **options), None
+        return ascend_with_prior(self.objective, self.strategy, self.start, self.free, **options)
+
+
+def loadings_strategy(loadings_prior):
+    """The strategy that the parameter names.
+
+    Raises
+    ------
+    ValueError
+        For an unknown type or hyper-parameter.
+    """
+    given = {"type": loadings_prior} if isinstance(loadings_prior, str) else dict(loadings_prior)
+    name = given.pop("type", None)
+    if name not in TYPES:
+        raise ValueError(
+            f"loadings_prior={loadings_prior!r}: expected a type out of {sorted(TYPES)}, as a string or as "
+            'a dict {"type": ..., hyper-parameters}.'
+        )
+    known = inspect.signature(TYPES[name]).parameters
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(
+                f"loadings_prior: {name!r} has no hyper-parameter {key!r}; it has {sorted(known)}."
+            )
+        if not isinstance(value, Real) or not np.isfinite(value) or value <= 0:
+            raise ValueError(f"loadings_prior: {key}={value!r}, expected a positive finite number.")
+    return TYPES[name](**given)

@@ -180,6 +180,11 @@ class Sweeper:
         self.batches = batches
         self.scores = np.zeros((batches.X.shape[0], padded_rank(k) + 1))
 
+    def rotate(self, rotation):
+        """Follow a rotation (k, k) of the loadings."""
+        k = rotation.shape[0]
+        self.scores[:, :k] = self.scores[:, :k] @ rotation
+
     @float64
     def __call__(self, mean, loadings, noise, phi):
         """One pass over all rows: `BatchSums` of NumPy arrays for the unpadded latent dimension."""

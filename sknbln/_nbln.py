@@ -17,8 +17,9 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _cascade, _posterior
-from ._fitting import NBLNProblem, row_capture, row_posterior, singular_basis
+from ._fitting import NBLNProblem, row_capture, row_posterior
 from ._jax import RowBatches, solve_rows
+from ._laplace.shrinkage import TYPES, compositional, effective_rank, singular_basis
 from ._nbvcp import CountModelMixin, NBVCPEstimator
 from ._validation import validate_counts
 
@@ -60,8 +61,12 @@ class NBLNEstimator(
         The count channel. ``"poisson"`` is the Poisson log-normal model (r = inf); ``"multinomial"`` the
         logistic-normal multinomial: Poisson with a flat capture offset, its score conditional on the
         row totals.
-    loadings_prior : {"none"}, default="none"
-        Prior of the loadings.
+    loadings_prior : str or dict, default="none"
+        Prior of the columns of W_perp, ``N(0, lambda_k^2)`` each: ``"none"``; ``"gaussian"`` (fixed
+        ``sigma``, 1); ``"horseshoe_columnwise"`` (``tau_scale`` 1, ``lambda_min`` 1e-3);
+        ``"neg_columnwise"`` (``alpha`` 1, ``beta`` 1, ``lambda_min`` 1e-3); ``"ard"``, empirical-Bayes
+        scales that take columns of noise to zero and leave real columns at their length. A dict
+        ``{"type": ..., hyper-parameters}`` sets hyper-parameters.
     capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
         As in `NBVCPEstimator`; ``"auto"`` takes the source's capture prior.
     max_iter : int, default=200
@@ -107,8 +112,14 @@ class NBLNEstimator(
         (``cascade="parameter"``), large positive sums say that the data want less dispersion than the
         source's: the variance that Sigma explains is counted twice. See
         :meth:`get_dispersion_diagnostics`.
+    w_prior_diagnostics_ : dict
+        ``strategy_type``; ``column_frobenius_compositional``, the norms of the rows of `components_`;
+        ``column_norm_effective_rank`` and its alias ``effective_rank``, how many exceed 5 % of the
+        largest; with a prior ``sigma_k``, the columns' scales lambda_k, and ``scale_effective_rank``; the
+        horseshoe's ``tau``.
     objective_history_ : ndarray of shape (n_iter_ + 1,)
-        Log-posterior per cell, from the start on; never falls.
+        Log-posterior per cell, from the start on; never falls, except where a loadings prior is
+        updated between stages of sweeps.
     n_iter_ : int
         Sweeps done.
     converged_ : bool
@@ -151,7 +162,7 @@ class NBLNEstimator(
         "informative_priors_n_samples": [Interval(Integral, 2, None, closed="left")],
         "cascade": [StrOptions({"parameter", "marginal"})],
         "observation": [StrOptions({"nb", "poisson", "multinomial"})],
-        "loadings_prior": [StrOptions({"none"})],
+        "loadings_prior": [StrOptions(set(TYPES)), dict],
         "capture_efficiency": NBVCPEstimator._parameter_constraints["capture_efficiency"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left")],
@@ -256,7 +267,7 @@ class NBLNEstimator(
 
         # nothing of the estimator's fitted state is written before the fit has ended
         problem = NBLNProblem(self, matched, frozen, capture_prior, X, rng)
-        outcome = problem.run()
+        outcome, column_scales = problem.run()
         params = problem.parameters(outcome.point.params)
         rows = solve_rows(problem.batches, *params.natural())
         self._curvature = problem.curvature(params)
@@ -269,7 +280,10 @@ class NBLNEstimator(
         self.noise_variance_ = params.noise
         self.dispersion_ = problem.dispersion(params)
         self.dispersion_gradient_ = outcome.point.gradient_log_r
-        self.loadings_, self.components_, rotation = singular_basis(params.loadings)
+        rotation = singular_basis(params.loadings)
+        self.loadings_ = params.loadings @ rotation
+        self.components_ = np.ascontiguousarray(compositional(self.loadings_).T)
+        self.w_prior_diagnostics_ = self._prior_diagnostics(problem.strategy, column_scales)
         self.latent_dim_ = self.components_.shape[0]
         self._n_features_out = self.latent_dim_
         self._rows = row_posterior(rows, rotation)
@@ -293,6 +307,19 @@ class NBLNEstimator(
                 f"observation={self.observation!r} does not have. Leave {named} out."
             )
         return tuple(name for name in frozen if name not in absent)
+
+    def _prior_diagnostics(self, strategy, column_scales):
+        norms = np.linalg.norm(self.components_, axis=1)
+        found = {
+            "strategy_type": strategy.type,
+            "column_frobenius_compositional": norms,
+            "column_norm_effective_rank": effective_rank(norms),
+            "effective_rank": effective_rank(norms),
+        }
+        if column_scales is not None:
+            found["sigma_k"] = column_scales
+            found["scale_effective_rank"] = effective_rank(column_scales)
+        return {**found, **strategy.diagnostics()}
 
     def _warn_unless_converged(self, outcome, n_cells):
         if not outcome.converged:

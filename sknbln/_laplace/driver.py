@@ -39,6 +39,7 @@ class Point(NamedTuple):
     value: float
     grad: Gradients
     n_unconverged: int
+    moments: np.ndarray  # sums over cells of b [1 z][1 z]', packed; (n_genes, T)
     gradient_log_r: np.ndarray  # of the log-likelihood, in the model's own log r; (n_genes,)
 
 

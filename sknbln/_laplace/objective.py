@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .driver import Point
+from .lowrank import triangle
 from .sweeps import GaussianPrior, Gradients, Parameters
 
 #: 1/r of a gene whose whole overdispersion is explained by Sigma
@@ -32,6 +33,26 @@ class NaturalGradient(NamedTuple):
     loadings: np.ndarray
     noise: np.ndarray
     log_r: np.ndarray
+
+
+class NoPenalty:
+    """No prior of the loadings."""
+
+    precision = 0.0
+
+    def value(self, loadings):
+        """Zero."""
+        return 0.0
+
+    def gradient(self, loadings):
+        """Zero."""
+        return 0.0
+
+
+def _squares(k):
+    """Columns of the packed moments that hold the squares of the scores."""
+    i, j, _ = triangle(k)
+    return 1 + k + np.flatnonzero(i == j)
 
 
 class Identity:
@@ -121,14 +142,26 @@ class Objective:
     coupling : Identity or MarginalCoupling
     weak_log_r : GaussianPrior
         Prior of the model's own ``log r``, whatever the coordinates.
+    penalty : ColumnPenalty
+        Log-density of the loadings; may be replaced between stages.
     """
 
-    def __init__(self, sweep, histogram, prior_mean, prior_log_r, coupling=None, weak_log_r=None):
+    def __init__(
+        self,
+        sweep,
+        histogram,
+        prior_mean,
+        prior_log_r,
+        coupling=None,
+        weak_log_r=None,
+        penalty=None,
+    ):
         self.sweep = sweep
         self.histogram = histogram
         self.prior_mean: GaussianPrior = prior_mean
         self.prior_log_r: GaussianPrior = prior_log_r
         self.coupling = coupling if coupling is not None else Identity()
+        self.penalty = penalty if penalty is not None else NoPenalty()
         self.weak_log_r = (
             weak_log_r if weak_log_r is not None else GaussianPrior.flat(histogram.n_genes)
         )
@@ -156,13 +189,16 @@ class Objective:
         natural = natural._replace(
             log_r=natural.log_r + self.weak_log_r.gradient(params.log_r),
             noise=natural.noise - NOISE_RATE,
+            loadings=natural.loadings + self.penalty.gradient(params.loadings),
         )
+        value += self.penalty.value(params.loadings)
         value += self.weak_log_r.log_density(params.log_r) - NOISE_RATE * float(
             np.sum(params.noise)
         )
         grad = self.coupling.pull_back(x, params, natural)
         moments = sums.genes.moments.copy()
         moments[:, 0] += self.prior_mean.precision
+        moments[:, _squares(x.loadings.shape[1])] += self.penalty.precision
         return Point(
             x,
             value + self.prior_mean.log_density(x.mean) + self.prior_log_r.log_density(x.log_r),
@@ -177,5 +213,6 @@ class Objective:
                 float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
             ),
             int(sums.n_unconverged),
+            sums.genes.moments,
             gradient_log_r,
         )

@@ -1,0 +1,286 @@
+r"""Priors of the loadings' columns, and the loop that alternates them with sweeps.
+
+Every prior acts on the columns of ``W_perp`` (loadings less their mean over genes) as a Gaussian with
+``G - 1`` degrees of freedom and standard deviation ``lambda_k``; the strategies differ in how
+``lambda_k`` is found from the column's ``S_k = |W_perp[:, k]|^2``. The solver sees a `ColumnPenalty`
+and none of the names.
+
+**What the posterior mode of W gets wrong, and "ard" does not.** At the mode of (W, lambda) the prior
+pulls every column along its own direction with a force of ``G - 1`` degrees of freedom, while the
+``n`` cells determine the length of a factor by ``2 n`` only: real columns come out short by
+``(G - 1) / 2 n`` in log length. The posterior *volume* of W undoes this. What the cells say of
+a gene's loading, ``A``, is its weight times the squares of the scores' means: with ``q = w' B w``, ``B =
+mean_c b_cg`` and the reliability ``rho = q / (1 + q)`` those go as ``q / (1 + q)^2``, so that shortening a
+column whose scores are well known (rho near 1) sharpens every gene's regression on them, and shortening
+one of noise (rho < 1/2) does not. Keeping ``- (1/2) log det (A + 1 / lambda^2)`` of Laplace's integral
+over W gives a force of ``gamma_k (2 rho_k - 1)`` along the column,
+
+.. math:: \gamma_k = \sum_g (1 - \mathrm{Var}(w_{gk}) / \lambda_k^2)
+
+(MacKay's number of well-determined loadings) against the prior's ``gamma_k``. It is applied, where
+positive, as the gradient of ``(v_k / 2) log(1 + w_k' B w_k)``, ``v_k = gamma_k (2 rho_k - 1) / rho_k``. A
+column that the data support is left at its length, and its genes are shrunk against each other by how much
+is known of each; a column of noise is not protected and goes to zero.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from .driver import ascend
+from .sweeps import least_squares_matrix
+
+_SCALE_ROUNDS = 200
+
+
+def compositional(loadings):
+    """``W_perp``: the loadings less their mean over genes."""
+    return loadings - loadings.mean(0)
+
+
+class ColumnPenalty(NamedTuple):
+    """Log-density of the loadings as the solver sees it, up to constants."""
+
+    precision: np.ndarray  # (k,) 1 / lambda_k^2
+    volume: np.ndarray  # (k,) gamma_k; 0 without the volume term
+    weight: np.ndarray  # (n_genes,) B
+
+    @classmethod
+    def none(cls, n_genes, k):
+        """No prior."""
+        return cls(np.zeros(k), np.zeros(k), np.zeros(n_genes))
+
+    def value(self, loadings):
+        """Penalty at the loadings, nats."""
+        W = compositional(loadings)
+        spread = np.sum(self.weight[:, None] * W**2, 0)
+        return float(
+            -0.5 * np.sum(self.precision * np.sum(W**2, 0))
+            + 0.5 * np.sum(self.volume * np.log1p(spread))
+        )
+
+    def gradient(self, loadings):
+        """Its gradient in the loadings, (n_genes, k)."""
+        W = compositional(loadings)
+        weighted = self.weight[:, None] * W
+        spread = np.sum(weighted * W, 0)
+        return -self.precision * W + compositional(weighted) * (self.volume / (1.0 + spread))
+
+
+class Evidence(NamedTuple):
+    """What a scale update may look at."""
+
+    squared_norm: np.ndarray  # (k,) S_k
+    reliability: np.ndarray  # (k,) w' B w / (1 + w' B w), the squared correlation of a score and its mean
+    information: np.ndarray  # (n_genes, k) of each loading given the others
+    weight: np.ndarray  # (n_genes,) mean over cells of b
+
+    @property
+    def dof(self):
+        """Degrees of freedom of a column of W_perp."""
+        return max(self.information.shape[0] - 1, 1)
+
+
+class NoPrior:
+    """No shrinkage."""
+
+    type = "none"
+
+    def update(self, evidence):
+        """Variances lambda_k^2 and the volume terms gamma_k of the columns."""
+        k = evidence.squared_norm.size
+        return np.full(k, np.inf), np.zeros(k)
+
+    def diagnostics(self):
+        """Global scale, where there is one."""
+        return {}
+
+
+class Gaussian(NoPrior):
+    """``w_gk ~ N(0, sigma^2)`` with a fixed ``sigma``."""
+
+    type = "gaussian"
+
+    def __init__(self, sigma=1.0):
+        self.sigma = sigma
+
+    def update(self, evidence):
+        """The same variance whatever the evidence."""
+        k = evidence.squared_norm.size
+        return np.full(k, self.sigma**2), np.zeros(k)
+
+
+class HorseshoeColumnwise(NoPrior):
+    r"""``w_gk ~ N(0, lambda_k^2)``, ``lambda_k ~ HalfCauchy(tau)``, ``tau ~ HalfCauchy(tau_scale)``.
+
+    lambda is a standard deviation, at least ``lambda_min``: the joint mode is unbounded as W and
+    lambda vanish together.
+    """
+
+    type = "horseshoe_columnwise"
+
+    def __init__(self, tau_scale=1.0, lambda_min=1e-3):
+        self.tau_scale, self.lambda_min = tau_scale, lambda_min
+        self.tau = tau_scale
+
+    def column_variance(self, S, dof, tau):
+        """Mode of ``lambda^2`` given S and tau: a quadratic equation."""
+        a, b, c = -(dof + 2.0), S - dof * tau**2, S * tau**2
+        v = (-b - np.sqrt(b**2 - 4 * a * c)) / (2 * a)
+        return np.maximum(v, self.lambda_min**2)
+
+    def update(self, evidence):
+        """Joint mode of lambda and tau, alternating."""
+        S, dof = evidence.squared_norm, evidence.dof
+
+        def minus_log_density(log_tau, v):
+            tau = np.exp(log_tau)
+            return np.sum(np.log(tau) + np.log1p(v / tau**2)) + np.log1p(
+                (tau / self.tau_scale) ** 2
+            )
+
+        for _ in range(_SCALE_ROUNDS):
+            before = self.tau
+            v = self.column_variance(S, dof, before)
+            limits = np.log(self.lambda_min), np.log(1e3 * self.tau_scale)
+            found = minimize_scalar(minus_log_density, bounds=limits, args=(v,), method="bounded")
+            self.tau = float(np.exp(found.x))
+            if abs(np.log(self.tau / before)) < 1e-6:
+                break
+        return self.column_variance(S, dof, self.tau), np.zeros(S.size)
+
+    def diagnostics(self):
+        """The global scale tau."""
+        return {"tau": self.tau}
+
+
+class NEGColumnwise(NoPrior):
+    """Normal-exponential-gamma: variance ``psi_k ~ Exponential(gamma_k)``, ``gamma_k ~ Gamma(alpha, beta)``.
+
+    ``sqrt(psi)`` is at least ``lambda_min``.
+    """
+
+    type = "neg_columnwise"
+
+    def __init__(self, alpha=1.0, beta=1.0, lambda_min=1e-3):
+        self.alpha, self.beta, self.lambda_min = alpha, beta, lambda_min
+
+    def update(self, evidence):
+        """Joint mode of psi and gamma, alternating."""
+        S, dof = evidence.squared_norm, evidence.dof
+        psi = np.maximum(S / dof, self.lambda_min**2)
+        for _ in range(_SCALE_ROUNDS):
+            rate = self.alpha / (psi + self.beta)
+            # 2 gamma psi^2 + dof psi - S = 0, in the form that does not cancel
+            new = 2.0 * S / (dof + np.sqrt(dof**2 + 8.0 * rate * S))
+            new = np.maximum(new, self.lambda_min**2)
+            if np.all(np.abs(new - psi) <= 1e-8 * psi):
+                break
+            psi = new
+        return new, np.zeros(S.size)
+
+
+class ARD(NoPrior):
+    """Empirical-Bayes variances that count the posterior variance of W, and its volume.
+
+    ``lambda_k^2 = (S_k + sum_g Var(w_gk)) / (G - 1)``, iterated to its fixed point.
+    """
+
+    type = "ard"
+    _SMALLEST = 1e-12
+
+    def update(self, evidence):
+        """Fixed point of the variances, and gamma_k there."""
+        S, information, dof = evidence.squared_norm, evidence.information, evidence.dof
+        v = np.maximum(S / dof, self._SMALLEST)
+        for _ in range(_SCALE_ROUNDS):
+            variance = 1.0 / (information + 1.0 / v)
+            new = np.maximum((S + variance.sum(0)) / dof, self._SMALLEST)
+            if np.all(np.abs(new - v) <= 1e-6 * v):
+                break
+            v = new
+        gamma = np.sum(1.0 - 1.0 / (1.0 + information * v), 0)
+        rho = np.maximum(evidence.reliability, 1e-300)
+        return v, gamma * np.maximum(2.0 * rho - 1.0, 0.0) / rho
+
+
+TYPES = {c.type: c for c in (NoPrior, Gaussian, HorseshoeColumnwise, NEGColumnwise, ARD)}
+
+
+def evidence_at(loadings, moments, n_cells):
+    """`Evidence` from the sums over cells at the loadings."""
+    k = loadings.shape[1]
+    A = least_squares_matrix(moments, k)[:, 1:, 1:]
+    inverse = np.linalg.inv(A + 1e-8 * np.eye(k))
+    information = 1.0 / np.maximum(np.einsum("gii->gi", inverse), 1e-300)
+    weight = moments[:, 0] / n_cells
+    squares = compositional(loadings) ** 2
+    spread = np.sum(weight[:, None] * squares, 0)
+    return Evidence(np.sum(squares, 0), spread / (1.0 + spread), information, weight)
+
+
+SWEEPS_PER_STAGE = 6
+#: columns below this fraction of the largest are not counted
+RANK_FRACTION = 0.05
+_SETTLED = 0.02  # relative change of a column's lambda
+
+
+def singular_basis(loadings):
+    """Rotation (k, k) to the singular basis of W_perp, with signs.
+
+    In it the columns of W_perp are orthogonal, their norms descend, and the entry of largest
+    magnitude of each is positive. ``scores @ rotation`` are the scores in that basis.
+    """
+    centred = compositional(loadings)
+    Vt = np.linalg.svd(centred, full_matrices=centred.shape[0] < centred.shape[1])[2]
+    rotated = centred @ Vt.T
+    largest = rotated[np.argmax(np.abs(rotated), 0), np.arange(rotated.shape[1])]
+    return Vt.T * np.where(largest < 0, -1.0, 1.0)
+
+
+def effective_rank(norms):
+    """Number of columns above 5 % of the largest."""
+    largest = norms.max(initial=0.0)
+    return int(np.sum(norms > RANK_FRACTION * largest)) if largest > 0 else 0
+
+
+def ascend_with_prior(objective, strategy, params, free, *, n_cells, tol, max_iter, report=None):
+    """Alternate sweeps under a fixed penalty with updates of the columns' scales.
+
+    Between stages the loadings are rotated to their singular basis, in which the scales are found.
+    Arguments and result as of ``driver.ascend``, with the scales ``lambda_k`` beside it.
+    """
+    history, done, v = [], 0, None
+    point = objective(params)
+    while True:
+        rotation = singular_basis(objective.coupling.expand(params).loadings)
+        params = params._replace(loadings=params.loadings @ rotation)
+        objective.sweep.rotate(rotation)
+        point = objective(params)
+        natural = objective.coupling.expand(params).loadings
+        before = v
+        v, volume = strategy.update(evidence_at(natural, point.moments, n_cells))
+        objective.penalty = ColumnPenalty(1.0 / v, volume, point.moments[:, 0] / n_cells)
+        outcome = ascend(
+            objective,
+            params,
+            free,
+            n_cells=n_cells,
+            tol=tol,
+            max_iter=min(SWEEPS_PER_STAGE, max_iter - done),
+            report=None if report is None else lambda i, p, done=done: report(done + i, p),
+        )
+        history += outcome.history if not history else outcome.history[1:]
+        done += outcome.n_iter
+        params = outcome.point.params
+        real = v > (RANK_FRACTION / 2) ** 2 * v.max()
+        settled = before is not None and np.all(
+            np.abs(np.sqrt(v[real] / before[real]) - 1.0) < _SETTLED
+        )
+        if (outcome.converged and settled) or done >= max_iter:
+            converged = outcome.converged and settled
+            reason = outcome.reason if converged else f"max_iter={max_iter} sweeps were done"
+            return outcome._replace(
+                converged=bool(converged), reason=reason, history=history, n_iter=done
+            ), np.sqrt(v)

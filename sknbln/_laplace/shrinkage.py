@@ -72,7 +72,9 @@ class Evidence(NamedTuple):
     """What a scale update may look at."""
 
     squared_norm: np.ndarray  # (k,) S_k
-    reliability: np.ndarray  # (k,) w' B w / (1 + w' B w), the squared correlation of a score and its mean
+    reliability: (
+        np.ndarray
+    )  # (k,) w' B w / (1 + w' B w), the squared correlation of a score and its mean
     information: np.ndarray  # (n_genes, k) of each loading given the others
     weight: np.ndarray  # (n_genes,) mean over cells of b
 
@@ -184,7 +186,8 @@ class NEGColumnwise(NoPrior):
 class ARD(NoPrior):
     """Empirical-Bayes variances that count the posterior variance of W, and its volume.
 
-    ``lambda_k^2 = (S_k + sum_g Var(w_gk)) / (G - 1)``, iterated to its fixed point.
+    ``lambda_k^2 = (S_k + sum_g Var(w_gk)) / (G - 1)``, iterated to its fixed point. Both the variance and
+    the volume count as far as the column's scores are known: times ``(2 rho - 1) / rho``, at least 0.
     """
 
     type = "ard"
@@ -193,16 +196,17 @@ class ARD(NoPrior):
     def update(self, evidence):
         """Fixed point of the variances, and gamma_k there."""
         S, information, dof = evidence.squared_norm, evidence.information, evidence.dof
+        # 1 for scores that are known exactly, 0 where the reliability is below 1/2
+        support = np.maximum(2.0 - 1.0 / np.maximum(evidence.reliability, 1e-300), 0.0)
         v = np.maximum(S / dof, self._SMALLEST)
         for _ in range(_SCALE_ROUNDS):
             variance = 1.0 / (information + 1.0 / v)
-            new = np.maximum((S + variance.sum(0)) / dof, self._SMALLEST)
+            new = np.maximum((S + support * variance.sum(0)) / dof, self._SMALLEST)
             if np.all(np.abs(new - v) <= 1e-6 * v):
                 break
             v = new
         gamma = np.sum(1.0 - 1.0 / (1.0 + information * v), 0)
-        rho = np.maximum(evidence.reliability, 1e-300)
-        return v, gamma * np.maximum(2.0 * rho - 1.0, 0.0) / rho
+        return v, gamma * support
 
 
 TYPES = {c.type: c for c in (NoPrior, Gaussian, HorseshoeColumnwise, NEGColumnwise, ARD)}

@@ -133,9 +133,7 @@ class NBLNProblem:
         return np.sum(x.loadings**2, 1) + x.noise
 
     def curvature(self, params):
-        """Standard deviations of free mu and log r; None where neither is free."""
-        if not (self.free.mean or self.free.log_r):
-            return None
+        """Standard deviations of mu, W and log r."""
         objective = self.objective
         return curvature(
             self.batches,
@@ -143,6 +141,7 @@ class NBLNProblem:
             self.free,
             objective.prior_mean.precision,
             objective.prior_log_r.precision + objective.weak_log_r.precision,
+            objective.penalty.precision,
         )
 
     def run(self):

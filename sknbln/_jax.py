@@ -145,7 +145,10 @@ def solve_rows(batches, mean, loadings, noise, phi):
 
 @float64
 def gene_score_products(batches, mean, loadings, noise, phi):
-    """Outer products of the genes' scores in (mu, log d, log r), (n_genes, 3, 3), and ``sum_c b``."""
+    """Outer products of each gene's scores in (mu, w, log d, log r), and ``sum_c b``.
+
+    Shapes (n_genes, k + 3, k + 3) and (n_genes,).
+    """
     params = _globals(mean, loadings, noise, phi)
     zeta = np.zeros((batches.rows, params.loadings.shape[1] + 1))
     r = np.where(phi > 0, 1.0 / np.where(phi > 0, phi, 1.0), np.inf)
@@ -156,7 +159,9 @@ def gene_score_products(batches, mean, loadings, noise, phi):
         constants[rows, genes] = log_rising_derivatives(cells.counts[rows, genes], r[genes])[0]
         part = jax.tree.map(np.asarray, score_products(cells, params, zeta, constants))
         total = part if total is None else jax.tree.map(np.add, total, part)
-    return total
+    k, padded = loadings.shape[1], params.loadings.shape[1]
+    keep = np.r_[0 : k + 1, padded + 1, padded + 2]
+    return total[0][:, keep][:, :, keep], total[1]
 
 
 def sum_over_batches(batches, mean, phi):

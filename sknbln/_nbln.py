@@ -91,6 +91,14 @@ class NBLNEstimator(
     loadings_ : ndarray of shape (n_genes, latent_dim_)
         W itself in the same basis; depends on how the level of a cell is split between log-rate and
         capture.
+    components_standard_error_ : ndarray of shape (latent_dim_, n_genes)
+        Standard errors of the entries of `components_`, up to a common rotation: from the outer
+        products of the cells' exact gradients, and the sampling of the scores.
+    explained_variance_ : ndarray of shape (latent_dim_,)
+        Variance of the log-rates along each component, summed over genes: the squared norms of
+        `components_`, nats squared.
+    explained_variance_ratio_ : ndarray of shape (latent_dim_,)
+        The same by the trace of the compositional covariance ``P (W W' + diag d) P``.
     mean_ : ndarray of shape (n_genes,)
         Mean log-rates mu, nats.
     noise_variance_ : ndarray of shape (n_genes,)
@@ -115,8 +123,8 @@ class NBLNEstimator(
     w_prior_diagnostics_ : dict
         ``strategy_type``; ``column_frobenius_compositional``, the norms of the rows of `components_`;
         ``column_norm_effective_rank`` and its alias ``effective_rank``, how many exceed 5 % of the
-        largest; with a prior ``sigma_k``, the columns' scales lambda_k, and ``scale_effective_rank``; the
-        horseshoe's ``tau``.
+        largest and 0.01 nats per gene (root mean square); with a prior ``sigma_k``, the columns'
+        scales lambda_k, and ``scale_effective_rank``; the horseshoe's ``tau``.
     objective_history_ : ndarray of shape (n_iter_ + 1,)
         Log-posterior per cell, from the start on; never falls, except where a loadings prior is
         updated between stages of sweeps.
@@ -270,7 +278,6 @@ class NBLNEstimator(
         outcome, column_scales = problem.run()
         params = problem.parameters(outcome.point.params)
         rows = solve_rows(problem.batches, *params.natural())
-        self._curvature = problem.curvature(params)
         self._coordinate_variance = problem.coordinate_variance(outcome.point.params)
         self.informative_prior_estimator_ = source
         self._source = matched
@@ -282,7 +289,13 @@ class NBLNEstimator(
         self.dispersion_gradient_ = outcome.point.gradient_log_r
         rotation = singular_basis(params.loadings)
         self.loadings_ = params.loadings @ rotation
+        self._curvature = problem.curvature(params._replace(loadings=self.loadings_))
+        self.components_standard_error_ = np.ascontiguousarray(self._curvature.loadings.T)
         self.components_ = np.ascontiguousarray(compositional(self.loadings_).T)
+        self.explained_variance_ = np.sum(self.components_**2, axis=1)
+        n_genes = params.noise.size
+        total = self.explained_variance_.sum() + (1 - 1 / n_genes) * params.noise.sum()
+        self.explained_variance_ratio_ = self.explained_variance_ / max(total, 1e-300)
         self.w_prior_diagnostics_ = self._prior_diagnostics(problem.strategy, column_scales)
         self.latent_dim_ = self.components_.shape[0]
         self._n_features_out = self.latent_dim_
@@ -309,16 +322,16 @@ class NBLNEstimator(
         return tuple(name for name in frozen if name not in absent)
 
     def _prior_diagnostics(self, strategy, column_scales):
-        norms = np.linalg.norm(self.components_, axis=1)
+        norms, n_genes = np.linalg.norm(self.components_, axis=1), self.components_.shape[1]
         found = {
             "strategy_type": strategy.type,
             "column_frobenius_compositional": norms,
-            "column_norm_effective_rank": effective_rank(norms),
-            "effective_rank": effective_rank(norms),
+            "column_norm_effective_rank": effective_rank(norms, n_genes),
+            "effective_rank": effective_rank(norms, n_genes),
         }
         if column_scales is not None:
             found["sigma_k"] = column_scales
-            found["scale_effective_rank"] = effective_rank(column_scales)
+            found["scale_effective_rank"] = effective_rank(column_scales, 1)
         return {**found, **strategy.diagnostics()}
 
     def _warn_unless_converged(self, outcome, n_cells):
@@ -372,6 +385,24 @@ class NBLNEstimator(
             Standardized scores (a priori standard normal).
         """
         return self._solve(self._validated(X))["scores"]
+
+    def posterior_scores(self, X):
+        """Posterior mean and covariance of the factor scores.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+
+        Returns
+        -------
+        mean : ndarray of shape (n_cells, latent_dim_)
+            What :meth:`transform` returns.
+        covariance : ndarray of shape (n_cells, latent_dim_, latent_dim_)
+            Given the globals; a free capture offset is integrated.
+        """
+        found = self._solve(self._validated(X))
+        return found["scores"], found["score_covariance"]
 
     def score_samples(self, X):
         """Laplace marginal log-likelihood of each row.

@@ -82,28 +82,47 @@ def mean_covariance_diagonal(information, loadings, n_cells, prior_precision):
 
 
 class Curvature(NamedTuple):
-    """Standard deviations of free globals; 0 where frozen."""
+    """Standard deviations of globals; 0 where frozen."""
 
     mean: np.ndarray  # (n_genes,)
+    loadings: np.ndarray  # (n_genes, k)
     log_r: np.ndarray  # (n_genes,)
 
 
-def curvature(batches: RowBatches, params, free, prior_mean_precision, log_r_precision):
-    """Standard deviations of mu and log r at the fit, by one pass over the rows."""
-    n_genes = params.mean.size
+def curvature(batches: RowBatches, params, free, prior_mean, prior_log_r, prior_loadings):
+    """Standard deviations of mu, W and log r at the fit, by one pass over the rows.
+
+    ``prior_*`` are the precisions of their priors. W and log r: from the outer products of the
+    cells' exact gradients, gene by gene, all of a gene's parameters together.
+    """
+    n_genes, k = params.loadings.shape
     products, information = gene_score_products(batches, *params.natural())
     mean_sd, log_r_sd = np.zeros(n_genes), np.zeros(n_genes)
     if free.mean:
         variance = mean_covariance_diagonal(
-            information, params.loadings, batches.X.shape[0], prior_mean_precision
+            information, params.loadings, batches.X.shape[0], prior_mean
         )
         mean_sd = np.sqrt(variance)
+    free_blocks = [free.mean, *[True] * k, free.log_noise, free.log_r]
+    keep = np.flatnonzero(free_blocks)
+    precision = np.zeros((n_genes, k + 3))
+    precision[:, 0] = prior_mean
+    precision[:, 1 : k + 1] = prior_loadings
+    precision[:, k + 2] = prior_log_r
+    J = products[:, keep][:, :, keep]
+    diagonal = np.einsum("gii->gi", J)
+    # a variance at its floor has no score: a little information keeps the matrix regular
+    diagonal += precision[:, keep] + 1e-6
+    covariance = np.linalg.inv(J)
+    sd = np.zeros((n_genes, k + 3))
+    sd[:, keep] = np.sqrt(np.maximum(np.einsum("gii->gi", covariance), 0.0))
     if free.log_r:
-        J = products.copy()
-        J[:, 2, 2] += log_r_precision
-        J += np.diag([1e-10, 1e-6, 1e-10])
-        log_r_sd = np.sqrt(np.linalg.inv(J)[:, 2, 2])
-    return Curvature(mean_sd, log_r_sd)
+        log_r_sd = sd[:, k + 2]
+    # What the genes share: W takes up the square root of the scores' sample covariance, which
+    # varies by 1/2n in the length of a column and by 1/4n from each column into the others.
+    squares = params.loadings**2
+    shared = (squares + squares.sum(1, keepdims=True)) / (4 * batches.X.shape[0])
+    return Curvature(mean_sd, np.sqrt(sd[:, 1 : k + 1] ** 2 + shared), log_r_sd)
 
 
 def _share(r_source, variance):

@@ -199,16 +199,34 @@ def _gene_sums(cells, params, mode, lin):
 
 @jax.jit
 def score_products(cells, params, zeta, constant_scores):
-    """Sums over cells of products of each gene's scores in (mu, log d, log r): (n_genes, 3, 3).
+    """Sums over cells of outer products of each gene's scores in (mu, w_1..w_k, log d, log r).
 
-    ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Also returns
-    ``sum_c b``, the information of mu given the factor scores, (n_genes,).
+    ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Returns the
+    products, (n_genes, k + 3, k + 3), and ``sum_c b``, (n_genes,).
     """
+    k = params.loadings.shape[1]
     mode, lin = _expansion(cells, params, zeta)
     scores = _gene_scores(cells, params, mode, lin)
-    parts = (scores.mean, params.noise[None, :] * scores.noise, scores.log_r + constant_scores)
-    stacked = jnp.stack(parts) * cells.weight[None, :, None]
-    return jnp.einsum("acg,bcg->gab", stacked, stacked), jnp.sum(cells.weight[:, None] * lin.b, 0)
+    second = mode.zeta[:, :, None] * mode.zeta[:, None, :] + scores.covariance
+    F = lowrank.with_capture(params.loadings)
+    regression = jnp.einsum("cij,gj->cgi", second[:, :k, :] * lin.scales[:, None, :], F)
+    loadings = (
+        (lin.v + scores.beta)[:, :, None] * mode.zeta[:, None, :k]
+        + mode.alpha[:, :, None] * scores.xi[:, None, :k]
+        - lin.b[:, :, None] * regression
+    )
+    stacked = jnp.concatenate(
+        [
+            scores.mean[:, :, None],
+            loadings,
+            (params.noise[None, :] * scores.noise)[:, :, None],
+            (scores.log_r + constant_scores)[:, :, None],
+        ],
+        2,
+    )
+    stacked = jnp.swapaxes(stacked * cells.weight[:, None, None], 0, 1)
+    products = jnp.swapaxes(stacked, 1, 2) @ stacked
+    return products, jnp.sum(cells.weight[:, None] * lin.b, 0)
 
 
 __all__ = [

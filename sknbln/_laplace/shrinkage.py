@@ -227,6 +227,8 @@ def evidence_at(loadings, moments, n_cells):
 SWEEPS_PER_STAGE = 6
 #: columns below this fraction of the largest are not counted
 RANK_FRACTION = 0.05
+#: nor columns whose root mean square is below this, nats: where all vanish, none is real
+SMALLEST_LOADING = 0.01
 _SETTLED = 0.02  # relative change of a column's lambda
 
 
@@ -243,10 +245,10 @@ def singular_basis(loadings):
     return Vt.T * np.where(largest < 0, -1.0, 1.0)
 
 
-def effective_rank(norms):
-    """Number of columns above 5 % of the largest."""
-    largest = norms.max(initial=0.0)
-    return int(np.sum(norms > RANK_FRACTION * largest)) if largest > 0 else 0
+def effective_rank(norms, n_genes):
+    """Number of columns above 5 % of the largest that move the genes at all."""
+    least = max(RANK_FRACTION * norms.max(initial=0.0), SMALLEST_LOADING * np.sqrt(n_genes))
+    return int(np.sum(norms > least))
 
 
 def ascend_with_prior(objective, strategy, params, free, *, n_cells, tol, max_iter, report=None):

@@ -15,7 +15,7 @@ from ._laplace.objective import Identity, MarginalCoupling, Objective
 from ._laplace.shrinkage import TYPES, ascend_with_prior
 from ._laplace.start import loadings_from_scores
 from ._laplace.sweeps import GaussianPrior, Parameters
-from ._nbvcp import weak_dispersion_prior
+from ._nbvcp import weak_dispersion_prior, weak_mean_prior
 from ._posterior import curvature
 
 _START_NOISE = 0.05
@@ -109,7 +109,7 @@ class NBLNProblem:
         self.objective = Objective(
             Sweeper(self.batches, k),
             CountHistogram(X),
-            priors.log_mean if self.free.mean else flat,
+            priors.log_mean.times(weak_mean_prior(log_mean)) if self.free.mean else flat,
             priors.log_r if self.free.log_r else flat,
             MarginalCoupling("r" in frozen) if coupled else Identity(),
             weak_dispersion_prior(n_genes) if negative_binomial else flat,

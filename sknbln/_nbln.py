@@ -143,8 +143,8 @@ class NBLNEstimator(
 
     Notes
     -----
-    Two weak priors keep genes with next to no counts finite: ``log r ~ N(2, 1)`` where r is not frozen,
-    and ``d ~ Exponential(rate 2)``.
+    Weak priors keep genes with next to no counts finite: ``log r ~ N(2, 1)``, mu normal around the genes'
+    average with standard deviation 4 (both where they are not frozen), ``d ~ Exponential(rate 2)``.
 
     The log-rates are integrated by Laplace's method; the globals maximize the resulting marginal
     likelihood by its exact gradient, preconditioned by the least squares of each gene on the scores.

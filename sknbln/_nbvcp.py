@@ -34,6 +34,13 @@ def weak_dispersion_prior(n_genes):
     return GaussianPrior(np.full(n_genes, loc), np.full(n_genes, scale**-2.0))
 
 
+def weak_mean_prior(level):
+    """The prior of log m, around the genes' average, that keeps genes without counts finite."""
+    return GaussianPrior(
+        np.full(level.size, level.mean()), np.full(level.size, LOG_MEAN_PRIOR_SCALE**-2.0)
+    )
+
+
 class CountModelMixin:
     """What both estimators share: tags, the held-out score."""
 

@@ -19,6 +19,7 @@ from .sweeps import (
 
 MEMORY = 8
 MAX_HALVINGS = 12
+LARGEST_STEP = 1.5  # nats
 #: relative rounding error of a sum over all counts; a smaller fall is not a fall
 ROUNDING = 1e-11
 
@@ -182,6 +183,18 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
     )
 
 
+def _within_reach(step):
+    """Cut each gene's step to a nat or two: a gene without counts has next to no curvature."""
+    size = np.sqrt(step.mean**2 + np.sum(step.loadings**2, 1))
+    cut = np.minimum(1.0, LARGEST_STEP / np.maximum(size, 1e-300))
+    return Parameters(
+        step.mean * cut,
+        step.loadings * cut[:, None],
+        np.clip(step.log_noise, -LARGEST_STEP, LARGEST_STEP),
+        np.clip(step.log_r, -LARGEST_STEP, LARGEST_STEP),
+    )
+
+
 def _trial(evaluate, point, memory, free):
     """The first damped trial that does not lower the objective, and the step to it.
 
@@ -206,9 +219,7 @@ def _trial(evaluate, point, memory, free):
             return None, np.inf
         x = precondition(g)
     step = _unflat(x, point.params, flags)
-    step = step._replace(
-        log_noise=np.clip(step.log_noise, -1.5, 1.5), log_r=np.clip(step.log_r, -1.5, 1.5)
-    )
+    step = _within_reach(step)
     length, slack = 1.0, ROUNDING * abs(point.value)
     for _ in range(MAX_HALVINGS):
         params = point.params.moved(step, length)
@@ -219,4 +230,4 @@ def _trial(evaluate, point, memory, free):
             ]
             return trial, np.concatenate([m.ravel() for m in moved])
         length *= 0.35
-    return None, 0.5 * float(x @ g)
+    return None, 0.5 * float(_flat(step, flags) @ g)

@@ -64,6 +64,14 @@ class GaussianPrior(NamedTuple):
         """No prior on any of n parameters."""
         return cls(np.zeros(n), np.zeros(n))
 
+    def times(self, other):
+        """The product of two priors of the same parameters."""
+        precision = self.precision + other.precision
+        safe = np.where(precision > 0, precision, 1.0)
+        return GaussianPrior(
+            (self.precision * self.loc + other.precision * other.loc) / safe, precision
+        )
+
     def log_density(self, x):
         """Without the normalizing constant, which does not depend on x."""
         return 0.5 * float(np.sum(self.gradient(x) * self._residual(x)))

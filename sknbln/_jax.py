@@ -198,7 +198,10 @@ class Sweeper:
         for rows, cells in self.batches:
             start = self.batches.padded(self.scores[rows])
             zeta, sums = jax.tree.map(np.asarray, sweep_cells(cells, params, start))
-            self.scores[rows] = zeta[: rows.stop - rows.start]
+            found = zeta[: rows.stop - rows.start]
+            # a trial may overflow; the next sweep starts from the last finite scores
+            good = np.isfinite(found).all(axis=1)
+            self.scores[rows][good] = found[good]
             if total is None:
                 total = sums
             else:

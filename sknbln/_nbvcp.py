@@ -415,4 +415,5 @@ def _problem(X, prior):
         histogram.count,
         histogram.times,
         histogram.log_factorials,
+        float(X.shape[0]),
     )

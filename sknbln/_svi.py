@@ -32,6 +32,7 @@ from ._jax import float64
 #: rows per step; independent of the estimator's batch_size, which only sets memory
 MINIBATCH = 256
 WINDOW = 50
+_FARTHEST = 30.0
 _ELBO = Trace_ELBO()
 _ADAM = optax.scale_by_adam()
 
@@ -48,6 +49,7 @@ class Problem(NamedTuple):
     count: np.ndarray
     times: np.ndarray
     log_factorials: float
+    n_cells: float
 
 
 class Guide(NamedTuple):
@@ -62,8 +64,7 @@ def model(problem, start, rows, counts, weight, has_capture):
     """NumPyro model on a minibatch: rows, their dense counts, and weights that are 0 for padding."""
     log_mean = numpyro.sample("log_mean", dist.Normal(*problem.mean_prior).to_event(1))
     log_r = numpyro.sample("log_dispersion", dist.Normal(*problem.dispersion_prior).to_event(1))
-    n_cells = problem.row_totals.shape[0]
-    scale = n_cells / jnp.sum(weight)
+    scale = problem.n_cells / jnp.sum(weight)
     y = jnp.broadcast_to(log_mean[None, :], counts.shape)
     linear = jnp.sum(problem.column_totals * log_mean)
     if has_capture:
@@ -90,7 +91,7 @@ def guide(problem, start, rows, counts, weight, has_capture):
     if has_capture:
         loc, scale = (p[rows] for p in _moved("capture_offset", start.capture_offset))
         mini = weight.shape[0]
-        factor = problem.row_totals.shape[0] / jnp.sum(weight)
+        factor = problem.n_cells / jnp.sum(weight)
         with numpyro.handlers.scale(scale=factor), numpyro.handlers.mask(mask=weight > 0):
             with numpyro.plate("cells", mini):
                 numpyro.sample("capture_offset", dist.TruncatedNormal(loc, scale, low=0.0))
@@ -110,12 +111,11 @@ def _step(params, average, state, key, learning_rate, decay, problem, start, bat
     def loss(p):
         return _ELBO.loss(key, p, model, guide, problem, start, *batch, has_capture)
 
-    n_cells = problem.row_totals.shape[0]
     value, grads = jax.value_and_grad(loss)(params)
     updates, state = _ADAM.update(grads, state, params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
     average = jax.tree.map(lambda a, p: a + decay * (p - a), average, params)
-    return params, average, state, value / n_cells
+    return params, average, state, value / problem.n_cells
 
 
 def _minibatches(X, rng):
@@ -133,6 +133,35 @@ def _minibatches(X, rng):
             weight = np.zeros(size)
             weight[: rows.size] = 1.0
             yield np.concatenate([rows, np.zeros(size - rows.size, rows.dtype)]), counts, weight
+
+
+def _bucketed(problem, start):
+    """The same problem in arrays whose lengths are rounded up, so that folds share one kernel.
+
+    Padding rows are in no minibatch; padding counts have multiplicity 0.
+    """
+    distinct = 4096 * -(-max(problem.count.size, 1) // 4096)
+    rows = 64 * -(-problem.row_totals.size // 64)
+
+    def longer(a, size, value):
+        return np.concatenate([a, np.full(size - a.size, value, a.dtype)])
+
+    def offsets(loc, scale):
+        # NumPyro's truncated normal underflows where the bound is 38 standard deviations away; from
+        # 30 on everything sits at the bound already
+        loc = np.maximum(loc, -_FARTHEST * scale)
+        return longer(loc, rows, 1.0), longer(scale, rows, 1.0)
+
+    problem = problem._replace(
+        row_prior=offsets(*problem.row_prior),
+        row_totals=longer(problem.row_totals, rows, 0.0),
+        gene=longer(problem.gene, distinct, 0),
+        count=longer(problem.count, distinct, 1.0),
+        times=longer(problem.times, distinct, 0.0),
+    )
+    if start.capture_offset is not None:
+        start = start._replace(capture_offset=offsets(*start.capture_offset))
+    return problem, start
 
 
 class Fit(NamedTuple):
@@ -153,6 +182,8 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
     steps is no longer below that of the window before by more than ``tol`` nats per cell or by more
     than the noise of the difference (its standard error).
     """
+    n_cells = X.shape[0]
+    problem, start = _bucketed(problem, start)
     params = {}
     for name, value in start._asdict().items():
         if value is not None:
@@ -204,4 +235,6 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
             np.asarray(average[f"{name}_{what}"]) for what in ("shift", "log_scale")
         )
         found[name] = (loc + scale * shift, scale * np.exp(log_scale))
+    if found["capture_offset"] is not None:
+        found["capture_offset"] = tuple(a[:n_cells] for a in found["capture_offset"])
     return Fit(Guide(**found), np.asarray(losses, float), converged, reason)

@@ -93,8 +93,9 @@ def test_marginal_cascade_finds_the_dispersion_where_the_literal_freeze_does_not
     assert np.median(raw.dispersion_) < truth / 2
     # the split between d and 1/r is weakly determined per gene; the median over genes is not
     assert 0.5 < np.median(marginal.dispersion_) / truth < 2.0
-    assert raw.get_dispersion_diagnostics()["per_cell"] > 1.0
-    assert abs(marginal.get_dispersion_diagnostics()["per_cell"]) < 1.0
+    double_counted = raw.get_dispersion_diagnostics()
+    assert double_counted["per_cell"] > 5 * abs(marginal.get_dispersion_diagnostics()["per_cell"])
+    assert double_counted["fraction_positive"] > 0.9
 
 
 def test_components_are_in_their_singular_basis(small, source):

@@ -91,7 +91,9 @@ def test_grid_search_in_two_processes_gives_the_same(counts, tmp_path):
         ).fit(counts)
 
     np.testing.assert_allclose(
-        search(2).cv_results_["mean_test_score"], search(1).cv_results_["mean_test_score"], rtol=1e-9
+        search(2).cv_results_["mean_test_score"],
+        search(1).cv_results_["mean_test_score"],
+        rtol=1e-9,
     )
 
 

@@ -225,9 +225,8 @@ def _trial(evaluate, point, memory, free):
         params = point.params.moved(step, length)
         trial = evaluate(params)
         if np.isfinite(trial.value) and trial.value >= point.value - slack:
-            moved = [
-                new - old for new, old, f in zip(params, point.params, flags, strict=True) if f
-            ]
-            return trial, np.concatenate([m.ravel() for m in moved])
+            moved = (new - old for new, old in zip(params, point.params, strict=True))
+            with np.errstate(invalid="ignore"):  # inf - inf of blocks that are not free
+                return trial, _flat(moved, flags)
         length *= 0.35
     return None, 0.5 * float(_flat(step, flags) @ g)

@@ -19,6 +19,8 @@ from scipy.special import digamma, gammaln, polygamma
 # Above this r the differences of gamma functions are taken from Stirling's series, which does not
 # cancel; below it the library functions are exact to rounding.
 _STIRLING = 30.0
+# From here on r is infinite: what it adds, u^2 / 2r, is below rounding for every count.
+_POISSON = 1e30
 # Log-rates above this are taken as this: far beyond any count, and its exponential is finite.
 MAX_LOG_RATE = 600.0
 
@@ -96,7 +98,7 @@ def log_rising(u, r):
     small = r < _STIRLING
     us, rs = u[small], r[small]
     out[small] = gammaln(us + rs) - gammaln(rs) - us * np.log(rs)
-    big = ~small & np.isfinite(r)
+    big = ~small & (r < _POISSON)
     ub, rb = u[big], r[big]
     out[big] = (
         (ub + rb - 0.5) * np.log1p(ub / rb) - ub + _stirling_tail(ub + rb) - _stirling_tail(rb)
@@ -113,7 +115,7 @@ def log_rising_derivatives(u, r):
     slope = digamma(us + rs) - digamma(rs) - us / rs
     first[small] = rs * slope
     second[small] = rs * slope + rs**2 * (polygamma(1, us + rs) - polygamma(1, rs) + us / rs**2)
-    big = ~small & np.isfinite(r)
+    big = ~small & (r < _POISSON)
     ub, rb = u[big], r[big]
     z = ub + rb
     # r (d/dr) of (u+r-1/2) log1p(u/r) - u + tail(u+r) - tail(r), and once more

@@ -19,8 +19,8 @@ from .driver import Point
 from .lowrank import triangle
 from .sweeps import GaussianPrior, Gradients, Parameters
 
-#: 1/r of a gene whose whole overdispersion is explained by Sigma
-SMALLEST_OVERDISPERSION = 1e-12
+#: 1/r of a gene whose whole overdispersion is explained by Sigma: not 0, to stay finite
+SMALLEST_OVERDISPERSION = 1e-280
 #: rate of the exponential prior of every noise variance d: mean 1/2 nat squared. It matters for genes
 #: with next to no counts, whose d is otherwise unbounded.
 NOISE_RATE = 2.0
@@ -77,21 +77,30 @@ class MarginalCoupling:
         return np.sum(x.loadings**2, 1) + x.noise
 
     def _saturation(self, x):
-        """``c`` and ``dc/dS`` per gene."""
+        """``S``, ``c`` and ``dc/dS`` per gene."""
         S = self._variance(x)
         if not self.couple_dispersion:
             return S, np.ones_like(S), np.zeros_like(S)
         t = S / np.log1p(np.exp(-x.log_r))
-        decay = np.exp(-t)
         small = t < 1e-5
         safe = np.where(small, 1.0, t)
         c = np.where(small, 1.0 - t / 2, -np.expm1(-safe) / safe)
-        dc_dt = np.where(small, -0.5 + t / 3, (decay - c) / safe)
+        dc_dt = np.where(small, -0.5 + t / 3, (np.exp(-t) - c) / safe)
         return S, c, dc_dt * t / np.maximum(S, 1e-300)
 
-    def _overdispersion(self, x, variance):
-        """``phi = (1 + phi_m) exp(-Sigma_gg) - 1``, without cancellation."""
-        return np.expm1(np.log1p(np.exp(-x.log_r)) - variance)
+    def _slopes(self, x, S):
+        """Derivatives of ``Sigma_gg`` and of ``log r`` in S; the marginal overdispersion is frozen."""
+        if not self.couple_dispersion:
+            return np.ones_like(S), np.zeros_like(S)
+        t = np.log1p(np.exp(-x.log_r))
+        slope = np.exp(-S / t)
+        level = np.maximum(t * slope, SMALLEST_OVERDISPERSION)  # log(1 + phi)
+        return slope, np.exp(level) * level / np.expm1(level) / t
+
+    def _log_overdispersion(self, x, S):
+        """``log phi``: with ``t = log(1 + phi_m)``, ``log(1 + phi) = t - c S = t exp(-S / t)``."""
+        t = np.log1p(np.exp(-x.log_r))
+        return np.log(np.maximum(np.expm1(t * np.exp(-S / t)), SMALLEST_OVERDISPERSION))
 
     def expand(self, x):
         """Coordinates to parameters."""
@@ -99,7 +108,7 @@ class MarginalCoupling:
         variance = c * S
         log_r = x.log_r
         if self.couple_dispersion:
-            log_r = -np.log(np.maximum(self._overdispersion(x, variance), SMALLEST_OVERDISPERSION))
+            log_r = -self._log_overdispersion(x, S)
         return Parameters(
             x.mean - variance / 2,
             np.sqrt(c)[:, None] * x.loadings,
@@ -109,23 +118,15 @@ class MarginalCoupling:
 
     def pull_back(self, x, params, grad):
         """Gradient in the coordinates: the chain rule through Sigma_gg."""
-        _, c, dc_dS = self._saturation(x)
-        by_variance = -0.5 * grad.mean
-        by_log_r = grad.log_r
-        if self.couple_dispersion:
-            phi = np.exp(-params.log_r)
-            # d log r / d Sigma_gg = (1 + phi) / phi; the marginal overdispersion is frozen
-            by_variance = by_variance + grad.log_r * (1.0 + phi) / phi
-            by_log_r = np.zeros_like(grad.log_r)
-        loadings = grad.loadings + 2.0 * by_variance[:, None] * params.loadings
-        noise = grad.noise + by_variance
-        # through c: loadings = sqrt(c) w, d = c exp(log_noise)
-        by_c = np.sum(loadings * x.loadings, 1) / (2.0 * np.sqrt(c)) + noise * x.noise
+        S, c, dc_dS = self._saturation(x)
+        d_variance, d_log_r = self._slopes(x, S)
+        by_c = np.sum(grad.loadings * x.loadings, 1) / (2.0 * np.sqrt(c)) + grad.noise * x.noise
+        by_S = by_c * dc_dS - 0.5 * grad.mean * d_variance + grad.log_r * d_log_r
         return Parameters(
             grad.mean,
-            np.sqrt(c)[:, None] * loadings + 2.0 * (by_c * dc_dS)[:, None] * x.loadings,
-            x.noise * (c * noise + by_c * dc_dS),
-            by_log_r,
+            np.sqrt(c)[:, None] * grad.loadings + 2.0 * by_S[:, None] * x.loadings,
+            x.noise * (c * grad.noise + by_S),
+            np.zeros_like(grad.log_r) if self.couple_dispersion else grad.log_r,
         )
 
 

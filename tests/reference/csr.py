@@ -1,0 +1,12 @@
+"""Dense counts to the matrices that the package works on."""
+
+import numpy as np
+import scipy.sparse as sp
+
+
+def csr(counts):
+    """Canonical float64 CSR, as `validate_counts` gives it."""
+    X = sp.csr_matrix(np.asarray(counts, float))
+    X.sum_duplicates()
+    X.eliminate_zeros()
+    return X

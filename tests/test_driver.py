@@ -1,0 +1,336 @@
+"""The ascent: monotone, honest about how it ended, and true to what is frozen."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy import optimize
+
+from sknbln._jax import RowBatches, Sweeper
+from sknbln._laplace import driver
+from sknbln._laplace.driver import Free, ascend
+from sknbln._laplace.likelihood import CountHistogram
+from sknbln._laplace.objective import MarginalCoupling, Objective
+from sknbln._laplace.sweeps import (
+    LOG_DISPERSION_RANGE,
+    LOG_NOISE_RANGE,
+    GaussianPrior,
+    Parameters,
+    least_squares_matrix,
+    regression_step,
+    scale_step,
+    shift_step,
+)
+
+from .reference import small
+from .reference.csr import csr
+
+K = 2
+N = small.N_CELLS
+BLOCKS = ("mean", "loadings", "log_noise", "log_r")
+ALL = Free(True, True, True, True)
+
+
+def problem(seed, coupling=None):
+    """Objective and a bad start: far means, loadings at random, noise and sizes at their ends."""
+    cells, params, _ = small.problem(seed)
+    X = csr(cells.counts)
+    G = small.N_GENES
+    # eight cells say little of twelve genes: priors keep the optimum inside
+    evaluate = Objective(
+        Sweeper(RowBatches(X, cells.offset, cells.scale), K),
+        CountHistogram(X),
+        GaussianPrior(np.full(G, 2.0), np.full(G, 0.25)),
+        GaussianPrior(np.full(G, 1.0), np.full(G, 1.0)),
+        coupling,
+    )
+    rng = np.random.default_rng(seed)
+    start = Parameters(
+        params.mean + 2 * rng.standard_normal(G),
+        rng.standard_normal((G, K)),
+        rng.uniform(np.log(1e-4), np.log(5.0), G),
+        rng.uniform(-4.0, 6.0, G),
+    )
+    return evaluate, start
+
+
+def run(evaluate, start, free=ALL, *, tol=1e-6, max_iter=100, report=None):
+    return ascend(evaluate, start, free, n_cells=N, tol=tol, max_iter=max_iter, report=report)
+
+
+def largest_gradient(point, free=ALL):
+    blocks = zip(
+        (point.grad.mean, point.grad.loadings, point.grad.log_noise, point.grad.log_r),
+        free,
+        strict=True,
+    )
+    return max(float(np.max(np.abs(b))) for b, f in blocks if f)
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_monotone_from_bad_starts(seed, coupled):
+    free = ALL if not coupled else Free(True, True, True, False)
+    evaluate, start = problem(seed, MarginalCoupling(True) if coupled else None)
+    start = start._replace(log_r=np.minimum(start.log_r, 0.0)) if coupled else start
+    outcome = run(evaluate, start, free, max_iter=500)
+    history = np.array(outcome.history)
+    assert np.all(np.diff(history) >= -driver.ROUNDING * np.abs(history[1:]))
+    assert history[-1] > history[0] + 1.0
+    assert outcome.converged, outcome.reason
+    assert outcome.point.n_unconverged == 0
+    # the history is of the objective, per cell, and the outcome is its last point
+    assert_allclose(history[0] * N, evaluate(start).value, rtol=1e-10)
+    assert outcome.point.value == history[-1] * N
+    assert len(history) == outcome.n_iter + 1 or outcome.gain == 0.0
+
+
+def test_scales_that_run_away_stop_at_their_bounds():
+    """Without priors eight Poisson-like cells drive some d to nothing and some r to infinity."""
+    evaluate, start = problem(0)
+    evaluate.prior_log_r = GaussianPrior.flat(small.N_GENES)
+    free = Free(False, False, True, True)
+    params = run(evaluate, start, free, tol=1e-9, max_iter=60).point.params
+    for values, (low, high) in (
+        (params.log_noise, LOG_NOISE_RANGE),
+        (params.log_r, LOG_DISPERSION_RANGE),
+    ):
+        assert np.all((values >= low) & (values <= high))
+    assert np.any(params.log_noise == LOG_NOISE_RANGE[0]) or np.any(
+        params.log_r == LOG_DISPERSION_RANGE[1]
+    )
+
+
+def test_optimum_is_that_of_scipy():
+    """The same objective handed to SciPy's L-BFGS from the same start."""
+    evaluate, start = problem(5)
+    free = Free(True, False, False, True)  # concave enough to have one optimum
+    start = start._replace(loadings=0.3 * start.loadings, log_noise=np.full(small.N_GENES, -2.0))
+
+    def negative(v):
+        point = evaluate(start._replace(mean=v[: small.N_GENES], log_r=v[small.N_GENES :]))
+        return -point.value, -np.r_[point.grad.mean, point.grad.log_r]
+
+    outcome = run(evaluate, start, free, tol=1e-10)
+    found = optimize.minimize(
+        negative, np.r_[start.mean, start.log_r], jac=True, method="L-BFGS-B", tol=1e-12
+    )
+    assert_allclose(outcome.point.value, -found.fun, rtol=0, atol=1e-6)
+    assert_allclose(
+        np.r_[outcome.point.params.mean, outcome.point.params.log_r], found.x, atol=2e-3
+    )
+    assert largest_gradient(outcome.point, free) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        Free(True, False, False, False),
+        Free(False, True, False, False),
+        Free(False, False, True, False),
+        Free(False, False, False, True),
+        Free(False, True, True, False),
+        Free(True, False, True, True),
+    ],
+    ids=lambda f: "+".join(n for n, v in zip(BLOCKS, f, strict=True) if v),
+)
+def test_blocks_that_are_not_free_keep_their_bits(free):
+    evaluate, start = problem(6)
+    outcome = run(evaluate, start, free, max_iter=4)
+    assert outcome.point.value > evaluate(start).value
+    for name, moved in zip(BLOCKS, free, strict=True):
+        before, after = getattr(start, name), getattr(outcome.point.params, name)
+        assert np.all(before != after) if moved else np.array_equal(before, after), name
+
+
+def test_nothing_free_is_an_optimum():
+    evaluate, start = problem(6)
+    outcome = run(evaluate, start, Free(False, False, False, False))
+    assert outcome.converged
+    for before, after in zip(start, outcome.point.params, strict=True):
+        assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("noise", [-np.inf, np.log(0.1)], ids=["no noise", "noise"])
+def test_infinite_values_stay(noise):
+    """Poisson counts (``log_r = inf``) and no noise (``log_noise = -inf``) are not free, and stay.
+
+    Without noise there are no loadings either: that is the independent-gene model.
+    """
+    evaluate, start = problem(7)
+    evaluate.prior_log_r = GaussianPrior.flat(small.N_GENES)
+    start = start._replace(
+        loadings=np.isfinite(noise) * start.loadings,
+        log_noise=np.full(small.N_GENES, noise),
+        log_r=np.full(small.N_GENES, np.inf),
+    )
+    outcome = run(evaluate, start, Free(True, bool(np.isfinite(noise)), False, False), max_iter=5)
+    assert_array_equal(outcome.point.params.log_noise, noise)
+    assert_array_equal(outcome.point.params.log_r, np.inf)
+    assert outcome.point.value > evaluate(start).value
+
+
+def test_max_iter_is_reported():
+    evaluate, start = problem(8)
+    seen = []
+    outcome = run(evaluate, start, max_iter=3, tol=0.0, report=lambda i, p: seen.append((i, p)))
+    assert not outcome.converged
+    assert outcome.reason == "max_iter=3 sweeps were done"
+    assert outcome.n_iter == 3
+    assert len(outcome.history) == 4
+    assert [i for i, _ in seen] == [1, 2, 3]
+    assert seen[-1][1] is outcome.point
+    assert_allclose(outcome.gain, outcome.history[-1] - outcome.history[-2], rtol=1e-8)
+
+
+def test_two_small_gains_in_a_row_stop_it():
+    evaluate, start = problem(8)
+    outcome = run(evaluate, start, tol=1e-2)
+    gains = np.diff(outcome.history)
+    assert outcome.converged and "tol=0.01" in outcome.reason
+    assert np.all(gains[-2:] < 1e-2)
+    assert not np.any((gains[:-2] < 1e-2) & (gains[1:-1] < 1e-2))
+    assert outcome.gain == pytest.approx(gains[-1], rel=1e-6)
+
+
+def test_stops_at_an_optimum():
+    evaluate, start = problem(9)
+    first = run(evaluate, start, tol=1e-9, max_iter=300)
+    assert first.converged
+    again = run(evaluate, first.point.params, tol=1e-6)
+    assert again.converged
+    assert again.n_iter <= 3
+    assert_allclose(again.point.value, first.point.value, rtol=0, atol=1e-5)
+
+
+def test_memory_changes_the_path_only(monkeypatch):
+    """Without a memory the direction is the preconditioned gradient; the optimum is the same."""
+    evaluate, start = problem(10)
+    free = Free(True, False, False, True)
+    start = start._replace(loadings=0.3 * start.loadings, log_noise=np.full(small.N_GENES, -2.0))
+    with_memory = run(evaluate, start, free, tol=1e-9, max_iter=300)
+    monkeypatch.setattr(driver._Memory, "add", lambda self, s, y: None)
+    without = run(evaluate, start, free, tol=1e-9, max_iter=300)
+    assert with_memory.converged and without.converged
+    assert with_memory.n_iter < without.n_iter
+    assert_allclose(with_memory.point.value, without.point.value, rtol=0, atol=1e-5)
+    assert_allclose(with_memory.point.params.mean, without.point.params.mean, atol=1e-2)
+
+
+def test_a_start_that_is_not_finite_is_refused():
+    evaluate, start = problem(11)
+    with pytest.raises(FloatingPointError, match="not a finite number"):
+        run(evaluate, start._replace(mean=np.full(small.N_GENES, np.nan)))
+
+
+def test_no_step_that_helps_is_said():
+    """An objective whose gradient points the wrong way: the ascent stops and does not claim success."""
+    evaluate, start = problem(12)
+
+    def wrong(x):
+        point = evaluate(x)
+        grad = point.grad
+        return point._replace(grad=grad._replace(mean=-grad.mean))
+
+    outcome = run(wrong, start, Free(True, False, False, False))
+    assert not outcome.converged
+    assert "no damped step raises the objective" in outcome.reason
+    assert_array_equal(outcome.point.params.mean, start.mean)
+
+
+def test_unconverged_cells_of_the_last_point_are_kept():
+    evaluate, start = problem(12)
+    outcome = run(lambda x: evaluate(x)._replace(n_unconverged=3), start, max_iter=1)
+    assert outcome.point.n_unconverged == 3
+
+
+# ------------------------------------------------------------------ the steps
+
+
+def test_memory_is_the_dense_bfgs_update():
+    """The two-loop recursion against the matrix ``(I - s y'/sy) H (I - y s'/sy) + s s'/sy``."""
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((5, 5))
+    A = A @ A.T + np.eye(5)
+    inverse = np.diag(rng.uniform(0.1, 2.0, 5))
+    initial, memory = inverse.copy(), driver._Memory()
+    for _ in range(4):
+        s = rng.standard_normal(5)
+        y = A @ s
+        memory.add(s, y)
+        left = np.eye(5) - np.outer(s, y) / (s @ y)
+        inverse = left @ inverse @ left.T + np.outer(s, s) / (s @ y)
+    g = rng.standard_normal(5)
+    assert_allclose(memory.direction(g, lambda q: initial @ q), inverse @ g, rtol=1e-10)
+
+
+def test_memory_refuses_negative_curvature_and_forgets():
+    memory = driver._Memory()
+    s = np.array([1.0, 0.0])
+    memory.add(s, -s)
+    assert memory.pairs == []
+    for i in range(driver.MEMORY + 3):
+        memory.add((i + 1.0) * s, s)
+    assert len(memory.pairs) == driver.MEMORY
+    assert memory.pairs[-1][0][0] == driver.MEMORY + 3
+
+
+def gradients():
+    evaluate, start = problem(13)
+    return evaluate(start).grad
+
+
+@pytest.mark.parametrize("free_mean, free_loadings", [(True, True), (True, False), (False, True)])
+def test_regression_step_solves_each_genes_system(free_mean, free_loadings):
+    grad = gradients()
+    mean, loadings = regression_step(grad, free_mean, free_loadings)
+    A = least_squares_matrix(grad.moments, K)
+    assert_allclose(A, np.swapaxes(A, 1, 2))
+    keep = np.r_[free_mean, [free_loadings] * K].astype(bool)
+    for g in range(small.N_GENES):
+        rhs = np.r_[grad.mean[g], grad.loadings[g]][keep]
+        expected = np.zeros(K + 1)
+        expected[keep] = np.linalg.solve(A[g][np.ix_(keep, keep)], rhs)
+        assert_allclose(np.r_[mean[g], loadings[g]], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_regression_step_of_nothing():
+    mean, loadings = regression_step(gradients(), False, False)
+    assert not mean.any() and not loadings.any()
+
+
+def test_regression_step_of_a_gene_without_information_is_finite():
+    grad = gradients()
+    empty = grad._replace(
+        moments=np.zeros_like(grad.moments),
+        mean=np.zeros_like(grad.mean),
+        loadings=np.zeros_like(grad.loadings),
+    )
+    mean, loadings = regression_step(empty, True, True)
+    assert_array_equal(mean, 0.0)
+    assert_array_equal(loadings, 0.0)
+
+
+def test_shift_step_completes_newtons_step_of_a_common_shift():
+    grad = gradients()
+    assumed = grad.moments[:, 0].sum()
+    assert 0 < grad.information_shift < assumed
+    total = grad.mean.sum() / assumed + shift_step(grad)
+    assert_allclose(total, grad.mean.sum() / grad.information_shift, rtol=1e-12)
+    assert shift_step(grad._replace(information_shift=assumed)) == 0.0
+
+
+def test_scale_step_is_newtons_inside_its_bounds():
+    assert_allclose(scale_step(np.array([0.5, -0.2]), np.array([2.0, 4.0])), [0.25, -0.05])
+    wild = scale_step(np.array([1e9, -1e9, 0.0]), np.array([1e-12, -5.0, 0.0]))
+    assert_array_equal(wild, [1.0, -1.0, 0.0])
+
+
+def test_scales_stay_in_their_ranges():
+    x = problem(14)[1]
+    step = Parameters(
+        *(np.full(b.shape, s) for b, s in zip(x, (1.0, 1.0, 99.0, -99.0), strict=True))
+    )
+    moved = x.moved(step, 1.0)
+    assert_allclose(moved.log_noise, LOG_NOISE_RANGE[1])
+    assert_allclose(moved.log_r, LOG_DISPERSION_RANGE[0])
+    assert_allclose(moved.mean, x.mean + 1)

@@ -1,0 +1,330 @@
+"""Batches, padding, precision and compilation: where the library meets JAX."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from sknbln._jax import (
+    RowBatches,
+    Sweeper,
+    float64,
+    gene_score_products,
+    pad_columns,
+    padded_rank,
+    solve_rows,
+    sum_over_batches,
+    warn_about_jaxlib,
+)
+from sknbln._laplace.likelihood import log_rising_derivatives
+from sknbln._laplace.marginal import solve_cells, sweep_cells
+from sknbln._laplace.start import information_sums
+
+from .reference import small
+from .reference.csr import csr
+
+K = 3
+
+
+def rows(n=20, seed=60):
+    """A matrix of n rows with its capture data, and globals of latent dimension K."""
+    parts = [small.problem(seed + i)[0] for i in range(-(-n // small.N_CELLS))]
+    counts, offset, scale, precision, _ = (np.concatenate(a)[:n] for a in zip(*parts, strict=True))
+    params = small.problem(seed)[1]
+    params = params._replace(loadings=params.loadings[:, :K])
+    return csr(counts), offset, scale, precision, params
+
+
+# ------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 8, 19, 20, 21, 1000, None])
+def test_batches_cover_all_rows_once(batch_size):
+    X, offset, scale, precision, _ = rows()
+    precision = np.where(np.arange(20) % 2, 1.0, 0.0)
+    batches = RowBatches(X, offset, scale, precision, batch_size=batch_size)
+    seen = []
+    for where, cells in batches:
+        n = where.stop - where.start
+        seen.extend(range(where.start, where.stop))
+        for a in cells:
+            assert a.shape[0] == batches.rows
+            assert a.dtype == np.float64
+        assert_array_equal(cells.counts[:n], X[where].toarray())
+        assert_array_equal(cells.counts[n:], 0.0)
+        assert_array_equal(cells.offset[:n], offset[where])
+        assert_array_equal(cells.scale[:n], scale[where])
+        assert_array_equal(cells.precision[:n], precision[where])
+        assert_array_equal(cells.precision[n:], 1.0)
+        assert_array_equal(cells.weight, np.arange(batches.rows) < n)
+    assert seen == list(range(20))
+
+
+def test_batches_are_padded_to_few_shapes():
+    sizes = {
+        RowBatches(csr(np.ones((n, 3))), np.zeros(n), np.zeros(n)).rows for n in range(1, 2000, 7)
+    }
+    assert all(size % 8 == 0 for size in sizes)
+    assert all(size % 64 == 0 for size in sizes if size > 64)
+    assert RowBatches(csr(np.ones((1, 3))), np.zeros(1), np.zeros(1)).rows == 8
+
+
+def test_automatic_batches_are_bounded_in_memory():
+    X = csr(np.ones((3000, 1)))
+    X.resize(3000, 20_000)
+    batches = RowBatches(X, np.zeros(3000), np.zeros(3000))
+    assert batches.rows * 20_000 <= 2 * 2**20
+    assert len(batches.starts) > 1
+
+
+def test_padded_rank_and_columns():
+    assert [padded_rank(k) for k in (0, 1, 4, 5, 8)] == [0, 4, 4, 8, 8]
+    a = np.arange(6.0).reshape(3, 2)
+    assert_array_equal(pad_columns(a, 4), np.column_stack([a, np.zeros((3, 2))]))
+    assert_array_equal(pad_columns(a, 2), a)
+
+
+# ------------------------------------------------------------------ sums
+
+
+def sweep(X, offset, scale, precision, params, batch_size):
+    sweeper = Sweeper(RowBatches(X, offset, scale, precision, batch_size=batch_size), K)
+    return sweeper, sweeper(*params)
+
+
+def assert_sums_close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # of the size of the largest entry: sums cancel
+        assert_allclose(a, b, rtol=1e-9, atol=1e-9 * max(1.0, np.max(np.abs(b))))
+
+
+@pytest.mark.parametrize("batch_size", [1, 9, 19])
+def test_sums_do_not_depend_on_the_batches(batch_size):
+    problem = rows()
+    whole, expected = sweep(*problem, None)
+    expected = expected._replace(max_decrement=0.0)
+    sweeper, found = sweep(*problem, batch_size)
+    assert_sums_close(found._replace(max_decrement=0.0), expected)
+    assert found.max_decrement <= 1e-9
+    assert_allclose(sweeper.scores, whole.scores, rtol=1e-9, atol=1e-9)
+
+
+def test_sums_are_those_of_the_kernel_without_padding():
+    """Latent dimension 3, padded to 4, and 20 rows, padded to 24, against one exact batch."""
+    X, offset, scale, precision, params = rows(small.N_CELLS)
+    found = sweep(X, offset, scale, precision, params, None)[1]
+    cells = small.problem(60)[0]
+    with jax.enable_x64(True):
+        zeta, expected = sweep_cells(cells, params, small.zeros(cells, params))
+    assert found.genes.moments.shape == (small.N_GENES, 1 + K + K * (K + 1) // 2)
+    assert found.genes.gradient_loadings.shape == (small.N_GENES, K)
+    assert_sums_close(found._replace(max_decrement=0.0), expected._replace(max_decrement=0.0))
+    assert zeta.shape == (small.N_CELLS, K + 1)
+
+
+def test_padded_columns_of_the_scores_stay_zero():
+    sweeper, _ = sweep(*rows(), None)
+    assert sweeper.scores.shape == (20, padded_rank(K) + 1)
+    assert_array_equal(sweeper.scores[:, K:-1], 0.0)
+
+
+def test_sweeps_start_where_the_last_one_ended():
+    X, offset, scale, precision, params = rows()
+    sweeper, first = sweep(X, offset, scale, precision, params, None)
+    start = sweeper.scores.copy()
+    again = sweeper(*params)
+    assert_sums_close(again._replace(max_decrement=0.0), first._replace(max_decrement=0.0))
+    assert_allclose(sweeper.scores, start, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sweep_that_fails_does_not_spoil_the_next():
+    """A trial of the ascent may overflow; what comes after it starts from finite scores."""
+    X, offset, scale, precision, params = rows()
+    sweeper, first = sweep(X, offset, scale, precision, params, None)
+    assert np.isnan(sweeper(*params._replace(mean=np.full(small.N_GENES, np.nan))).log_marginal)
+    again = sweeper(*params)
+    assert_sums_close(again._replace(max_decrement=0.0), first._replace(max_decrement=0.0))
+
+
+def test_rows_are_those_of_the_kernel():
+    X, offset, scale, precision, params = rows()
+    found = solve_rows(RowBatches(X, offset, scale, precision, batch_size=9), *params)
+    cells = small.problem(60)[0]
+    with jax.enable_x64(True):
+        one = jax.tree.map(np.asarray, solve_cells(cells, params, small.zeros(cells, params)))
+    s = cells.scale
+    expected = dict(
+        log_marginal=one.log_marginal,
+        scores=one.zeta[:, :K],
+        score_covariance=one.covariance[:, :K, :K],
+        offset=cells.offset - s * one.zeta[:, K],
+        offset_variance=s**2 * one.covariance[:, K, K],
+        score_offset_covariance=-s[:, None] * one.covariance[:, :K, K],
+        offset_slope=one.offset_slope,
+        offset_curvature=one.offset_curvature,
+        converged=np.ones(small.N_CELLS, bool),
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].shape == (20, *value.shape[1:])
+        assert_allclose(found[name][: small.N_CELLS], value, err_msg=name, rtol=1e-8, atol=1e-8)
+
+
+def test_rows_do_not_depend_on_the_batches():
+    X, offset, scale, precision, params = rows()
+    expected = solve_rows(RowBatches(X, offset, scale, precision), *params)
+    for batch_size in (1, 9):
+        found = solve_rows(RowBatches(X, offset, scale, precision, batch_size=batch_size), *params)
+        for name, value in expected.items():
+            assert_allclose(found[name], value, err_msg=name, rtol=1e-9, atol=1e-9)
+
+
+def test_sum_over_batches_is_the_loop():
+    X, offset, scale, _, params = rows()
+    summed = sum_over_batches(RowBatches(X, offset, scale, batch_size=8), params.mean, params.phi)
+    total, squares = summed(information_sums)
+    m = np.exp(params.mean - offset[:, None])
+    information = m / (1 + params.phi * m)
+    assert_allclose(total, information.sum(0), rtol=1e-12)
+    assert_allclose(squares, (information**2).sum(0), rtol=1e-12)
+
+
+def test_score_products_are_sums_over_cells_of_their_gradients():
+    """Every cell's own gradient in (mu, w, log d, log r), by a batch of one real row and padding."""
+    X, offset, scale, precision, params = rows(small.N_CELLS)
+    r = 1 / params.phi
+    products = np.zeros((small.N_GENES, K + 3, K + 3))
+    information = np.zeros(small.N_GENES)
+    for c in range(small.N_CELLS):
+        one = slice(c, c + 1)
+        sums = sweep(X[one], offset[one], scale[one], precision[one], params, None)[1].genes
+        constant = log_rising_derivatives(X[one].toarray()[0], r)[0]
+        score = np.column_stack(
+            [
+                sums.gradient_mean,
+                sums.gradient_loadings,
+                params.noise * sums.gradient_noise,
+                sums.gradient_log_r + constant,
+            ]
+        )
+        products += np.einsum("ga,gb->gab", score, score)
+        information += sums.moments[:, 0]
+    found, b = gene_score_products(RowBatches(X, offset, scale, precision), *params)
+    assert_allclose(found, products, rtol=1e-8, atol=1e-8)
+    assert_allclose(b, information, rtol=1e-9)
+
+
+# ------------------------------------------------------------------ the user's JAX
+
+
+def test_what_leaves_is_float64_numpy_and_the_users_mode_is_kept():
+    assert not jax.config.jax_enable_x64
+    X, offset, scale, precision, params = rows()
+    batches = RowBatches(X, offset, scale, precision)
+    out = [
+        *solve_rows(batches, *params).values(),
+        *jax.tree.leaves(Sweeper(batches, K)(*params)),
+        *sum_over_batches(batches, params.mean, params.phi)(information_sums),
+        *gene_score_products(batches, *params),
+    ]
+    for a in out:
+        assert isinstance(a, (np.ndarray, np.generic))
+        assert a.dtype in (np.float64, np.int64, np.bool_)
+    assert not jax.config.jax_enable_x64
+    assert jnp.zeros(1).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("ambient", [False, True])
+def test_scope_is_left_after_an_exception(ambient):
+    @float64
+    def fails():
+        assert jax.config.jax_enable_x64
+        raise KeyError("inside")
+
+    with jax.enable_x64(ambient):
+        with pytest.raises(KeyError, match="inside"):
+            fails()
+        assert jax.config.jax_enable_x64 is ambient
+    X, offset, scale, _, params = rows()
+    with pytest.raises(TypeError):
+        solve_rows(RowBatches(X, offset, scale), params.mean[:-1], *params[1:])
+    assert not jax.config.jax_enable_x64
+
+
+def test_scope_keeps_name_and_result():
+    @float64
+    def named(a, *, b):
+        """Doc."""
+        return jnp.asarray(a).dtype, b
+
+    assert named.__name__ == "named" and named.__doc__ == "Doc."
+    assert named(1.0, b=2) == (np.dtype("float64"), 2)
+
+
+IMPORT = """
+import json, os
+import jax, numpyro, optax, sklearn
+def flags():
+    return {name: repr(value) for name, value in jax.config.values.items()}
+before = dict(os.environ), flags()
+import sknbln, sknbln.datasets
+after = dict(os.environ), flags()
+print(json.dumps([
+    before[0] == after[0],
+    before[1] == after[1],
+    jax.config.jax_enable_x64,
+    jax._src.xla_bridge.backends_are_initialized(),
+]))
+"""
+
+
+def test_import_changes_neither_environment_nor_flags_and_starts_no_backend():
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", IMPORT],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == [True, True, False, False]
+
+
+@pytest.mark.parametrize("version", ["0.10.0", "0.10.2", "0.10.13", "0.11.0", "0.11.1"])
+def test_releases_that_hang_are_named(version):
+    with pytest.warns(RuntimeWarning, match=f"jaxlib {version} can hang"):
+        warn_about_jaxlib(version)
+
+
+@pytest.mark.parametrize("version", ["0.8.3", "0.9.2", "0.11.2", "0.11.10", "0.12.0.1", "0.1.10"])
+def test_other_releases_are_not(version):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_about_jaxlib(version)
+
+
+# ------------------------------------------------------------------ compilations
+
+
+def test_numbers_and_rows_of_one_bucket_share_a_compilation():
+    def run(n, seed, k, batch_size=None, genes=small.N_GENES):
+        X, offset, scale, precision, params = rows(n, seed)
+        params = type(params)(*(a[:genes] for a in params))
+        params = params._replace(loadings=params.loadings[:, :k])
+        batches = RowBatches(X[:, :genes], offset, scale, precision, batch_size=batch_size)
+        solve_rows(batches, *params)
+        Sweeper(batches, k)(*params)
+
+    run(20, 60, 3)
+    before = solve_cells._cache_size(), sweep_cells._cache_size()
+    run(20, 61, 3)  # other numbers
+    run(17, 60, 3)  # other rows, of the same bucket of 24
+    run(24, 62, 1)  # another latent dimension of the bucket of 4
+    run(47, 60, 2, batch_size=24)  # two batches
+    assert (solve_cells._cache_size(), sweep_cells._cache_size()) == before
+    run(20, 60, 3, genes=11)  # a shape of its own: the count does count
+    assert solve_cells._cache_size() == before[0] + 1

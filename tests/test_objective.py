@@ -1,0 +1,268 @@
+"""The log-posterior of the globals: its value, its gradient in every set of coordinates, the coupling."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from sknbln._jax import RowBatches, Sweeper
+from sknbln._laplace.likelihood import CountHistogram, log_rising
+from sknbln._laplace.objective import (
+    NOISE_RATE,
+    Identity,
+    MarginalCoupling,
+    NaturalGradient,
+    Objective,
+)
+from sknbln._laplace.sweeps import GaussianPrior, Parameters
+
+from .reference import direct, small
+from .reference.coupling import expand_gene, gradient_gene
+from .reference.csr import csr
+
+K = 3
+COUPLINGS = [Identity(), MarginalCoupling(True), MarginalCoupling(False)]
+IDS = ["identity", "coupled", "mean-coupled"]
+BLOCKS = ("mean", "loadings", "log_noise", "log_r")
+
+
+def priors(rng):
+    """Two priors, of which some genes have none, and a weak one."""
+    G = small.N_GENES
+    precision = rng.uniform(0.5, 4.0, G) * (np.arange(G) % 3 > 0)
+    return (
+        GaussianPrior(rng.uniform(0, 3, G), precision),
+        GaussianPrior(rng.uniform(0, 2, G), precision[::-1].copy()),
+        GaussianPrior(np.full(G, 2.0), np.full(G, 1.0)),
+    )
+
+
+def objective(coupling, seed=0):
+    """An `Objective` on the small problem, with every prior, and coordinates to evaluate it at."""
+    cells, params, r = small.problem(40)
+    rng = np.random.default_rng(seed)
+    X = csr(cells.counts)
+    sweeper = Sweeper(RowBatches(X, cells.offset, cells.scale), K)
+    mean_prior, log_r_prior, weak = priors(rng)
+    function = Objective(
+        sweeper, CountHistogram(X), mean_prior, log_r_prior, coupling=coupling, weak_log_r=weak
+    )
+    # marginal overdispersion of at least 0.6, so that a variance of up to log(1.6) has room
+    log_r = np.minimum(np.log(r), 0.5)
+    x = Parameters(params.mean, params.loadings[:, :K], np.log(params.noise), log_r)
+    return function, x
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS, ids=IDS)
+def test_value_is_the_dense_twins_plus_priors(coupling):
+    function, x = objective(coupling)
+    cells, _, _ = small.problem(40)
+    params = coupling.expand(x)
+    r = np.exp(params.log_r)
+    expected = 0.0
+    for c in range(small.N_CELLS):
+        Sigma = direct.covariance(params.loadings, params.noise, cells.scale[c])
+        loc = params.mean - cells.offset[c]
+        expected += direct.laplace(cells.counts[c], loc, Sigma, r).log_marginal
+    for prior, at in (  # normal
+        (function.prior_mean, x.mean),
+        (function.prior_log_r, x.log_r),
+        (function.weak_log_r, params.log_r),
+    ):
+        expected -= 0.5 * np.sum(prior.precision * (at - prior.loc) ** 2)
+    expected -= NOISE_RATE * np.sum(params.noise)  # exponential
+    point = function(x)
+    assert_allclose(point.value, expected, rtol=0, atol=1e-8)
+    assert_allclose(point.gradient_log_r, function.natural_gradient(params)[1].log_r, rtol=1e-8)
+    assert point.params is x
+    assert point.n_unconverged == 0
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS, ids=IDS)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_gradient_is_the_difference_quotient(coupling, block):
+    function, x = objective(coupling)
+    grad = getattr(function(x).grad, block)
+    at = getattr(x, block)
+    assert grad.shape == at.shape
+    rng = np.random.default_rng(1)
+    steps = np.concatenate(
+        [np.eye(at.size)[: 2 * at.size // small.N_GENES], rng.standard_normal((4, at.size))]
+    )
+    if block == "log_r" and isinstance(coupling, MarginalCoupling) and coupling.couple_dispersion:
+        assert_array_equal(grad - function.prior_log_r.gradient(x.log_r), 0.0)
+        return  # the marginal overdispersion is frozen: only its prior's gradient is asked for
+    h = 1e-3
+
+    def value(t, step):
+        return function(x._replace(**{block: at + t * step})).value
+
+    for step in steps:
+        step = (step / np.linalg.norm(step)).reshape(at.shape)
+        found = 8 * (value(h, step) - value(-h, step))
+        found = (found - (value(2 * h, step) - value(-2 * h, step))) / (12 * h)
+        # rounding: values of a few hundred, 1e-13 each, over 1e-3
+        assert_allclose(found, np.sum(grad * step), rtol=1e-7, atol=1e-6)
+
+
+def test_poisson_and_no_noise_are_frozen_values():
+    """``log_r = inf`` and ``log_noise = -inf`` give finite values and gradients elsewhere."""
+    function, x = objective(Identity())
+    function.prior_log_r = function.weak_log_r = GaussianPrior.flat(small.N_GENES)
+    x = x._replace(log_r=np.full(small.N_GENES, np.inf), log_noise=np.full(small.N_GENES, -np.inf))
+    point = function(x)
+    assert np.isfinite(point.value)
+    assert np.all(np.isfinite(point.grad.mean)) and np.all(np.isfinite(point.grad.loadings))
+    assert_array_equal(point.grad.log_noise, 0.0)
+    large = function(x._replace(log_r=np.full(small.N_GENES, np.log(1e12))))
+    assert_allclose(point.value, large.value, atol=1e-6)
+
+
+def test_preconditioner_is_the_sums_and_the_priors_curvatures():
+    function, x = objective(Identity())
+    point = function(x)
+    _, _, sums, _ = function.natural_gradient(x)
+    grad, genes, d = point.grad, sums.genes, x.noise
+    second = function.histogram.constant_derivatives(np.exp(x.log_r))[1]
+    prior, weak = function.prior_mean.precision, function.weak_log_r.precision
+    assert_allclose(
+        grad.information_log_r,
+        genes.information_log_r - second + function.prior_log_r.precision + weak,
+        rtol=1e-8,
+    )
+    assert_allclose(
+        grad.information_log_noise, d**2 * genes.information_noise + NOISE_RATE * d, rtol=1e-8
+    )
+    assert_allclose(grad.information_shift, sums.information_shift + prior.sum(), rtol=1e-8)
+    assert_allclose(grad.moments[:, 0], genes.moments[:, 0] + prior, rtol=1e-8)
+    assert_allclose(grad.moments[:, 1:], genes.moments[:, 1:], rtol=1e-8, atol=1e-8)
+    # of the likelihood alone, without any prior
+    assert_allclose(point.moments, genes.moments, rtol=1e-8, atol=1e-8)
+    assert np.all(grad.information_log_noise > 0) and sums.information_shift > 0
+
+
+def test_constants_are_counted_once():
+    """A change of r that the marginal does not see is the constant's: compare with explicit sums."""
+    function, x = objective(Identity())
+    cells, _, _ = small.problem(40)
+    r = np.exp(x.log_r)
+    value, grad, sums, _ = function.natural_gradient(x)
+    constants = log_rising(cells.counts, r[None, :]).sum() - function.histogram.log_factorials
+    assert_allclose(value, sums.log_marginal + constants, rtol=1e-13)
+    first = function.histogram.constant_derivatives(r)[0]
+    assert_allclose(grad.log_r, sums.genes.gradient_log_r + first, rtol=1e-13)
+
+
+# ------------------------------------------------------------------ the prior
+
+
+def test_gaussian_prior():
+    prior = GaussianPrior(np.array([1.0, 0.0, 2.0]), np.array([4.0, 0.0, 0.25]))
+    x = np.array([0.5, np.inf, 4.0])
+    assert_allclose(prior.gradient(x), [2.0, 0.0, -0.5])
+    assert_allclose(prior.log_density(x), -0.5 * (4 * 0.25 + 0.25 * 4))
+    assert GaussianPrior.flat(3).log_density(x) == 0.0
+
+
+# ------------------------------------------------------------------ the marginal coupling
+
+ROWS = 5
+
+
+def coordinates(seed, size, log_noise, log_r):
+    rng = np.random.default_rng(seed)
+    return Parameters(
+        rng.uniform(-3, 8, ROWS),
+        np.exp(size) * rng.standard_normal((ROWS, K)),
+        np.full(ROWS, log_noise),
+        np.full(ROWS, log_r),
+    )
+
+
+def variance(params):
+    return np.sum(params.loadings**2, 1) + params.noise
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(-12.0, 6.0),
+    st.floats(np.log(1e-6), np.log(50.0)),
+    st.floats(np.log(1e-5), np.log(1e9)),
+)
+def test_coupling_keeps_the_marginal_moments(seed, size, log_noise, log_r):
+    x = coordinates(seed, size, log_noise, log_r)
+    params = MarginalCoupling(True).expand(x)
+    for block in params:
+        assert np.all(np.isfinite(block))
+    Sigma = variance(params)
+    phi_m, phi = np.exp(-log_r), np.exp(-params.log_r)
+    # the bound itself is reached, to rounding, by rows far beyond it
+    assert np.all(Sigma <= np.log1p(phi_m) * (1 + 1e-12))
+    assert_allclose((1 + phi) * np.exp(Sigma), 1 + phi_m, rtol=1e-11)
+    assert_allclose(params.mean + Sigma / 2, x.mean, rtol=1e-12, atol=1e-12)
+    assert np.all(phi > 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-6.0, 1.0), st.floats(-3.0, 3.0))
+def test_coupling_keeps_room_for_dispersion(seed, size, log_r):
+    """Away from saturation Sigma_gg is strictly below its bound, and grows with the row."""
+    coupling = MarginalCoupling(True)
+    x = coordinates(seed, size, -2.0, log_r)
+    bound = np.log1p(np.exp(-log_r))
+    Sigma = variance(coupling.expand(x))
+    keep = variance(x) < 20 * bound
+    assert np.all(Sigma[keep] < bound)
+    more = coupling.expand(x._replace(loadings=1.01 * x.loadings))
+    assert np.all(variance(more)[keep] > Sigma[keep])
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-6.0, 3.0))
+@settings(max_examples=50, deadline=None)
+def test_coupling_of_the_mean_alone(seed, size):
+    x = coordinates(seed, size, -1.0, 0.3)
+    params = MarginalCoupling(False).expand(x)
+    assert_allclose(params.mean + variance(params) / 2, x.mean, rtol=1e-12, atol=1e-10)
+    assert_array_equal(params.loadings, x.loadings)
+    assert_array_equal(params.log_noise, x.log_noise)
+    assert_array_equal(params.log_r, x.log_r)
+
+
+def test_small_rows_are_hardly_changed():
+    """``c -> 1`` as the row goes to zero: the limit is the uncoupled model."""
+    x = coordinates(0, -9.0, np.log(1e-6), 0.0)
+    params = MarginalCoupling(True).expand(x)
+    assert_allclose(params.loadings, x.loadings, rtol=1e-5)
+    assert_allclose(params.log_noise, x.log_noise, atol=1e-5)
+    assert_allclose(params.log_r, x.log_r, atol=1e-5)
+
+
+# log of the rows' size, and whether the dispersion is coupled. With rows of size 1 Sigma_gg reaches its
+# bound to within exp(-20), with 3.3 beyond what a double can tell from it.
+CASES = [
+    (size, couple) for size in (-14.0, -6.0, -5.3, -5.0, -2.0, 0.0, 1.2) for couple in (True, False)
+]
+
+
+@pytest.mark.parametrize("size, couple", CASES)
+def test_coupling_against_its_formulas(size, couple):
+    """`expand`, and `pull_back` as its transposed Jacobian, gene by gene; no solver involved."""
+    coupling = MarginalCoupling(couple)
+    x = coordinates(3, size, -1.5 if size > -3 else 2 * size, 0.2)
+    rng = np.random.default_rng(0)
+    weights = NaturalGradient(*(rng.standard_normal(b.shape) for b in x))
+    params = coupling.expand(x)
+    pulled = coupling.pull_back(x, params, weights)
+    for g in range(ROWS):
+        gene = [b[g] for b in x]
+        expected = expand_gene(*gene, couple)
+        found = params.mean[g], params.loadings[g], params.noise[g], params.log_r[g]
+        for value, other in zip(found, expected, strict=True):
+            assert_allclose(value, np.asarray(other, float), rtol=1e-7, atol=1e-12)
+        slopes = gradient_gene([w[g] for w in weights], gene, couple)
+        if couple:
+            slopes[3] = 0.0  # the marginal overdispersion is frozen
+        for name, value, other in zip(BLOCKS, (b[g] for b in pulled), slopes, strict=True):
+            assert_allclose(value, other, rtol=1e-6, atol=1e-9, err_msg=f"{name} {g}")

@@ -68,7 +68,8 @@ class RowBatches:
     precision : ndarray of shape (n_cells,), optional
         1 (default) for a proper prior on the offset, 0 for a flat one.
     batch_size : int or None
-        Rows per batch at most; None chooses by the number of genes.
+        Rows per batch, about: rounded up so that matrices of nearly the same number of rows share a
+        compiled kernel. None chooses by the number of genes.
     """
 
     def __init__(self, X, offset, scale, precision=None, *, batch_size=None):

@@ -74,7 +74,7 @@ class NBLNEstimator(
     tol : float, default=1e-3
         The fit stops when two sweeps in a row each gain less than this, in nats per cell.
     batch_size : int or None, default=None
-        Rows that are made dense at a time; it sets memory and no result.
+        Rows that are made dense at a time, about; it sets memory and no result.
     memory : str, joblib.Memory or None, default=None
         Caches the fit of an unfitted source, so that a grid search fits it once per fold.
     random_state : int, RandomState instance or None, default=None

@@ -100,7 +100,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     n_posterior_samples : int, default=1000
         Default number of draws of :meth:`sample_posterior`.
     batch_size : int or None, default=None
-        Rows that are made dense at a time; it sets memory and no result. None chooses by the number of
+        Rows that are made dense at a time, about; it sets memory and no result. None chooses by the number of
         genes.
     random_state : int, RandomState instance or None, default=None
         Of the variational fit.
@@ -236,11 +236,13 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         self.loss_curve_ = found.losses
         self.n_iter_ = int(found.losses.size)
         self.converged_ = bool(outcome.converged and found.converged)
-        for stage, result in (("maximum a posteriori", outcome), ("variational fit", found)):
+        for stage, result, advice in (
+            ("maximum a posteriori", outcome, "Look for extreme counts or genes."),
+            ("variational fit", found, "Increase n_steps or tol."),
+        ):
             if not result.converged:
                 warnings.warn(
-                    f"The {stage} of NBVCPEstimator did not converge: {result.reason}. Increase n_steps "
-                    "or tol.",
+                    f"The {stage} of NBVCPEstimator did not converge: {result.reason}. {advice}",
                     ConvergenceWarning,
                     stacklevel=2,
                 )
@@ -256,8 +258,6 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         """Maximum of the posterior of log m and log r, the offsets integrated by Laplace."""
         n_cells, n_genes = X.shape
         offset, scale = (a.copy() for a in problem.row_prior)
-        if not np.any(scale):
-            scale = np.zeros(n_cells)
         histogram = CountHistogram(X)
         priors = [
             GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)

@@ -59,14 +59,14 @@ def row_capture(source, X, observation, frozen, tau, capture_prior, mean):
 class NBLNProblem:
     """One fit: what is free, under which priors, from which start."""
 
-    def __init__(self, estimator, source, frozen, capture_prior, X, rng):
+    def __init__(self, estimator, source, frozen, capture_prior, strategy, X, rng):
         self.estimator, self.X = estimator, X
         n_cells, n_genes = X.shape
         k = min(estimator.latent_dim, n_cells, n_genes)
         coupled = estimator.cascade == "marginal"
         negative_binomial = estimator.observation == "nb"
         self.source, self.frozen, self.coupled = source, frozen, coupled
-        self.strategy = loadings_strategy(estimator.loadings_prior)
+        self.strategy = strategy
         self.free = Free(
             mean="mu" not in frozen,
             loadings=True,

@@ -17,7 +17,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _cascade, _posterior
-from ._fitting import NBLNProblem, row_capture, row_posterior
+from ._fitting import NBLNProblem, loadings_strategy, row_capture, row_posterior
 from ._jax import RowBatches, solve_rows
 from ._laplace.shrinkage import TYPES, compositional, effective_rank, singular_basis
 from ._nbvcp import CountModelMixin, NBVCPEstimator
@@ -237,8 +237,8 @@ class NBLNEstimator(
         Raises
         ------
         ValueError
-            For counts that are negative or not finite, an unknown freeze name, and genes that the source
-            does not have.
+            For counts that are negative or not finite, an unknown freeze name, loadings prior or
+            hyper-parameter, and genes that the source does not have.
         TypeError
             When `informative_prior_estimator` is not an NBVCPEstimator.
 
@@ -248,6 +248,7 @@ class NBLNEstimator(
             When `max_iter` sweeps did not meet `tol`, or when cells' modes were not found.
         """
         frozen = self._frozen()
+        strategy = loadings_strategy(self.loadings_prior)
         source = self.informative_prior_estimator
         if source is None:
             source = NBVCPEstimator(
@@ -274,7 +275,7 @@ class NBLNEstimator(
             capture_prior = _capture.resolve(self.capture_efficiency, X)
 
         # nothing of the estimator's fitted state is written before the fit has ended
-        problem = NBLNProblem(self, matched, frozen, capture_prior, X, rng)
+        problem = NBLNProblem(self, matched, frozen, capture_prior, strategy, X, rng)
         outcome, column_scales = problem.run()
         params = problem.parameters(outcome.point.params)
         rows = solve_rows(problem.batches, *params.natural())
@@ -296,7 +297,7 @@ class NBLNEstimator(
         n_genes = params.noise.size
         total = self.explained_variance_.sum() + (1 - 1 / n_genes) * params.noise.sum()
         self.explained_variance_ratio_ = self.explained_variance_ / max(total, 1e-300)
-        self.w_prior_diagnostics_ = self._prior_diagnostics(problem.strategy, column_scales)
+        self.w_prior_diagnostics_ = self._prior_diagnostics(strategy, column_scales)
         self.latent_dim_ = self.components_.shape[0]
         self._n_features_out = self.latent_dim_
         self._rows = row_posterior(rows, rotation)

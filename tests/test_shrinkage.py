@@ -232,7 +232,13 @@ def test_penalized_objective_has_the_exact_gradient(rank_three):
     estimator = NBLNEstimator(2, loadings_prior="ard", random_state=0, **FREE)
     X = validate_counts(estimator, sim.data, reset=True)
     problem = NBLNProblem(
-        estimator, source, ("eta",), source.capture_prior_, X, np.random.RandomState(0)
+        estimator,
+        source,
+        ("eta",),
+        source.capture_prior_,
+        loadings_strategy(estimator.loadings_prior),
+        X,
+        np.random.RandomState(0),
     )
     rng = np.random.default_rng(0)
     objective, x = problem.objective, problem.start

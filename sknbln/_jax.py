@@ -115,8 +115,8 @@ def solve_rows(batches, mean, loadings, noise, phi):
     dict of ndarray
         ``log_marginal`` (n,) without the constants of the counts, ``scores`` (n, k), ``score_covariance``
         (n, k, k), ``offset`` (n,) and ``offset_variance`` (n,) of the posterior of the capture
-        offset (not truncated), ``offset_slope``, ``offset_curvature``, ``converged`` (n,),
-        ``score_offset_covariance`` (n, k).
+        offset (not truncated), ``offset_slope``, ``offset_curvature``, ``converged`` and
+        ``decrement`` (n,) of Newton, ``score_offset_covariance`` (n, k).
     """
     params = _globals(mean, loadings, noise, phi)
     k, padded = loadings.shape[1], params.loadings.shape[1]
@@ -136,6 +136,7 @@ def solve_rows(batches, mean, loadings, noise, phi):
             offset_slope=result.offset_slope,
             offset_curvature=result.offset_curvature,
             converged=result.converged,
+            decrement=result.decrement,
         )
         for name, value in found.items():
             if name not in out:

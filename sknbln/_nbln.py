@@ -125,6 +125,9 @@ class NBLNEstimator(
         ``column_norm_effective_rank`` and its alias ``effective_rank``, how many exceed 5 % of the
         largest and 0.01 nats per gene (root mean square); with a prior ``sigma_k``, the columns'
         scales lambda_k, and ``scale_effective_rank``; the horseshoe's ``tau``.
+    newton_decrement_ : ndarray of shape (n_cells,)
+        Newton decrement of each training row at the fit: the slope of the last step, nats. Below 1e-9
+        where the row's mode was found.
     objective_history_ : ndarray of shape (n_iter_ + 1,)
         Log-posterior per cell, from the start on; never falls, except where a loadings prior is
         updated between stages of sweeps.
@@ -304,6 +307,7 @@ class NBLNEstimator(
         self.objective_history_ = np.asarray(outcome.history)
         self.n_iter_ = outcome.n_iter
         self.converged_ = bool(outcome.converged and outcome.point.n_unconverged == 0)
+        self.newton_decrement_ = rows["decrement"]
         self.capture_offset_ = np.maximum(rows["offset"], 0.0)
         self._warn_unless_converged(outcome, X.shape[0])
         return self

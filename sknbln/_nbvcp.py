@@ -23,7 +23,7 @@ from ._validation import validate_counts
 LOG_MEAN_PRIOR_SCALE = 4.0
 #: location and standard deviation of the normal prior of log r
 LOG_DISPERSION_PRIOR = (2.0, 1.0)
-_MAP_TOL = 1e-7
+_MAP_TOL = 1e-10
 _MAP_MAX_ITER = 100
 _PIN_ROUNDS = 3
 
@@ -214,8 +214,9 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         rng = check_random_state(self.random_state)
         prior = _capture.resolve(self.capture_efficiency, X)
         _capture.warn_about_truncation(prior, X)
-        problem = _problem(X, prior)
-        outcome, point = self._maximum(X, problem)
+        histogram = CountHistogram(X)
+        problem = _problem(X, prior, histogram)
+        outcome, point = self._maximum(X, problem, histogram)
         start = self._curvature_guide(X, prior, point)
         found = _svi.fit(
             X,
@@ -254,18 +255,17 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
 
         return report
 
-    def _maximum(self, X, problem):
+    def _maximum(self, X, problem, histogram):
         """Maximum of the posterior of log m and log r, the offsets integrated by Laplace."""
         n_cells, n_genes = X.shape
         offset, scale = (a.copy() for a in problem.row_prior)
-        histogram = CountHistogram(X)
         priors = [
             GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)
         ]
         x = Parameters(
             np.log(problem.column_totals + 0.5) - np.log(np.sum(np.exp(-offset))),
             np.zeros((n_genes, 0)),
-            np.full(n_genes, -np.inf),
+            np.zeros(n_genes),
             problem.dispersion_prior[0].copy(),
         )
         report = self._report("maximum a posteriori, sweep") if self.verbose else None
@@ -384,9 +384,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         rows = None if X is None else self._offsets(self._validated(X))
         n_samples = self.n_posterior_samples if n_samples is None else n_samples
         rng = check_random_state(self.random_state if random_state is None else random_state)
-        draws = {}
-        for name, (loc, scale) in (("r", self._guide.log_dispersion), ("mu", self._guide.log_mean)):
-            draws[name] = np.exp(loc + scale * rng.standard_normal((n_samples, loc.size)))
+        draws = {name: np.exp(value) for name, value in self._log_draws(n_samples, rng).items()}
         if self._guide.capture_offset is None:
             n_rows = self.capture_offset_.size if rows is None else rows.loc.size
             draws["eta"] = np.zeros((n_samples, n_rows))
@@ -397,12 +395,19 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             )
         return Bunch(**draws)
 
+    def _log_draws(self, n_samples, rng):
+        """Posterior draws of log r and log mu, a dict of two arrays (n_samples, n_genes)."""
+        guide = {"r": self._guide.log_dispersion, "mu": self._guide.log_mean}
+        return {
+            name: loc + scale * rng.standard_normal((n_samples, loc.size))
+            for name, (loc, scale) in guide.items()
+        }
 
-def _problem(X, prior):
+
+def _problem(X, prior, histogram):
     """The fixed part of the variational problem: priors and totals."""
     n_genes = X.shape[1]
     offset, scale = _capture.row_prior(prior, X)
-    histogram = CountHistogram(X)
     columns = np.asarray(X.sum(axis=0), float).ravel()
     level = np.log(columns + 0.5) - np.log(np.sum(np.exp(-offset)))
     return _svi.Problem(

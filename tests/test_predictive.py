@@ -283,7 +283,6 @@ def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
     np.testing.assert_allclose((1 + 1 / draws.r) * np.exp(variance), 1 + 1 / source.r, rtol=1e-8)
     # and the marginal mean does not follow the share
     kept = draws.log_mean + variance / 2
-    assert np.all(np.abs(np.corrcoef(kept.ravel(), variance.ravel())[0, 1]) < 1)
     spread = (kept - model.mean_ - np.diag(model.get_covariance()) / 2) / model._curvature.mean
     assert abs(spread.std() - 1) < 0.3
 

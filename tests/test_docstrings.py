@@ -8,11 +8,20 @@ import sknbln._nbln
 import sknbln._nbvcp
 import sknbln.datasets._real
 import sknbln.datasets._simulate
+import sknbln.predictive._checks
+import sknbln.predictive._draws
 
 
 @pytest.mark.parametrize(
     "module",
-    [sknbln._nbln, sknbln._nbvcp, sknbln.datasets._real, sknbln.datasets._simulate],
+    [
+        sknbln._nbln,
+        sknbln._nbvcp,
+        sknbln.datasets._real,
+        sknbln.datasets._simulate,
+        sknbln.predictive._checks,
+        sknbln.predictive._draws,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_examples_run(module):

@@ -9,10 +9,12 @@ from ._convergence import ConvergenceDisplay
 from ._correlation import CorrelationDisplay
 from ._embedding import EmbeddingDisplay
 from ._loadings import LoadingsSpectrumDisplay
+from ._ppc import PPCDisplay
 
 __all__ = [
     "ConvergenceDisplay",
     "CorrelationDisplay",
     "EmbeddingDisplay",
     "LoadingsSpectrumDisplay",
+    "PPCDisplay",
 ]

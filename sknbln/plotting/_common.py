@@ -68,47 +68,6 @@ def gene_names(estimator):
     return np.array([str(name) for name in names], dtype=object)
 
 
-def gene_positions(estimator, genes):
-    """Positions of the genes, given by name, by position, or as a boolean mask.
-
-    Raises
-    ------
-    ValueError
-        For genes that the estimator does not have, or that are named twice, and for none at all.
-    """
-    n_genes = estimator.n_features_in_
-    genes = np.atleast_1d(np.asarray(genes))
-    if genes.dtype == bool:
-        if genes.shape != (n_genes,):
-            raise ValueError(f"A mask of genes needs {n_genes} entries; found shape {genes.shape}.")
-        found = np.flatnonzero(genes)
-    elif genes.dtype.kind in "iu":
-        missing = genes[(genes < -n_genes) | (genes >= n_genes)]
-        if missing.size:
-            raise ValueError(
-                f"Unknown genes {missing[:10].tolist()}: positions run from 0 to {n_genes - 1}."
-            )
-        found = genes % n_genes
-    else:
-        position = {name: i for i, name in enumerate(getattr(estimator, "feature_names_in_", ()))}
-        missing = [str(name) for name in genes if name not in position]
-        if missing:
-            hint = (
-                "Use the names in feature_names_in_."
-                if position
-                else "The estimator was fitted without gene names: give positions."
-            )
-            raise ValueError(
-                f"Unknown genes {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}. {hint}"
-            )
-        found = np.array([position[name] for name in genes], dtype=int)
-    if found.size == 0:
-        raise ValueError("genes is empty: give at least one.")
-    if np.unique(found).size < found.size:
-        raise ValueError("genes names a gene more than once.")
-    return found
-
-
 # ------------------------------------------------------------------ axes
 
 
@@ -119,11 +78,12 @@ def one_axes(plt, ax, figsize):
     return ax.figure, ax
 
 
-def grid_of_axes(plt, ax, n_rows, n_cols, figsize):
-    """The figure and an array (n_rows, n_cols) of axes.
+def grid_of_axes(plt, ax, n_rows, n_cols, figsize, *, n_panels=None):
+    """The figure and an array of axes of shape (n_rows, n_cols).
 
     `ax` may be None (a new figure), a figure or subfigure (axes are added to it), one axes (it is
-    divided, and switched off itself), or as many axes as are drawn on.
+    divided, and switched off itself), or as many axes as are drawn on; with `n_panels` at least so
+    many, in their own shape.
 
     Raises
     ------
@@ -146,11 +106,13 @@ def grid_of_axes(plt, ax, n_rows, n_cols, figsize):
         ax.set_axis_off()
         grid = ax.get_subplotspec().subgridspec(n_rows, n_cols)
         return ax.figure, grid.subplots(squeeze=False)
-    axes = np.atleast_1d(np.asarray(ax, dtype=object))
-    if axes.size != n_rows * n_cols:
-        raise ValueError(f"ax holds {axes.size} axes, this picture needs {n_rows * n_cols}.")
-    axes = axes.reshape(n_rows, n_cols)
-    return axes[0, 0].figure, axes
+    axes = np.atleast_2d(np.asarray(ax, dtype=object))
+    if n_panels is None and axes.size == n_rows * n_cols:
+        axes = axes.reshape(n_rows, n_cols)
+    elif n_panels is None or axes.size < n_panels:
+        needed = n_rows * n_cols if n_panels is None else n_panels
+        raise ValueError(f"ax holds {axes.size} axes, this picture needs {needed}.")
+    return axes.flat[0].figure, axes
 
 
 def tidy(ax):

@@ -8,7 +8,8 @@ from scipy.spatial.distance import squareform
 from sklearn.utils._param_validation import Interval, StrOptions, validate_params
 
 from .._nbln import NBLNEstimator
-from ._common import fitted, gene_names, gene_positions, one_axes, pyplot
+from ..predictive import _gene_positions
+from ._common import fitted, gene_names, one_axes, pyplot
 
 #: the smallest type that is read, in points: where it does not fit, genes are not named
 _SMALLEST_TYPE = 5.0
@@ -98,8 +99,8 @@ class CorrelationDisplay:
         kind : {"log_rates", "factors"}, default="log_rates"
             Which correlations; the class says what they are.
         genes : array-like or None, default=None
-            Names, positions or a mask of the genes that are shown; None for all. The correlations are
-            those of the whole model.
+            Names or positions of the genes that are shown; None for all. The correlations are those of
+            the whole model.
         n_genes : int or None, default=None
             Of these, show only so many: those with the largest sums of squared correlations with the others.
             None for all.
@@ -123,7 +124,7 @@ class CorrelationDisplay:
         estimator = fitted(estimator, caller, (NBLNEstimator,))
         _check_options(kind=kind, n_genes=n_genes)
         total = estimator.n_features_in_
-        shown = np.arange(total) if genes is None else gene_positions(estimator, genes)
+        shown = _gene_positions(estimator, genes)
         C = _cosines(estimator.components_) if kind == "factors" else estimator.get_correlation()
         C = C[np.ix_(shown, shown)]
         chosen = np.arange(shown.size)

@@ -7,7 +7,8 @@ from scipy.ndimage import gaussian_filter
 from sklearn.utils._param_validation import Interval, validate_params
 
 from .._nbln import NBLNEstimator
-from ..predictive import _gene_positions, compositional_samples
+from ..predictive import compositional_samples
+from ..predictive._arguments import gene_positions
 from ._common import (
     BLACK,
     BLUE,
@@ -131,7 +132,7 @@ class CompositionalCornerDisplay:
         needed(X, caller)
         if genes is None:
             genes = _telling_genes(estimator, X, n_genes)
-        genes = _gene_positions(estimator, genes)
+        genes = gene_positions(estimator, genes)
         found = compositional_samples(
             estimator, X, n_samples=n_samples, genes=genes, random_state=random_state
         )

@@ -1,15 +1,25 @@
 """The examples of the public docstrings run as written."""
 
 import doctest
+import importlib
+import pkgutil
 
+import matplotlib.pyplot as plt
 import pytest
 
 import sknbln._nbln
 import sknbln._nbvcp
 import sknbln.datasets._real
 import sknbln.datasets._simulate
+import sknbln.plotting
 import sknbln.predictive._checks
 import sknbln.predictive._draws
+
+DISPLAYS = [
+    importlib.import_module(f"sknbln.plotting.{module.name}")
+    for module in pkgutil.iter_modules(sknbln.plotting.__path__)
+    if module.name != "_common"
+]
 
 
 @pytest.mark.parametrize(
@@ -21,6 +31,7 @@ import sknbln.predictive._draws
         sknbln.datasets._simulate,
         sknbln.predictive._checks,
         sknbln.predictive._draws,
+        *DISPLAYS,
     ],
     ids=lambda module: module.__name__,
 )
@@ -28,3 +39,4 @@ def test_examples_run(module):
     found = doctest.testmod(module)
     assert found.attempted > 0
     assert found.failed == 0
+    plt.close("all")

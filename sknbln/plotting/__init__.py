@@ -1,0 +1,24 @@
+"""Pictures of fitted estimators, as Display classes in scikit-learn's manner.
+
+Each has ``from_estimator(estimator, ...)``, which computes and draws, and ``plot()``, which draws again from
+what was computed. matplotlib is imported when something is drawn, not before
+(``pip install sknbln[plot]``).
+"""
+
+from ._calibration import CalibrationDisplay
+from ._convergence import ConvergenceDisplay
+from ._corner import CompositionalCornerDisplay
+from ._correlation import CorrelationDisplay
+from ._embedding import EmbeddingDisplay
+from ._loadings import LoadingsSpectrumDisplay
+from ._ppc import PPCDisplay
+
+__all__ = [
+    "CalibrationDisplay",
+    "CompositionalCornerDisplay",
+    "ConvergenceDisplay",
+    "CorrelationDisplay",
+    "EmbeddingDisplay",
+    "LoadingsSpectrumDisplay",
+    "PPCDisplay",
+]

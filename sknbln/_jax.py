@@ -169,7 +169,7 @@ def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispers
         total = part if total is None else jax.tree.map(np.add, total, part)
     k, padded = loadings.shape[1], params.loadings.shape[1]
     keep = np.r_[0 : k + 1, padded + 1, padded + 2]
-    return np.moveaxis(total[0][keep][:, keep], 2, 0), total[1]
+    return total[0][:, keep][:, :, keep], total[1]
 
 
 def sum_over_batches(batches, mean, phi):

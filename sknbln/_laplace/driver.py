@@ -18,6 +18,7 @@ from .sweeps import (
     shift_step,
 )
 
+PLAIN_SWEEPS = 3  # the first steps are long: they say little of the curvature at the maximum
 MEMORY = 8
 MAX_CUTS = 12
 MEMORY_CUTS = 2  # of a quasi-Newton step
@@ -172,13 +173,15 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
                 iteration,
                 0.0,
             )
-        memory.add(
-            step,
-            _flat(_blocks(point.grad), free_flags) - _flat(_blocks(trial.grad), free_flags),
-            _flat(
-                curvature_product(point.grad, _unflat(step, point.params, free_flags)), free_flags
-            ),
-        )
+        if iteration > PLAIN_SWEEPS:
+            memory.add(
+                step,
+                _flat(_blocks(point.grad), free_flags) - _flat(_blocks(trial.grad), free_flags),
+                _flat(
+                    curvature_product(point.grad, _unflat(step, point.params, free_flags)),
+                    free_flags,
+                ),
+            )
         gain = (trial.value - point.value) / n_cells
         point = trial
         history.append(point.value / n_cells)

@@ -209,7 +209,7 @@ def score_products(cells, params, zeta, constant_scores):
     """Sums over cells of outer products of each gene's scores in (mu, w_1..w_k, log d, log r).
 
     ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Returns the
-    products, (k + 3, k + 3, n_genes), and ``sum_c b``, (n_genes,).
+    products, (n_genes, k + 3, k + 3), and ``sum_c b``, (n_genes,).
     """
     k = params.loadings.shape[1]
     mode, lin = find_mode(cells, params, zeta)
@@ -227,7 +227,9 @@ def score_products(cells, params, zeta, constant_scores):
     ]
     stacked = jnp.concatenate([others[0][None], loadings, jnp.stack(others[1:])])
     stacked = stacked * cells.weight[None, :, None]
-    products = jax.lax.map(lambda one: jnp.sum(one * stacked, 1), stacked)
+    # the barrier keeps XLA from contracting the strided axis in place, which is twice as slow
+    by_gene = jax.lax.optimization_barrier(jnp.transpose(stacked, (2, 0, 1)))
+    products = by_gene @ jnp.swapaxes(by_gene, 1, 2)
     return products, jnp.sum(cells.weight[:, None] * lin.b, 0)
 
 

@@ -148,13 +148,13 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(cell(v) for v in line) + " |" for line in lines)
 
 
-def cell(value, digits=3):
-    """One number as a table shows it: three significant digits, whole above 100."""
+def cell(value):
+    """One value as a table shows it."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "-"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def median(rounds, name):

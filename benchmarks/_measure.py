@@ -10,6 +10,36 @@ from _common import canonical_correlations, load, off_diagonals
 from _methods import METHODS
 from _process import PeakMemory
 
+#: what a fit takes, by column of the tables: seconds and MB
+TIMES = {
+    "cold s": "cold_s",
+    "warm s": "warm_s",
+    "NBVCP s": "nbvcp_s",
+    "NBLN s": "nbln_s",
+    "transform s": "transform_s",
+    "MB": "memory_mb",
+    "MB warm": "memory_warm_mb",
+}
+#: what it finds
+RESULTS = {
+    "corr": "correlation",
+    "slope": "slope",
+    "scores new": "canonical_new",
+    "scores fitted": "canonical_fitted",
+    "held-out": "score",
+    "sweeps": "iterations",
+}
+_DECIMALS = {"held-out": 1, "sweeps": 0, "MB": 0, "MB warm": 0}
+
+
+def shown(label, value):
+    """A number of column `label` as the tables show it, None where there is none."""
+    if value is None:
+        return None
+    if label in TIMES and label not in _DECIMALS:
+        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return f"{value:,.{_DECIMALS.get(label, 3)}f}"
+
 
 def measure(request):
     """Fit twice, with two seeds, and judge the second fit.

@@ -23,24 +23,10 @@ from _common import (
     table,
     write_json,
 )
-from _measure import measure
+from _measure import RESULTS, TIMES, measure, shown
 from _methods import DEFAULT_PEERS, OURS, PEERS, missing
 
-COLUMNS = {
-    "cold s": "cold_s",
-    "warm s": "warm_s",
-    "NBVCP s": "nbvcp_s",
-    "NBLN s": "nbln_s",
-    "transform s": "transform_s",
-    "MB": "memory_mb",
-    "MB warm": "memory_warm_mb",
-    "corr": "correlation",
-    "slope": "slope",
-    "scores new": "canonical_new",
-    "scores fitted": "canonical_fitted",
-    "held-out": "score",
-    "sweeps": "iterations",
-}
+COLUMNS = TIMES | RESULTS
 #: the peer whose time ours is divided by
 REFERENCES = ("fastglmpca", "fastglmpca-dense")
 
@@ -108,7 +94,7 @@ def show(name, result, given):
         unsettled = any(r.get("converged") is False for r in found["rounds"])
         rows.append(
             [method + (" (!)" if unsettled else ""), len(found["rounds"])]
-            + [shown(column, values.get(column)) for column in COLUMNS.values()]
+            + [shown(label, values.get(column)) for label, column in COLUMNS.items()]
         )
     print(table(["method", "rounds", *COLUMNS], rows))
     for method, error in result["failed"].items():
@@ -119,17 +105,6 @@ def show(name, result, given):
             "\nTimes of ours by a peer's, both warm; of the medians, and lowest to highest round:\n"
         )
         print(table(["ours", "peer", "NBLN", "rounds", "NBVCP + NBLN", "rounds"], rows))
-
-
-def shown(column, value):
-    """A number of the table: qualities with three decimals, scores with one."""
-    if value is None:
-        return None
-    if column in ("correlation", "slope", "canonical_new", "canonical_fitted"):
-        return f"{value:.3f}"
-    if column == "score":
-        return f"{value:.1f}"
-    return round(value) if column in ("memory_mb", "memory_warm_mb", "iterations") else value
 
 
 def ratios(methods):

@@ -4,66 +4,49 @@
         [--settings default refined ard] [--simulator simulate.py]
 
 ``worktree`` is the package as it lies in this directory's checkout, uncommitted changes too; anything
-else that git knows is checked out in a temporary directory. The revisions alternate, each time in a
+else that git knows is written to a temporary directory. The revisions alternate, each time in a
 process of its own that fits twice, with two seeds, by the code of this directory.
 """
 
 import argparse
-import contextlib
+import io
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
 import _process
-from _common import cell, describe, environment, medians, save, simulated, table, write_json
-from _measure import measure
+from _common import describe, environment, medians, save, simulated, table, write_json
+from _measure import RESULTS, TIMES, measure, shown
 from _methods import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMES = {
-    "cold s": "cold_s",
-    "warm s": "warm_s",
-    "NBVCP s": "nbvcp_s",
-    "NBLN s": "nbln_s",
-    "transform s": "transform_s",
-    "MB": "memory_mb",
-    "MB warm": "memory_warm_mb",
-}
-RESULTS = {
-    "corr": "correlation",
-    "slope": "slope",
-    "scores new": "canonical_new",
-    "held-out": "score",
-    "sweeps": "iterations",
-}
 
 
-@contextlib.contextmanager
-def checkouts(revisions):
-    """Directories of the revisions; temporary ones are removed at the end."""
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        found = []
-        for i, revision in enumerate(revisions):
-            if revision == "worktree":
-                found.append(ROOT)
-                continue
-            path = folder / str(i)
-            git("worktree", "add", "--quiet", "--detach", str(path), revision)
-            stack.callback(git, "worktree", "remove", "--force", str(path))
-            found.append(path)
-        yield found
+def checked_out(revision, folder):
+    """The directory of a revision: its files below `folder`, or this checkout for ``worktree``."""
+    if revision == "worktree":
+        return ROOT
+    path = Path(folder) / revision.replace("/", "_")
+    with tarfile.open(fileobj=io.BytesIO(git("archive", revision))) as archive:
+        archive.extractall(path, filter="data")
+    return path
 
 
 def git(*arguments):
-    """Output of a git command in this checkout."""
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
-    )
+    """Output of a git command in this checkout, bytes."""
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False)
     if done.returncode != 0:
-        raise SystemExit(f"git {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout.strip()
+        raise SystemExit(f"git {' '.join(arguments)}: {done.stderr.decode().strip()}")
+    return done.stdout
+
+
+def named(revision):
+    """A revision with its commit."""
+    of = ("describe", "--always", "--dirty") if revision == "worktree" else ("rev-parse", "--short")
+    commit = git(*of) if revision == "worktree" else git(*of, revision)
+    return f"{revision} ({commit.decode().strip()})"
 
 
 def run_one(path, request, given):
@@ -88,12 +71,12 @@ def run_setting(name, setting, path, trees, given):
                 "seeds": (2 * i, 2 * i + 1),
             }
             found.append(run_one(tree, request, given))
-        print(
-            f"[{name}, round {i + 1}] {setting}: warm "
-            + ", ".join(f"{found[-1]['warm_s']:.2f} s" for found in rounds),
-            file=sys.stderr,
-            flush=True,
-        )
+            print(
+                f"[{name}, round {i + 1}] {setting} of {tree.name}: cold {found[-1]['cold_s']:.2f} s, "
+                f"warm {found[-1]['warm_s']:.2f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     return rounds
 
 
@@ -102,13 +85,10 @@ def show(setting, rounds, revisions):
     old, new = (medians(found) for found in rounds)
     rows = []
     for label, column in (TIMES | RESULTS).items():
-        digits = 3 if column in TIMES.values() else 5
-        row = [label, *(cell(v[column], digits) if column in v else None for v in (old, new))]
-        if column in TIMES.values():
+        row = [label, *(shown(label, v.get(column)) for v in (old, new)), None, None]
+        if label in TIMES:
             of = [b[column] / a[column] for a, b in zip(*rounds, strict=True)]
-            row += [f"{new[column] / old[column]:.2f}", f"{min(of):.2f} to {max(of):.2f}"]
-        else:
-            row += [None, None]
+            row[3:] = f"{new[column] / old[column]:.2f}", f"{min(of):.2f} to {max(of):.2f}"
         rows.append(row)
     print(f"\n{setting}\n")
     print(table(["", *revisions, "second / first", "rounds"], rows), flush=True)
@@ -133,16 +113,11 @@ def main():
     with _process.on_cores(given.cores) as n:
         env = environment(n)
     env["versions"].pop("sknbln", None)
-    commits = [
-        git("describe", "--always", "--dirty")
-        if r == "worktree"
-        else git("rev-parse", "--short", r)
-        for r in revisions
-    ]
-    names = [f"{r} ({commit})" for r, commit in zip(revisions, commits, strict=True)]
+    names = [named(revision) for revision in revisions]
     print(f"{names[0]} against {names[1]}; {describe(env)}", flush=True)
     content = {"program": "revisions", "revisions": names, "environment": env, "sets": {}}
-    with checkouts(revisions) as trees, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [checked_out(revision, folder) for revision in revisions]
         for name in given.sets:
             path = Path(folder) / f"{name}.npz"
             save(path, simulated(name, given.simulator))

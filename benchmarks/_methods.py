@@ -129,12 +129,14 @@ def fit_linear_scvi(X, k, seed, capture_prior, epochs=3000):
     """Linearly decoded variational autoencoder, negative binomial."""
     import anndata
     import scvi
+    from scipy.sparse import csr_matrix
 
     scvi.settings.seed = seed
     scvi.settings.verbosity = 40
 
     def annotated(X):
-        data = anndata.AnnData(X.astype(np.float32).tocsr())
+        # scvi knows sparse matrices, not sparse arrays
+        data = anndata.AnnData(csr_matrix(X, dtype=np.float32))
         scvi.model.LinearSCVI.setup_anndata(data)
         return data
 

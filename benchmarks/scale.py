@@ -92,7 +92,7 @@ def counts(request):
 
         prior = request["capture"]
         X = sparse.csr_array(sparse.load_npz(request["counts"]))
-        return X, None, prior if prior is None or prior == "auto" else tuple(prior)
+        return X, None, prior if prior == "auto" else tuple(prior)
     from sknbln.datasets import make_nbln_counts
 
     n, depth = request["cells"], request["depth"]
@@ -135,7 +135,7 @@ def requests(given):
     """One request per matrix."""
     common = {"latent_dim": given.latent_dim, "setting": given.setting}
     if given.counts:
-        return [common | {"counts": given.counts, "capture": given.capture}]
+        return [common | {"counts": given.counts, "capture": given.capture or "auto"}]
     return [common | {"cells": n, "genes": given.genes, "depth": given.depth} for n in given.cells]
 
 
@@ -147,7 +147,7 @@ def main():
     what.add_argument("--counts", help="npz file of a CSR matrix, rows are cells")
     parser.add_argument("--genes", type=int, default=1000, help="of simulated cells")
     parser.add_argument("--depth", type=float, default=1.0, help="of simulated cells")
-    parser.add_argument("--capture", type=float, nargs=2, default="auto", help="log_M0 sigma_M")
+    parser.add_argument("--capture", type=float, nargs=2, help="log_M0 sigma_M of --counts")
     parser.add_argument("--latent-dim", type=int, default=8)
     parser.add_argument("--setting", choices=OURS, default="default")
     parser.add_argument("--device", help="platform of JAX, e.g. cpu, cuda; default: its choice")

@@ -54,15 +54,11 @@ def run_set(name, methods, given):
                         __file__, request, cores=given.cores, timeout=given.timeout
                     )
                 except _process.WorkerError as error:
-                    failed[method] = str(error)
-                    continue
-                rounds[method].append(found)
-                print(
-                    f"[{name}, round {i + 1}] {method}: cold {found['cold_s']:.2f} s, "
-                    f"warm {found['warm_s']:.2f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                    failed[method] = said = str(error)
+                else:
+                    rounds[method].append(found)
+                    said = f"cold {found['cold_s']:.2f} s, warm {found['warm_s']:.2f} s"
+                print(f"[{name}, round {i + 1}] {method}: {said}", file=sys.stderr, flush=True)
     return {
         "cells_fitted": int(data.train.size),
         "cells_held_out": int(data.test.size),

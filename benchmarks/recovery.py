@@ -18,15 +18,13 @@ used.
 """
 
 import argparse
-import importlib.util
 import time
 import warnings
 
 import numpy as np
+from _common import off_diagonals, oracle_score, simulated
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._capture import CapturePrior, score_rows
-from sknbln.datasets import make_nbln_counts
 
 FREE = {"informative_priors_freeze": ("eta",), "informative_priors_tau": np.inf}
 SETTINGS = {
@@ -42,46 +40,20 @@ SETTINGS = {
 }
 
 
-def simulated(name, simulator):
-    """Counts, truth as a dict, rows to fit and to score, depth."""
-    if simulator is not None:
-        spec = importlib.util.spec_from_file_location("simulator", simulator)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        depth = module.DEPTH.get(name, 1.0)
-        X, t = module.simulate(*module.SIZES[name], 4, module.SEEDS[name], depth)
-        names = {"loadings": "W", "noise_variance": "d", "mean": "mu", "dispersion": "r"}
-        return X, {new: t[old] for new, old in names.items()}, t["train"], t["test"], depth
-    size, _, shallow = name.partition("_")
-    depth = 0.1 if shallow else 1.0
-    n_cells, n_genes = (int(v) for v in size.split("x"))
-    sim = make_nbln_counts(n_cells, n_genes, depth=depth, random_state=n_cells + n_genes)
-    train = np.arange(round(0.8 * n_cells))
-    return sim.data, sim, train, np.arange(train.size, n_cells), depth
-
-
-def off_diagonals(loadings, truth):
-    """Correlation and slope of the truth on the estimate."""
-    upper = np.triu_indices(truth.shape[0], 1)
-    a, b = (loadings @ loadings.T)[upper], (truth @ truth.T)[upper]
-    return np.corrcoef(a, b)[0, 1], (a @ b) / (a @ a)
-
-
 def run(name, dims, settings, simulator):
     """Print the table of one data set."""
-    X, truth, train, test, depth = simulated(name, simulator)
-    sizes = np.asarray(X[train].sum(axis=1)).ravel()
-    prior = CapturePrior(3.0 - np.log(depth) + np.log(np.median(sizes)), 0.35)
+    data = simulated(name, simulator)
+    fitted, held_out, truth = data.counts[data.train], data.counts[data.test], data.truth
     start = time.perf_counter()
-    source = NBVCPEstimator(capture_efficiency=tuple(prior), random_state=0).fit(X[train])
+    source = NBVCPEstimator(capture_efficiency=data.capture_prior, random_state=0).fit(fitted)
     seconds = time.perf_counter() - start
-    values = [truth[v] for v in ("mean", "loadings", "noise_variance", "dispersion")]
-    oracle = score_rows(X[test].astype(float).tocsr(), *values, prior).mean()
-    base = source.score(X[test])
+    oracle = oracle_score(data)
+    base = source.score(held_out)
     print(
         f"\n{name}: NBVCP {base:.2f} ({seconds:.1f} s), true parameters {oracle:.2f} nats per cell"
     )
-    print(f"true medians: d {np.median(values[2]):.3f}, r {np.median(values[3]):.2f}")
+    d, r = np.median(truth["noise_variance"]), np.median(truth["dispersion"])
+    print(f"true medians: d {d:.3f}, r {r:.2f}")
     print("| setting | k | score | gap | corr | slope | rank | d | r | sweeps | s |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for k in dims:
@@ -91,10 +63,10 @@ def run(name, dims, settings, simulator):
                 warnings.simplefilter("always")
                 model = NBLNEstimator(
                     k, informative_prior_estimator=source, random_state=0, **SETTINGS[label]
-                ).fit(X[train])
+                ).fit(fitted)
             seconds = time.perf_counter() - start
-            score = model.score(X[test])
-            corr, slope = off_diagonals(model.components_.T, values[1])
+            score = model.score(held_out)
+            corr, slope = off_diagonals(model.components_.T, truth["loadings"])
             print(
                 f"| {label} | {k} | {score:.2f} | {(score - base) / (oracle - base):.3f} | {corr:.3f} "
                 f"| {slope:.2f} | {model.w_prior_diagnostics_['effective_rank']} "

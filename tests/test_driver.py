@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import optimize
 
@@ -12,9 +14,11 @@ from sknbln._laplace.likelihood import CountHistogram
 from sknbln._laplace.objective import MarginalCoupling, Objective
 from sknbln._laplace.sweeps import (
     LOG_DISPERSION_RANGE,
-    LOG_NOISE_RANGE,
+    NOISE_RANGE,
+    NOISE_UNIT,
     GaussianPrior,
     Parameters,
+    curvature_product,
     least_squares_matrix,
     regression_step,
     scale_step,
@@ -28,6 +32,10 @@ K = 2
 N = small.N_CELLS
 BLOCKS = ("mean", "loadings", "log_noise", "log_r")
 ALL = Free(True, True, True, True)
+
+
+def noise_coordinate(d):
+    return np.log1p(d / NOISE_UNIT)
 
 
 def problem(seed, coupling=None):
@@ -47,7 +55,7 @@ def problem(seed, coupling=None):
     start = Parameters(
         params.mean + 2 * rng.standard_normal(G),
         rng.standard_normal((G, K)),
-        rng.uniform(np.log(1e-4), np.log(5.0), G),
+        noise_coordinate(np.exp(rng.uniform(np.log(1e-4), np.log(5.0), G))),
         rng.uniform(-4.0, 6.0, G),
     )
     return evaluate, start
@@ -91,20 +99,48 @@ def test_scales_that_run_away_stop_at_their_bounds():
     free = Free(False, False, True, True)
     params = run(evaluate, start, free, tol=1e-9, max_iter=60).point.params
     for values, (low, high) in (
-        (params.log_noise, LOG_NOISE_RANGE),
+        (params.log_noise, NOISE_RANGE),
         (params.log_r, LOG_DISPERSION_RANGE),
     ):
         assert np.all((values >= low) & (values <= high))
-    assert np.any(params.log_noise == LOG_NOISE_RANGE[0]) or np.any(
+    assert np.any(params.log_noise == NOISE_RANGE[0]) or np.any(
         params.log_r == LOG_DISPERSION_RANGE[1]
     )
+
+
+def test_noise_reaches_its_floor_in_one_step():
+    """Counts that vary less than Poisson: d = NOISE_UNIT is log 2 from nothing, less than a step is long."""
+    G = small.N_GENES
+    X = csr(np.full((N, G), 30.0))
+    flat = GaussianPrior.flat(G)
+    evaluate = Objective(
+        Sweeper(RowBatches(X, np.zeros(N), np.zeros(N)), K), CountHistogram(X), flat, flat
+    )
+    start = Parameters(
+        np.full(G, np.log(30.0)),
+        np.zeros((G, K)),
+        noise_coordinate(np.full(G, NOISE_UNIT)),
+        np.full(G, np.inf),
+    )
+    outcome = run(evaluate, start, Free(False, False, True, False))
+    assert_array_equal(outcome.point.params.log_noise, NOISE_RANGE[0])
+    first = run(evaluate, start, Free(False, False, True, False), max_iter=1)
+    assert_array_equal(first.point.params.log_noise, NOISE_RANGE[0])
+    assert_allclose(first.point.params.noise, 1e-6, rtol=1e-10)
+    # at the floor the gradient pulls further, and nothing moves: that is an optimum
+    assert np.all(outcome.point.grad.log_noise < 0)
+    assert outcome.converged and outcome.n_iter <= 3
+    assert outcome.point.value == first.point.value
 
 
 def test_optimum_is_that_of_scipy():
     """The same objective handed to SciPy's L-BFGS from the same start."""
     evaluate, start = problem(5)
     free = Free(True, False, False, True)  # concave enough to have one optimum
-    start = start._replace(loadings=0.3 * start.loadings, log_noise=np.full(small.N_GENES, -2.0))
+    start = start._replace(
+        loadings=0.3 * start.loadings,
+        log_noise=noise_coordinate(np.full(small.N_GENES, np.exp(-2.0))),
+    )
 
     def negative(v):
         point = evaluate(start._replace(mean=v[: small.N_GENES], log_r=v[small.N_GENES :]))
@@ -150,20 +186,20 @@ def test_nothing_free_is_an_optimum():
         assert_array_equal(before, after)
 
 
-@pytest.mark.parametrize("noise", [-np.inf, np.log(0.1)], ids=["no noise", "noise"])
-def test_infinite_values_stay(noise):
-    """Poisson counts (``log_r = inf``) and no noise (``log_noise = -inf``) are not free, and stay.
+@pytest.mark.parametrize("noise", [0.0, noise_coordinate(0.1)], ids=["no noise", "noise"])
+def test_limits_stay(noise):
+    """Poisson counts (``log_r = inf``) and no noise (``log_noise = 0``) are not free, and stay.
 
     Without noise there are no loadings either: that is the independent-gene model.
     """
     evaluate, start = problem(7)
     evaluate.prior_log_r = GaussianPrior.flat(small.N_GENES)
     start = start._replace(
-        loadings=np.isfinite(noise) * start.loadings,
+        loadings=(noise > 0) * start.loadings,
         log_noise=np.full(small.N_GENES, noise),
         log_r=np.full(small.N_GENES, np.inf),
     )
-    outcome = run(evaluate, start, Free(True, bool(np.isfinite(noise)), False, False), max_iter=5)
+    outcome = run(evaluate, start, Free(True, bool(noise > 0), False, False), max_iter=5)
     assert_array_equal(outcome.point.params.log_noise, noise)
     assert_array_equal(outcome.point.params.log_r, np.inf)
     assert outcome.point.value > evaluate(start).value
@@ -187,9 +223,45 @@ def test_two_small_gains_in_a_row_stop_it():
     outcome = run(evaluate, start, tol=1e-2)
     gains = np.diff(outcome.history)
     assert outcome.converged and "tol=0.01" in outcome.reason
-    assert np.all(gains[-2:] < 1e-2)
-    assert not np.any((gains[:-2] < 1e-2) & (gains[1:-1] < 1e-2))
+    small_gain = gains < 1e-2 * np.maximum(np.abs(outcome.history[:-1]), 1.0)
+    assert np.all(small_gain[-2:])
+    assert not np.any(small_gain[:-2] & small_gain[1:-1])
     assert outcome.gain == pytest.approx(gains[-1], rel=1e-6)
+
+
+def scaled(evaluate, factor, constant=0.0):
+    """The objective times a factor, as of so many times the rows, plus a constant."""
+
+    def function(x):
+        point = evaluate(x)
+        grad = point.grad._replace(**{n: factor * g for n, g in point.grad._asdict().items()})
+        return point._replace(value=factor * point.value + constant, grad=grad)
+
+    return function
+
+
+def test_tol_is_a_fraction_of_the_objectives_magnitude():
+    """The same objective in other units takes the same path and stops at the same sweep."""
+    evaluate, start = problem(8)
+    plain = run(evaluate, start, tol=1e-4)
+    large = run(scaled(evaluate, 1000.0), start, tol=1e-4)
+    assert plain.converged and large.converged
+    assert plain.n_iter == large.n_iter < 100
+    assert_allclose(large.history, 1000.0 * np.array(plain.history), rtol=1e-6)
+    gains, magnitude = np.diff(large.history), np.abs(large.history[:-1])
+    assert np.all(gains[-2:] < 1e-4 * magnitude[-2:])
+    assert gains[-1] > 1e-4  # in nats per cell it would have gone on
+    assert not np.any((gains[:-2] < 1e-4 * magnitude[:-2]) & (gains[1:-1] < 1e-4 * magnitude[1:-1]))
+
+
+def test_tol_is_of_one_nat_where_the_objective_is_about_zero():
+    evaluate, start = problem(8)
+    best = run(evaluate, start, tol=1e-9, max_iter=300).point.value
+    outcome = run(scaled(evaluate, 1.0, -best), start, tol=1e-4)
+    gains = np.diff(outcome.history)
+    assert outcome.converged and abs(outcome.history[-2]) < 1.0
+    assert np.all(gains[-2:] < 1e-4) and gains[-3] > 1e-4
+    assert gains[-2] > 1e-4 * abs(outcome.history[-1])
 
 
 def test_stops_at_an_optimum():
@@ -206,9 +278,12 @@ def test_memory_changes_the_path_only(monkeypatch):
     """Without a memory the direction is the preconditioned gradient; the optimum is the same."""
     evaluate, start = problem(10)
     free = Free(True, False, False, True)
-    start = start._replace(loadings=0.3 * start.loadings, log_noise=np.full(small.N_GENES, -2.0))
+    start = start._replace(
+        loadings=0.3 * start.loadings,
+        log_noise=noise_coordinate(np.full(small.N_GENES, np.exp(-2.0))),
+    )
     with_memory = run(evaluate, start, free, tol=1e-9, max_iter=300)
-    monkeypatch.setattr(driver._Memory, "add", lambda self, s, y: None)
+    monkeypatch.setattr(driver._Memory, "add", lambda self, s, y, expected: None)
     without = run(evaluate, start, free, tol=1e-9, max_iter=300)
     assert with_memory.converged and without.converged
     assert with_memory.n_iter < without.n_iter
@@ -246,30 +321,70 @@ def test_unconverged_cells_of_the_last_point_are_kept():
 # ------------------------------------------------------------------ the steps
 
 
-def test_memory_is_the_dense_bfgs_update():
+def damped(s, y, expected):
+    """The change of the gradient on the line from y to the expected one that shows just enough curvature."""
+    missing = driver.LEAST_CURVATURE * (s @ expected) - s @ y
+    if missing <= 0:
+        return y
+    return y + missing / (s @ (expected - y)) * (expected - y)
+
+
+@pytest.mark.parametrize("shift", [10.0, -4.0], ids=["convex", "indefinite"])
+def test_memory_is_the_dense_bfgs_update_of_damped_pairs(shift):
     """The two-loop recursion against the matrix ``(I - s y'/sy) H (I - y s'/sy) + s s'/sy``."""
     rng = np.random.default_rng(0)
     A = rng.standard_normal((5, 5))
-    A = A @ A.T + np.eye(5)
+    A = A @ A.T + shift * np.eye(5)
     inverse = np.diag(rng.uniform(0.1, 2.0, 5))
-    initial, memory = inverse.copy(), driver._Memory()
-    for _ in range(4):
+    initial, memory, n_damped = inverse.copy(), driver._Memory(), 0
+    for _ in range(6):
         s = rng.standard_normal(5)
-        y = A @ s
-        memory.add(s, y)
+        expected = np.linalg.solve(initial, s)
+        y = damped(s, A @ s, expected)
+        n_damped += bool(np.any(y != A @ s))
+        memory.add(s, A @ s, expected)
         left = np.eye(5) - np.outer(s, y) / (s @ y)
         inverse = left @ inverse @ left.T + np.outer(s, s) / (s @ y)
+    # the initial matrix is at most 10
+    assert (n_damped == 0) if shift > 0 else (0 < n_damped < 6)
     g = rng.standard_normal(5)
     assert_allclose(memory.direction(g, lambda q: initial @ q), inverse @ g, rtol=1e-10)
+    # the damped matrix is positive whatever the objective: every direction ascends
+    assert np.all(np.linalg.eigvalsh(inverse) > 0)
 
 
-def test_memory_refuses_negative_curvature_and_forgets():
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-6.0, 6.0), st.floats(-3.0, 3.0))
+def test_pairs_of_the_memory_show_curvature(seed, size, along):
+    """Powell's damping: ``s'y >= LEAST_CURVATURE s'Bs`` for the pair that enters, whatever y is."""
+    rng = np.random.default_rng(seed)
+    s, metric = rng.standard_normal(4), rng.uniform(0.1, 10.0, 4)
+    expected = metric * s
+    y = 10.0**size * rng.standard_normal(4) + along * expected
+    memory = driver._Memory()
+    memory.add(s, y, expected)
+    ((s_kept, y_kept, sy),) = memory.pairs
+    least = driver.LEAST_CURVATURE * (s @ expected)
+    # what is mixed cancels: rounding of its size
+    slack = 1e-14 * np.linalg.norm(s) * (np.linalg.norm(y) + np.linalg.norm(expected))
+    assert sy >= least - slack
+    assert sy == s @ y_kept
+    assert_array_equal(s_kept, s)
+    if s @ y >= least:
+        assert_array_equal(y_kept, y)
+    else:
+        assert_allclose(sy, least, rtol=0, atol=slack)
+
+
+def test_memory_refuses_steps_that_the_metric_does_not_see_and_forgets():
     memory = driver._Memory()
     s = np.array([1.0, 0.0])
-    memory.add(s, -s)
+    memory.add(s, s, 0.0 * s)
+    memory.add(s, s, -s)
+    memory.add(s, s, np.nan * s)
     assert memory.pairs == []
     for i in range(driver.MEMORY + 3):
-        memory.add((i + 1.0) * s, s)
+        memory.add((i + 1.0) * s, s, s)
     assert len(memory.pairs) == driver.MEMORY
     assert memory.pairs[-1][0][0] == driver.MEMORY + 3
 
@@ -325,12 +440,45 @@ def test_scale_step_is_newtons_inside_its_bounds():
     assert_array_equal(wild, [1.0, -1.0, 0.0])
 
 
+@pytest.mark.parametrize(
+    "free", [ALL, Free(True, False, True, True), Free(False, True, True, True)]
+)
+def test_curvature_product_is_what_the_steps_invert(free):
+    """Each block's step maps the product back to the direction it was made of."""
+    grad = gradients()
+    rng = np.random.default_rng(0)
+    blocks = (grad.mean, grad.loadings, grad.log_noise, grad.log_r)
+    # small steps of scales: they are cut at one nat
+    direction = Parameters(
+        *(0.1 * f * rng.standard_normal(b.shape) for b, f in zip(blocks, free, strict=True))
+    )
+    product = curvature_product(grad, direction)
+    back = regression_step(
+        grad._replace(mean=product.mean, loadings=product.loadings), free.mean, free.loadings
+    )
+    # the regression adds 1e-10 of its diagonal
+    assert_allclose(back[0], direction.mean, rtol=1e-6, atol=1e-8)
+    assert_allclose(back[1], direction.loadings, rtol=1e-6, atol=1e-8)
+    for name in ("log_noise", "log_r"):
+        gradient, information = getattr(grad, name), getattr(grad, f"information_{name}")
+        step = getattr(direction, name)
+        newton = information > 1e-8 + 0.1 * np.abs(gradient)
+        assert newton.any()
+        assert_allclose(getattr(product, name)[newton], (information * step)[newton], rtol=1e-14)
+        # the step of the gradient, where it is not cut, is mapped to the gradient
+        step = scale_step(gradient, information)
+        mapped = curvature_product(grad, direction._replace(**{name: step}))
+        inside = np.abs(step) < 1.0
+        assert inside.any()
+        assert_allclose(getattr(mapped, name)[inside], gradient[inside], rtol=1e-12)
+
+
 def test_scales_stay_in_their_ranges():
     x = problem(14)[1]
     step = Parameters(
         *(np.full(b.shape, s) for b, s in zip(x, (1.0, 1.0, 99.0, -99.0), strict=True))
     )
     moved = x.moved(step, 1.0)
-    assert_allclose(moved.log_noise, LOG_NOISE_RANGE[1])
+    assert_allclose(moved.log_noise, NOISE_RANGE[1])
     assert_allclose(moved.log_r, LOG_DISPERSION_RANGE[0])
     assert_allclose(moved.mean, x.mean + 1)

@@ -19,6 +19,7 @@ from sknbln._laplace.likelihood import (
     log_likelihood_terms,
     log_rising,
     log_rising_derivatives,
+    log_rising_slope,
     row_constants,
     third_derivative,
 )
@@ -223,6 +224,28 @@ def test_log_rising_derivatives_are_differences(u):
     assert np.all(np.abs(slope - second) < 10 * scale)
 
 
+@pytest.mark.parametrize("r", SIZES)
+def test_log_rising_slope_is_the_first_derivative(r):
+    """Also as the explicit sum, and for fractional counts; r below and above the switch of series."""
+    u = np.array([0.0, 1.0, 2.0, 17.0, 400.0, 20_000.0])
+    found = log_rising_slope(u, np.full(u.size, r))
+    explicit = [explicit_rising(int(v), r)[1] for v in u]
+    # r (digamma(u+r) - digamma(r)) and u cancel where r is large: rounding of terms of the size of u
+    assert np.all(np.abs(found - explicit) <= 1e-11 * np.abs(explicit) + 1e-12 + 1e-15 * u)
+    u = np.array([0.25, 3.5, 40.75, 1e5 + 0.125])
+    expected = log_rising_derivatives(u, r)[0]
+    assert_allclose(log_rising_slope(u, np.full(u.size, r)), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_log_rising_slope_of_sizes_on_both_sides_of_the_switch():
+    """One call with small and large sizes keeps each where it belongs."""
+    rng = np.random.default_rng(0)
+    u, r = rng.poisson(20.0, 50).astype(float), np.exp(rng.uniform(-3.0, 8.0, 50))
+    assert np.any(r < likelihood._STIRLING) and np.any(r > likelihood._STIRLING)
+    expected = [float(log_rising_derivatives(*pair)[0]) for pair in zip(u, r, strict=True)]
+    assert_allclose(log_rising_slope(u, r), expected, rtol=1e-12, atol=1e-12)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**9), st.floats(-9.3, 23.1))
 def test_log_rising_is_finite_and_falls_with_r(u, log_r):
@@ -252,6 +275,37 @@ def test_histogram_sums_are_the_dense_sums():
     assert_allclose(histogram.log_factorials, log_factorial(X).sum(), rtol=1e-13)
     assert histogram.times.sum() == np.count_nonzero(X)
     assert len(set(zip(histogram.gene, histogram.count, strict=True))) == histogram.gene.size
+
+
+@pytest.mark.parametrize("value", [2.0**31 - 1, 2.0**31, 2.0**40 + 1, 0.5, 2.0**31 + 0.5], ids=str)
+def test_histogram_of_fractional_and_huge_counts(value):
+    """Whichever way they are told apart: the distinct counts of every gene, and how often."""
+    X = count_matrix()
+    X[:, -1] = 3.0  # so that one gene has nothing but one count
+    X[2:4, 0], X[7, -1] = value, value
+    histogram = CountHistogram(sp.csr_matrix(X))
+    expected = {}
+    for g in range(X.shape[1]):
+        values, times = np.unique(X[X[:, g] != 0, g], return_counts=True)
+        expected |= {(g, v): t for v, t in zip(values, times, strict=True)}
+    found = zip(histogram.gene.tolist(), histogram.count.tolist(), strict=True)
+    assert dict(zip(found, histogram.times, strict=True)) == expected
+    assert expected[0, value] == 2 and expected[6, value] == 1
+    r = np.array([1e-3, 0.5, 29.0, 2.0, 31.0, 1e6, 3.0])
+    assert_allclose(histogram.constants(r), log_rising(X, r[None, :]).sum(0), rtol=1e-12)
+    assert_allclose(histogram.log_factorials, log_factorial(X).sum(), rtol=1e-13)
+
+
+def test_histogram_keys_do_not_overflow():
+    """The largest key, of the last gene and the largest count, is beyond 32 bits."""
+    X = sp.csr_matrix(
+        (np.array([2.0**31 - 2, 1.0, 5.0]), (np.array([0, 1, 1]), np.array([0, 0, 49_999]))),
+        shape=(2, 50_000),
+    )
+    histogram = CountHistogram(X)
+    assert_array_equal(histogram.gene, [0, 0, 49_999])
+    assert_array_equal(histogram.count, [1.0, 2.0**31 - 2, 5.0])
+    assert_array_equal(histogram.times, 1.0)
 
 
 def test_histogram_of_nothing():

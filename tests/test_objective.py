@@ -15,7 +15,7 @@ from sknbln._laplace.objective import (
     NaturalGradient,
     Objective,
 )
-from sknbln._laplace.sweeps import GaussianPrior, Parameters
+from sknbln._laplace.sweeps import NOISE_UNIT, GaussianPrior, Parameters
 
 from .reference import direct, small
 from .reference.coupling import expand_gene, gradient_gene
@@ -25,6 +25,10 @@ K = 3
 COUPLINGS = [Identity(), MarginalCoupling(True), MarginalCoupling(False)]
 IDS = ["identity", "coupled", "mean-coupled"]
 BLOCKS = ("mean", "loadings", "log_noise", "log_r")
+
+
+def noise_coordinate(d):
+    return np.log1p(d / NOISE_UNIT)
 
 
 def priors(rng):
@@ -50,7 +54,7 @@ def objective(coupling, seed=0):
     )
     # marginal overdispersion of at least 0.6, so that a variance of up to log(1.6) has room
     log_r = np.minimum(np.log(r), 0.5)
-    x = Parameters(params.mean, params.loadings[:, :K], np.log(params.noise), log_r)
+    x = Parameters(params.mean, params.loadings[:, :K], noise_coordinate(params.noise), log_r)
     return function, x
 
 
@@ -107,16 +111,25 @@ def test_gradient_is_the_difference_quotient(coupling, block):
 
 
 def test_poisson_and_no_noise_are_frozen_values():
-    """``log_r = inf`` and ``log_noise = -inf`` give finite values and gradients elsewhere."""
+    """``log_r = inf`` and ``log_noise = 0`` give finite values and gradients."""
     function, x = objective(Identity())
     function.prior_log_r = function.weak_log_r = GaussianPrior.flat(small.N_GENES)
-    x = x._replace(log_r=np.full(small.N_GENES, np.inf), log_noise=np.full(small.N_GENES, -np.inf))
+    x = x._replace(log_r=np.full(small.N_GENES, np.inf), log_noise=np.zeros(small.N_GENES))
+    assert_array_equal(x.noise, 0.0)
     point = function(x)
     assert np.isfinite(point.value)
-    assert np.all(np.isfinite(point.grad.mean)) and np.all(np.isfinite(point.grad.loadings))
-    assert_array_equal(point.grad.log_noise, 0.0)
+    for block in (point.grad.mean, point.grad.loadings, point.grad.log_noise):
+        assert np.all(np.isfinite(block))
     large = function(x._replace(log_r=np.full(small.N_GENES, np.log(1e12))))
     assert_allclose(point.value, large.value, atol=1e-6)
+    # d = 0 is at a finite distance: the gradient there is the one-sided difference quotient
+    h = 1e-4
+    for g in range(2):
+        at = [
+            function(x._replace(log_noise=i * h * np.eye(small.N_GENES)[g])).value for i in range(4)
+        ]
+        slope = (-11 * at[0] + 18 * at[1] - 9 * at[2] + 2 * at[3]) / (6 * h)
+        assert_allclose(slope, point.grad.log_noise[g], rtol=1e-6, atol=1e-7)
 
 
 def test_preconditioner_is_the_sums_and_the_priors_curvatures():
@@ -131,8 +144,11 @@ def test_preconditioner_is_the_sums_and_the_priors_curvatures():
         genes.information_log_r - second + function.prior_log_r.precision + weak,
         rtol=1e-8,
     )
+    slope = d + NOISE_UNIT  # of d in its coordinate
     assert_allclose(
-        grad.information_log_noise, d**2 * genes.information_noise + NOISE_RATE * d, rtol=1e-8
+        grad.information_log_noise,
+        slope**2 * genes.information_noise + NOISE_RATE * slope,
+        rtol=1e-8,
     )
     assert_allclose(grad.information_shift, sums.information_shift + prior.sum(), rtol=1e-8)
     assert_allclose(grad.moments[:, 0], genes.moments[:, 0] + prior, rtol=1e-8)
@@ -154,6 +170,34 @@ def test_constants_are_counted_once():
     assert_allclose(grad.log_r, sums.genes.gradient_log_r + first, rtol=1e-13)
 
 
+def test_constants_are_kept_while_the_dispersions_are_the_same(monkeypatch):
+    function, x = objective(Identity())
+    made = []
+    derivatives = CountHistogram.constant_derivatives
+
+    def recorded(self, r):
+        made.append(r)
+        return derivatives(self, r)
+
+    monkeypatch.setattr(CountHistogram, "constant_derivatives", recorded)
+    first = function(x)
+    again = function(x._replace(mean=x.mean + 0.1, log_r=x.log_r.copy()))
+    assert len(made) == 1
+    assert_array_equal(again.params.log_r, first.params.log_r)
+    other = x._replace(log_r=x.log_r + np.where(np.arange(small.N_GENES) == 3, 1e-9, 0.0))
+    for at in (other, x):  # one gene is enough; what was known before is not mixed up with it
+        fresh = objective(Identity())[0](at)
+        n = len(made)
+        point = function(at)
+        assert len(made) == n + 1
+        assert_allclose(point.value, fresh.value, rtol=1e-13)
+        assert_allclose(point.grad.log_r, fresh.grad.log_r, rtol=1e-8)
+    # nor by a change in place
+    at.log_r[5] += 1.0
+    fresh = objective(Identity())[0](at)
+    assert_allclose(function(at).value, fresh.value, rtol=1e-13)
+
+
 # ------------------------------------------------------------------ the prior
 
 
@@ -171,11 +215,12 @@ ROWS = 5
 
 
 def coordinates(seed, size, log_noise, log_r):
+    """Rows of a size and a noise variance, both given by their logarithms."""
     rng = np.random.default_rng(seed)
     return Parameters(
         rng.uniform(-3, 8, ROWS),
         np.exp(size) * rng.standard_normal((ROWS, K)),
-        np.full(ROWS, log_noise),
+        noise_coordinate(np.full(ROWS, np.exp(log_noise))),
         np.full(ROWS, log_r),
     )
 
@@ -235,7 +280,7 @@ def test_small_rows_are_hardly_changed():
     x = coordinates(0, -9.0, np.log(1e-6), 0.0)
     params = MarginalCoupling(True).expand(x)
     assert_allclose(params.loadings, x.loadings, rtol=1e-5)
-    assert_allclose(params.log_noise, x.log_noise, atol=1e-5)
+    assert_allclose(params.noise, x.noise, rtol=1e-5)
     assert_allclose(params.log_r, x.log_r, atol=1e-5)
 
 
@@ -250,7 +295,7 @@ CASES = [
 def test_coupling_against_its_formulas(size, couple):
     """`expand`, and `pull_back` as its transposed Jacobian, gene by gene; no solver involved."""
     coupling = MarginalCoupling(couple)
-    x = coordinates(3, size, -1.5 if size > -3 else 2 * size, 0.2)
+    x = coordinates(3, size, -1.5 if size > -3 else max(2 * size, np.log(1e-6)), 0.2)
     rng = np.random.default_rng(0)
     weights = NaturalGradient(*(rng.standard_normal(b.shape) for b in x))
     params = coupling.expand(x)

@@ -188,7 +188,7 @@ class Objective:
         if self._known is None or not np.array_equal(self._known[0], log_r):
             r = np.exp(log_r)
             total = float(np.sum(self.histogram.constants(r))) - self.histogram.log_factorials
-            self._known = log_r, (total, *self.histogram.constant_derivatives(r))
+            self._known = log_r.copy(), (total, *self.histogram.constant_derivatives(r))
         return self._known[1]
 
     def __call__(self, x):

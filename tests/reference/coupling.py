@@ -2,11 +2,13 @@
 
 import numpy as np
 
+from sknbln._laplace.sweeps import NOISE_UNIT
+
 LD = np.longdouble
 
 
 def expand_gene(mean, loadings, log_noise, log_r, couple_dispersion):
-    """Parameters (mu, w, d, log r) of the model from a gene's coordinates.
+    """Parameters (mu, w, d, log r) of the model from a gene's coordinates; that of d is log(1 + d / unit).
 
     Nothing cancels: with ``t = S / S_max`` the variance is ``S_max (1 - exp(-t))``, so what is left for
     the overdispersion is ``phi = exp(S_max exp(-t)) - 1``.
@@ -14,7 +16,7 @@ def expand_gene(mean, loadings, log_noise, log_r, couple_dispersion):
     mean, loadings, log_noise, log_r = (
         np.asarray(a, LD) for a in (mean, loadings, log_noise, log_r)
     )
-    d = np.exp(log_noise)
+    d = LD(NOISE_UNIT) * np.expm1(log_noise)
     S = np.sum(loadings**2) + d
     if not couple_dispersion:
         return mean - S / 2, loadings, d, log_r
@@ -36,11 +38,12 @@ def gradient_gene(weights, x, couple_dispersion):
         expanded = expand_gene(*at, couple_dispersion)
         return sum(np.sum(np.asarray(w, LD) * p) for w, p in zip(weights, expanded, strict=True))
 
-    size = np.sqrt(np.sum(np.square(x[1])))  # steps are small beside the row
+    # steps are small beside the row and beside d
+    size = {1: np.sqrt(np.sum(np.square(x[1]))), 2: float(x[2])}
     out = []
     for block in range(4):
         base = np.atleast_1d(np.asarray(x[block], LD))
-        h = LD(1e-3) * (min(1.0, size) if block == 1 else 1)
+        h = LD(1e-3) * min(1.0, size.get(block, 1.0))
         slope = np.zeros(base.size)
         for i in range(base.size):
 

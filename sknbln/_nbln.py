@@ -21,7 +21,7 @@ from ._fitting import NBLNProblem, loadings_strategy, row_capture, row_posterior
 from ._jax import RowBatches, solve_rows
 from ._laplace.shrinkage import TYPES, compositional, effective_rank, singular_basis
 from ._nbvcp import CountModelMixin, NBVCPEstimator
-from ._validation import validate_counts
+from ._validation import checked_n_samples, user_stacklevel, validate_counts
 
 _DEFAULT_FREEZE = ("r", "eta")
 
@@ -241,7 +241,7 @@ class NBLNEstimator(
         Raises
         ------
         ValueError
-            For counts that are negative or not finite, an unknown freeze name, loadings prior or
+            For counts that are negative, not finite or not numbers, an unknown freeze name, loadings prior or
             hyper-parameter, and genes that the source does not have.
         TypeError
             When `informative_prior_estimator` is not an NBVCPEstimator.
@@ -264,7 +264,7 @@ class NBLNEstimator(
         # a source that is fitted here says what there is to say of fractional counts
         given, X = (
             X,
-            validate_counts(self, X, reset=True, warn_fractional=not _cascade.needs_fit(source)),
+            validate_counts(self, X, reset=True, warn=not _cascade.needs_fit(source)),
         )
         rng = check_random_state(self.random_state)
         source = _cascade.fitted_source(
@@ -349,14 +349,14 @@ class NBLNEstimator(
                 f"NBLNEstimator did not converge: {outcome.reason}; the last one gained {outcome.gain:.2g} "
                 f"nats per cell, tol={self.tol:g}. Increase max_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=user_stacklevel(),
             )
         if outcome.point.n_unconverged:
             warnings.warn(
                 f"The mode of {outcome.point.n_unconverged} of {n_cells} cells was not found to tolerance in "
                 "the last sweep. Look for extreme counts in those rows.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=user_stacklevel(),
             )
 
     # ------------------------------------------------------------------ rows
@@ -564,7 +564,9 @@ class NBLNEstimator(
                 found = self._solve(X)
                 rows = row_posterior(found, np.eye(self.latent_dim_))
             offsets = rows.offset, rows.offset_scale
-        n_samples = self.informative_priors_n_samples if n_samples is None else n_samples
+        n_samples = checked_n_samples(
+            self.informative_priors_n_samples if n_samples is None else n_samples
+        )
         rng = check_random_state(self.random_state if random_state is None else random_state)
         return _posterior.draws(self, n_samples, X, offsets, rng)
 

@@ -18,7 +18,8 @@ from ._laplace.likelihood import CountHistogram
 from ._laplace.objective import Objective
 from ._laplace.sweeps import GaussianPrior, Parameters
 from ._posterior import ParameterDraws
-from ._validation import validate_counts
+from ._state import VersionedStateMixin
+from ._validation import checked_n_samples, user_stacklevel, validate_counts
 from .predictive._mixin import PredictiveMixin
 
 #: standard deviation of the normal prior of log m, around the genes' average
@@ -43,8 +44,8 @@ def weak_mean_prior(level):
     )
 
 
-class CountModelMixin(PredictiveMixin):
-    """What both estimators share: tags, the held-out score, replicated counts and moments."""
+class CountModelMixin(VersionedStateMixin, PredictiveMixin):
+    """What both estimators share: tags, the held-out score, versioned pickles, replicated counts."""
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -202,15 +203,15 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         Raises
         ------
         ValueError
-            For counts that are negative or not finite, and for a `capture_efficiency` that is neither a
-            known name nor a pair of finite numbers with sigma_M > 0.
+            For counts that are negative, not finite or not numbers, and for a `capture_efficiency` that is
+            neither a known name nor a pair of finite numbers with sigma_M > 0.
 
         Warns
         -----
         ConvergenceWarning
             When a stage did not meet its tolerance.
         UserWarning
-            When counts are fractional, or when more than a few cells exceed M0.
+            When counts are fractional, when there are none, or when more than a few cells exceed M0.
         """
         X = validate_counts(self, X, reset=True)
         rng = check_random_state(self.random_state)
@@ -248,7 +249,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
                 warnings.warn(
                     f"The {stage} of NBVCPEstimator did not converge: {result.reason}. {advice}",
                     ConvergenceWarning,
-                    stacklevel=2,
+                    stacklevel=user_stacklevel(),
                 )
         return self
 
@@ -385,7 +386,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         """
         check_is_fitted(self)
         X = None if X is None else self._validated(X)
-        n_samples = self.n_posterior_samples if n_samples is None else n_samples
+        n_samples = checked_n_samples(self.n_posterior_samples if n_samples is None else n_samples)
         rng = check_random_state(self.random_state if random_state is None else random_state)
         return self._draw(n_samples, X, rng)
 

@@ -424,6 +424,14 @@ def test_capture_efficiency_is_a_pair_of_numbers(counts, estimator, pair):
         estimator(capture_efficiency=pair).fit(counts)
 
 
+@pytest.mark.parametrize(
+    "prior", [{}, {"type": None}, {"type": ["ard"]}, {"type": "ard", "sigma": 1.0}, {"sigma": 1.0}]
+)
+def test_a_bad_loadings_prior_is_refused_before_anything_is_fitted(counts, prior):
+    with pytest.raises(ValueError, match="loadings_prior"):
+        NBLNEstimator(loadings_prior=prior).fit(counts)
+
+
 @pytest.mark.parametrize("n, error", [(0, ValueError), (-1, ValueError), (2.5, TypeError)])
 def test_n_samples_is_a_positive_integer(nbvcp, nbln, n, error):
     for model in (nbvcp, nbln):

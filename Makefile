@@ -9,7 +9,7 @@ VENV ?= .venv
 VPYTHON := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint
+.PHONY: help demo test test-slow test-lowest test-pythons test-package lint
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
@@ -28,13 +28,29 @@ test-slow: $(VENV)/.installed-test  ## Run the slow tests
 	if [ $$status -eq 5 ]; then echo "There are no slow tests."; \
 	else set -x; "$(VPYTHON)" -m pytest -m slow; fi
 
+test-lowest:  ## Run the tests with the lowest version of every dependency
+	$(MAKE) test VENV="$(VENV)-lowest" LOWEST=1
+
+test-pythons:  ## Run the tests under each Python 3.11, 3.12, 3.13 that is found (PATH, pyenv)
+	@failed=; for version in 3.11 3.12 3.13; do \
+	  python="$$(.ci/find_python $$version)" || { echo "Python $$version: not found"; continue; }; \
+	  echo "Python $$version: $$python"; \
+	  $(MAKE) test PYTHON="$$python" VENV="$(VENV)-$$version" || failed="$$failed $$version"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "error: the tests failed under Python$$failed." >&2; exit 1; fi
+
+test-package:  ## Build sdist and wheel, install the wheel in a fresh environment, use it
+	"$(PYTHON)" .ci/check_package.py
+
 lint: $(VENV)/.installed-test  ## Check the style
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
 
 # The stamps: nothing is installed again until pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(VPYTHON)
-	"$(VPYTHON)" -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	$(if $(LOWEST),"$(VPYTHON)" .ci/lowest_requirements.py $* >"$(VENV)/lowest.txt")
+	"$(VPYTHON)" -m pip install --quiet --disable-pip-version-check --editable ".[$*]" \
+	  $(if $(LOWEST),--constraint "$(VENV)/lowest.txt")
 	@touch "$@"
 
 $(VPYTHON):

@@ -9,6 +9,7 @@ from scipy.special import log_ndtr
 
 from ._jax import RowBatches, solve_rows
 from ._laplace.likelihood import row_constants
+from ._validation import user_stacklevel
 
 #: prior total mRNA of a cell, counts
 ORGANISMS = {"human": 200_000.0, "mouse": 200_000.0, "yeast": 60_000.0, "ecoli": 3_000.0}
@@ -77,7 +78,7 @@ def warn_about_truncation(prior, X):
             f"{np.exp(prior.log_m0):.4g} (the largest has {sizes.max():.4g}). Their capture offset is "
             "held near 0 by its truncation. Give a larger log_M0 in capture_efficiency.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=user_stacklevel(),
         )
 
 

@@ -71,8 +71,10 @@ def _fit_source(source, X):
     return source.fit(X)
 
 
-def fitted_source(source, X, memory):
+def fitted_source(source, X, memory, previous=None):
     """The source, fitted: as it is, or a clone fitted on X (cached by `memory`).
+
+    Where a source was fitted here before, `previous`, that fit goes on instead.
 
     Raises
     ------
@@ -92,6 +94,9 @@ def fitted_source(source, X, memory):
                 "informative_prior_estimator is a FrozenEstimator of an estimator that is not fitted. "
                 "Fit it before freezing, or give it without FrozenEstimator."
             )
+        if previous is not None:
+            resumed = copy.deepcopy(previous).set_params(**source.get_params())
+            return resumed.set_params(warm_start=True).fit(X)
         return check_memory(memory).cache(_fit_source)(clone(source), X)
     return unwrapped(source)
 

@@ -73,7 +73,7 @@ def less_overdispersion(log_r, variance):
 class NBLNProblem:
     """One fit: what is free, under which priors, from which start."""
 
-    def __init__(self, estimator, source, frozen, capture_prior, strategy, X, rng):
+    def __init__(self, estimator, source, frozen, capture_prior, strategy, X, rng, previous=None):
         self.estimator, self.X = estimator, X
         n_cells, n_genes = X.shape
         k = min(estimator.latent_dim, n_cells, n_genes)
@@ -100,9 +100,11 @@ class NBLNProblem:
         log_r = np.log(source.dispersion_) if negative_binomial else np.full(n_genes, np.inf)
         offsets = source._offsets(X)
         known = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=estimator.batch_size)
-        loadings = loadings_from_scores(
-            sum_over_batches(known, log_mean, 1.0 / source.dispersion_), n_cells, n_genes, k, rng
-        )
+        if previous is None:
+            sums = sum_over_batches(known, log_mean, 1.0 / source.dispersion_)
+            loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
+        else:
+            loadings = previous.loadings
         variance = np.sum(loadings**2, 1) + _START_NOISE
         if self.free.log_r:
             log_r = less_overdispersion(log_r, variance)
@@ -112,6 +114,8 @@ class NBLNProblem:
             np.full(n_genes, np.log1p(_START_NOISE / NOISE_UNIT)),
             log_r,
         )
+        if previous is not None:
+            self.start = self._resumed(previous)
         rows = row_capture(
             source,
             X,
@@ -130,6 +134,15 @@ class NBLNProblem:
             priors.log_r if self.free.log_r else flat,
             MarginalCoupling("r" in frozen) if coupled else Identity(),
             weak_dispersion_prior(n_genes) if negative_binomial else flat,
+        )
+
+    def _resumed(self, previous):
+        """The start with the previous fit's coordinates of all that is free."""
+        known = np.isfinite(previous.log_r)  # the previous fit may have been a Poisson channel's
+        return self.start._replace(
+            mean=previous.mean if self.free.mean else self.start.mean,
+            log_noise=previous.log_noise,
+            log_r=np.where(known & self.free.log_r, previous.log_r, self.start.log_r),
         )
 
     def parameters(self, x):
@@ -194,7 +207,7 @@ def loadings_strategy(loadings_prior):
     """
     given = {"type": loadings_prior} if isinstance(loadings_prior, str) else dict(loadings_prior)
     name = given.pop("type", None)
-    if name not in TYPES:
+    if not isinstance(name, str) or name not in TYPES:
         raise ValueError(
             f"loadings_prior={loadings_prior!r}: expected a type out of {sorted(TYPES)}, as a string or as "
             'a dict {"type": ..., hyper-parameters}.'

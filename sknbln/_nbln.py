@@ -21,7 +21,9 @@ from ._fitting import NBLNProblem, loadings_strategy, row_capture, row_posterior
 from ._jax import RowBatches, solve_rows
 from ._laplace.shrinkage import TYPES, compositional, effective_rank, singular_basis
 from ._nbvcp import CountModelMixin, NBVCPEstimator
-from ._validation import validate_counts
+from ._state import whole_or_nothing
+from ._validation import checked_n_samples, user_stacklevel, validate_counts
+from .exceptions import FitInterrupted
 
 _DEFAULT_FREEZE = ("r", "eta")
 
@@ -48,8 +50,8 @@ class NBLNEstimator(
         (``"expression"``, ``"mean_expression"``), ``"eta"`` (``"capture_efficiency"``). What is not frozen
         is refined under a Gaussian prior from the source's posterior.
     informative_priors_tau : float, default=1.0
-        Factor of the scales of those priors; ``inf`` removes them (the capture offset keeps its
-        capture prior).
+        Factor of the scales of those priors, at least 1e-4 (freeze what is to stay); ``inf`` removes them
+        (the capture offset keeps its capture prior).
     informative_priors_n_samples : int, default=1000
         Posterior draws that the priors are matched to.
     cascade : {"parameter", "marginal"}, default="parameter"
@@ -82,6 +84,10 @@ class NBLNEstimator(
         Of the source's fit, its posterior draws, and the range finder of the start.
     verbose : int, default=0
         1 reports each sweep.
+    warm_start : bool, default=False
+        When True, `fit` starts from the previous fit of this estimator, on the same genes and with the
+        same `latent_dim`, instead of anew: what is free from its last values, and so does a source that was
+        fitted here. Other parameters may change in between.
 
     Attributes
     ----------
@@ -170,7 +176,8 @@ class NBLNEstimator(
         "latent_dim": [Interval(Integral, 1, None, closed="left")],
         "informative_prior_estimator": [HasMethods(["fit", "transform"]), None],
         "informative_priors_freeze": "no_validation",  # _cascade.canonical_freeze
-        "informative_priors_tau": [Interval(Real, 0, None, closed="right")],
+        # below, the priors' precision drowns the rest of each gene's least squares
+        "informative_priors_tau": [Interval(Real, 1e-4, None, closed="both")],
         "informative_priors_n_samples": [Interval(Integral, 2, None, closed="left")],
         "cascade": [StrOptions({"parameter", "marginal"})],
         "observation": [StrOptions({"nb", "poisson", "multinomial"})],
@@ -182,6 +189,7 @@ class NBLNEstimator(
         "memory": [str, HasMethods(["cache"]), None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
+        "warm_start": ["boolean"],
     }
 
     def __init__(
@@ -202,6 +210,7 @@ class NBLNEstimator(
         memory=None,
         random_state=None,
         verbose=0,
+        warm_start=False,
     ):
         self.latent_dim = latent_dim
         self.informative_prior_estimator = informative_prior_estimator
@@ -218,11 +227,13 @@ class NBLNEstimator(
         self.memory = memory
         self.random_state = random_state
         self.verbose = verbose
+        self.warm_start = warm_start
 
     # ------------------------------------------------------------------ fit
 
     # informative_prior_estimator is validated when it is fitted
     @_fit_context(prefer_skip_nested_validation=False)
+    @whole_or_nothing
     def fit(self, X, y=None):
         """Fit the model to counts.
 
@@ -241,8 +252,12 @@ class NBLNEstimator(
         Raises
         ------
         ValueError
-            For counts that are negative or not finite, an unknown freeze name, loadings prior or
-            hyper-parameter, and genes that the source does not have.
+            For counts that are negative, not finite or not numbers, an unknown freeze name, loadings prior or
+            hyper-parameter, and genes that the source does not have; under `warm_start`, for another
+            number of genes or factors than before.
+        FitInterrupted
+            After Ctrl-C, once there was a complete sweep: the fitted attributes are those of the last
+            one. An earlier Ctrl-C, or a second one, leaves the estimator as it was.
         TypeError
             When `informative_prior_estimator` is not an NBVCPEstimator.
 
@@ -264,11 +279,15 @@ class NBLNEstimator(
         # a source that is fitted here says what there is to say of fractional counts
         given, X = (
             X,
-            validate_counts(self, X, reset=True, warn_fractional=not _cascade.needs_fit(source)),
+            validate_counts(self, X, reset=True, warn=not _cascade.needs_fit(source)),
         )
+        previous = self._previous(X)
         rng = check_random_state(self.random_state)
         source = _cascade.fitted_source(
-            source, given if hasattr(self, "feature_names_in_") else X, self.memory
+            source,
+            given if hasattr(self, "feature_names_in_") else X,
+            self.memory,
+            None if previous is None else self.informative_prior_estimator_,
         )
         matched = _cascade.matched_to_genes(
             source, X.shape[1], getattr(self, "feature_names_in_", None)
@@ -278,12 +297,12 @@ class NBLNEstimator(
         else:
             capture_prior = _capture.resolve(self.capture_efficiency, X)
 
-        # nothing of the estimator's fitted state is written before the fit has ended
-        problem = NBLNProblem(self, matched, frozen, capture_prior, strategy, X, rng)
+        problem = NBLNProblem(self, matched, frozen, capture_prior, strategy, X, rng, previous)
         outcome, column_scales = problem.run()
         params = problem.parameters(outcome.point.params)
         sweeper = problem.objective.sweep
         rows = solve_rows(problem.batches, *params.natural(), sweeper.scores)
+        self._coordinates = outcome.point.params
         self._coordinate_variance = problem.coordinate_variance(outcome.point.params)
         self.informative_prior_estimator_ = source
         self._source = matched
@@ -313,8 +332,26 @@ class NBLNEstimator(
         self.converged_ = bool(outcome.converged and outcome.point.n_unconverged == 0)
         self.newton_decrement_ = rows["decrement"]
         self.capture_offset_ = np.maximum(rows["offset"], 0.0)
+        if outcome.interrupted:
+            raise FitInterrupted(self)
         self._warn_unless_converged(outcome, X.shape[0])
         return self
+
+    def _previous(self, X):
+        """The coordinates of the fit that `warm_start` goes on from, or None."""
+        if not self.warm_start or not hasattr(self, "_coordinates"):
+            return None
+        found, asked = (
+            self._coordinates.loadings.shape,
+            (X.shape[1], min(self.latent_dim, *X.shape)),
+        )
+        if found != asked:
+            raise ValueError(
+                f"warm_start=True goes on from a fit of {found[0]} genes with {found[1]} factors, found X of "
+                f"{asked[0]} genes and {asked[1]} factors asked for. Give the same, or set warm_start=False "
+                "to start anew."
+            )
+        return self._coordinates
 
     def _frozen(self):
         frozen = _cascade.canonical_freeze(self.informative_priors_freeze)
@@ -349,14 +386,14 @@ class NBLNEstimator(
                 f"NBLNEstimator did not converge: {outcome.reason}; the last one gained {outcome.gain:.2g} "
                 f"nats per cell, tol={self.tol:g}. Increase max_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=user_stacklevel(),
             )
         if outcome.point.n_unconverged:
             warnings.warn(
                 f"The mode of {outcome.point.n_unconverged} of {n_cells} cells was not found to tolerance in "
                 "the last sweep. Look for extreme counts in those rows.",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=user_stacklevel(),
             )
 
     # ------------------------------------------------------------------ rows
@@ -564,7 +601,9 @@ class NBLNEstimator(
                 found = self._solve(X)
                 rows = row_posterior(found, np.eye(self.latent_dim_))
             offsets = rows.offset, rows.offset_scale
-        n_samples = self.informative_priors_n_samples if n_samples is None else n_samples
+        n_samples = checked_n_samples(
+            self.informative_priors_n_samples if n_samples is None else n_samples
+        )
         rng = check_random_state(self.random_state if random_state is None else random_state)
         return _posterior.draws(self, n_samples, X, offsets, rng)
 

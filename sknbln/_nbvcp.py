@@ -18,7 +18,9 @@ from ._laplace.likelihood import CountHistogram
 from ._laplace.objective import Objective
 from ._laplace.sweeps import GaussianPrior, Parameters
 from ._posterior import ParameterDraws
-from ._validation import validate_counts
+from ._state import VersionedStateMixin, whole_or_nothing
+from ._validation import checked_n_samples, user_stacklevel, validate_counts
+from .exceptions import FitInterrupted
 from .predictive._mixin import PredictiveMixin
 
 #: standard deviation of the normal prior of log m, around the genes' average
@@ -43,8 +45,8 @@ def weak_mean_prior(level):
     )
 
 
-class CountModelMixin(PredictiveMixin):
-    """What both estimators share: tags, the held-out score, replicated counts and moments."""
+class CountModelMixin(VersionedStateMixin, PredictiveMixin):
+    """What both estimators share: tags, the held-out score, versioned pickles, replicated counts."""
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -108,6 +110,8 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         Of the variational fit.
     verbose : int, default=0
         1 reports progress.
+    warm_start : bool, default=False
+        When True, `fit` starts from the previous fit of this estimator, on the same genes, instead of anew.
 
     Attributes
     ----------
@@ -160,6 +164,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         "batch_size": [Interval(Integral, 1, None, closed="left"), None],
         "random_state": ["random_state"],
         "verbose": ["verbose"],
+        "warm_start": ["boolean"],
     }
 
     def __init__(
@@ -173,6 +178,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         batch_size=None,
         random_state=None,
         verbose=0,
+        warm_start=False,
     ):
         self.capture_efficiency = capture_efficiency
         self.n_steps = n_steps
@@ -182,8 +188,10 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         self.batch_size = batch_size
         self.random_state = random_state
         self.verbose = verbose
+        self.warm_start = warm_start
 
     @_fit_context(prefer_skip_nested_validation=True)
+    @whole_or_nothing
     def fit(self, X, y=None):
         """Fit the model to counts.
 
@@ -202,15 +210,20 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         Raises
         ------
         ValueError
-            For counts that are negative or not finite, and for a `capture_efficiency` that is neither a
-            known name nor a pair of finite numbers with sigma_M > 0.
+            For counts that are negative, not finite or not numbers, and for a `capture_efficiency` that is
+            neither a known name nor a pair of finite numbers with sigma_M > 0; under `warm_start`, for
+            another number of genes than before.
+        FitInterrupted
+            After Ctrl-C, once there was a complete sweep: the fitted attributes are those of the last
+            one, or of the last variational step. An earlier Ctrl-C, or a second one, leaves the
+            estimator as it was.
 
         Warns
         -----
         ConvergenceWarning
             When a stage did not meet its tolerance.
         UserWarning
-            When counts are fractional, or when more than a few cells exceed M0.
+            When counts are fractional, when there are none, or when more than a few cells exceed M0.
         """
         X = validate_counts(self, X, reset=True)
         rng = check_random_state(self.random_state)
@@ -218,14 +231,17 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         _capture.warn_about_truncation(prior, X)
         histogram = CountHistogram(X)
         problem = _problem(X, prior, histogram)
-        outcome, point = self._maximum(X, problem, histogram)
+        previous = self._previous(X.shape[1])
+        outcome, point = self._maximum(X, problem, histogram, previous)
         start = self._curvature_guide(X, prior, point)
+        if previous is not None:
+            start = _svi.resumed(start, previous)
         found = _svi.fit(
             X,
             problem,
             start,
             self._baseline(X, problem, point.params),
-            n_steps=self.n_steps,
+            n_steps=0 if outcome.interrupted else self.n_steps,
             learning_rate=self.learning_rate,
             tol=self.tol,
             rng=rng,
@@ -240,6 +256,8 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         self.loss_curve_ = found.losses
         self.n_iter_ = int(found.losses.size)
         self.converged_ = bool(outcome.converged and found.converged)
+        if outcome.interrupted or found.interrupted:
+            raise FitInterrupted(self)
         for stage, result, advice in (
             ("maximum a posteriori", outcome, "Look for extreme counts or genes."),
             ("variational fit", found, "Increase n_steps or tol."),
@@ -248,9 +266,21 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
                 warnings.warn(
                     f"The {stage} of NBVCPEstimator did not converge: {result.reason}. {advice}",
                     ConvergenceWarning,
-                    stacklevel=2,
+                    stacklevel=user_stacklevel(),
                 )
         return self
+
+    def _previous(self, n_genes):
+        """The guide of the fit that `warm_start` goes on from, or None."""
+        guide = getattr(self, "_guide", None)
+        if not self.warm_start or guide is None:
+            return None
+        if guide.log_mean[0].size != n_genes:
+            raise ValueError(
+                f"warm_start=True goes on from a fit of {guide.log_mean[0].size} genes, X has {n_genes}. "
+                "Give the same genes, or set warm_start=False to start anew."
+            )
+        return guide
 
     def _report(self, what):
         def report(step, value):
@@ -258,7 +288,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
 
         return report
 
-    def _maximum(self, X, problem, histogram):
+    def _maximum(self, X, problem, histogram, previous=None):
         """Maximum of the posterior of log m and log r, the offsets integrated by Laplace."""
         n_cells, n_genes = X.shape
         offset, scale = (a.copy() for a in problem.row_prior)
@@ -271,6 +301,8 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             np.zeros(n_genes),
             problem.dispersion_prior[0].copy(),
         )
+        if previous is not None:
+            x = x._replace(mean=previous.log_mean[0], log_r=previous.log_dispersion[0])
         report = self._report("maximum a posteriori, sweep") if self.verbose else None
         for _ in range(_PIN_ROUNDS):
             sweeper = Sweeper(RowBatches(X, offset, scale, batch_size=self.batch_size), 0)
@@ -286,7 +318,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             x = outcome.point.params
             # the truncation of the offsets' prior: a mode below 0 is held at 0
             below = (scale > 0) & (offset - scale * sweeper.scores[:, -1] < 0)
-            if not below.any():
+            if outcome.interrupted or not below.any():
                 break
             offset[below] = scale[below] = 0.0
         return outcome, outcome.point
@@ -385,7 +417,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         """
         check_is_fitted(self)
         X = None if X is None else self._validated(X)
-        n_samples = self.n_posterior_samples if n_samples is None else n_samples
+        n_samples = checked_n_samples(self.n_posterior_samples if n_samples is None else n_samples)
         rng = check_random_state(self.random_state if random_state is None else random_state)
         return self._draw(n_samples, X, rng)
 

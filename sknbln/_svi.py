@@ -16,6 +16,7 @@ The guide is independent: normal for log m and log r, normal truncated at 0 for 
 of the standard deviations that the curvature at the maximum gives, so that one learning rate fits all.
 """
 
+import threading
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,8 @@ WINDOW = 50
 _FARTHEST = 30.0
 _ELBO = Trace_ELBO()
 _ADAM = optax.scale_by_adam()
+#: NumPyro's stack of effect handlers is one list for all threads: they trace one after the other
+_TRACING = threading.Lock()
 
 
 class Problem(NamedTuple):
@@ -109,7 +112,8 @@ def _step(params, average, state, key, learning_rate, decay, problem, start, bat
     has_capture = start.capture_offset is not None
 
     def loss(p):
-        return _ELBO.loss(key, p, model, guide, problem, start, *batch, has_capture)
+        with _TRACING:
+            return _ELBO.loss(key, p, model, guide, problem, start, *batch, has_capture)
 
     value, grads = jax.value_and_grad(loss)(params)
     updates, state = _ADAM.update(grads, state, params)
@@ -164,6 +168,20 @@ def _bucketed(problem, start):
     return problem, start
 
 
+def resumed(start, previous):
+    """``start``, with the globals of a previous guide where they are still near.
+
+    A gene whose maximum has moved by more than 3 standard deviations, because the rows or the prior
+    are others, starts anew; so do all offsets, which belong to the rows.
+    """
+    found = {}
+    for name in ("log_mean", "log_dispersion"):
+        (loc, scale), (old_loc, old_scale) = getattr(start, name), getattr(previous, name)
+        near = np.abs(old_loc - loc) <= 3.0 * np.minimum(scale, old_scale)
+        found[name] = np.where(near, old_loc, loc), np.where(near, old_scale, scale)
+    return start._replace(**found)
+
+
 class Fit(NamedTuple):
     """What the loop found; `reason` is a sentence."""
 
@@ -171,6 +189,7 @@ class Fit(NamedTuple):
     losses: np.ndarray  # minus the ELBO in nats per cell, one per step
     converged: bool
     reason: str
+    interrupted: bool  # by Ctrl-C; `guide` is that of the last complete step
 
 
 @float64
@@ -192,39 +211,42 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
     average, state = params, _ADAM.init(params)
     batches = _minibatches(X, rng)
     key = jax.random.key(rng.randint(np.iinfo(np.int32).max))
-    losses, converged = [], False
+    losses, converged, interrupted = [], False, False
     reason = f"n_steps={n_steps} steps were done"
-    for step in range(n_steps):
-        key, now = jax.random.split(key)
-        decay = max(1.0 / (1.0 + step), 1.0 / WINDOW)
-        rows, counts, weight = next(batches)
-        params, average, state, loss = _step(
-            params,
-            average,
-            state,
-            now,
-            learning_rate,
-            decay,
-            problem,
-            start,
-            (rows, counts, weight),
-        )
-        chosen = baseline[rows[weight > 0]]
-        losses.append(loss + chosen.mean() - baseline.mean())
-        if (step + 1) % WINDOW == 0 and step + 1 >= 2 * WINDOW:
-            recent = np.asarray(losses[-2 * WINDOW :], float)
-            before, last = recent[:WINDOW], recent[WINDOW:]
-            gain = before.mean() - last.mean()
-            noise = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / WINDOW)
-            if report is not None:
-                report(step + 1, last.mean())
-            if gain < max(tol, noise):
-                converged = True
-                reason = (
-                    f"the smoothed ELBO rose by {gain:.2g} nats per cell in {WINDOW} steps, which is "
-                    f"below tol={tol:g} or its noise ({noise:.2g})"
-                )
-                break
+    try:
+        for step in range(n_steps):
+            key, now = jax.random.split(key)
+            decay = max(1.0 / (1.0 + step), 1.0 / WINDOW)
+            rows, counts, weight = next(batches)
+            params, average, state, loss = _step(
+                params,
+                average,
+                state,
+                now,
+                learning_rate,
+                decay,
+                problem,
+                start,
+                (rows, counts, weight),
+            )
+            chosen = baseline[rows[weight > 0]]
+            losses.append(loss + chosen.mean() - baseline.mean())
+            if (step + 1) % WINDOW == 0 and step + 1 >= 2 * WINDOW:
+                recent = np.asarray(losses[-2 * WINDOW :], float)
+                before, last = recent[:WINDOW], recent[WINDOW:]
+                gain = before.mean() - last.mean()
+                noise = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / WINDOW)
+                if report is not None:
+                    report(step + 1, last.mean())
+                if gain < max(tol, noise):
+                    converged = True
+                    reason = (
+                        f"the smoothed ELBO rose by {gain:.2g} nats per cell in {WINDOW} steps, which is "
+                        f"below tol={tol:g} or its noise ({noise:.2g})"
+                    )
+                    break
+    except KeyboardInterrupt:
+        converged, interrupted, reason = False, True, "it was interrupted"
     found = {}
     for name, value in start._asdict().items():
         if value is None:
@@ -237,4 +259,4 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
         found[name] = (loc + scale * shift, scale * np.exp(log_scale))
     if found["capture_offset"] is not None:
         found["capture_offset"] = tuple(a[:n_cells] for a in found["capture_offset"])
-    return Fit(Guide(**found), np.asarray(losses, float), converged, reason)
+    return Fit(Guide(**found), np.asarray(losses, float), converged, reason, interrupted)

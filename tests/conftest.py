@@ -3,8 +3,10 @@
 import contextlib
 import faulthandler
 import os
+import sys
 
 import pytest
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 # Before anything imports matplotlib: no test may open a window.
 os.environ["MPLBACKEND"] = "Agg"
@@ -12,6 +14,21 @@ os.environ["MPLBACKEND"] = "Agg"
 # pytest's own plugin does this too, except with `-p no:faulthandler`.
 if not faulthandler.is_enabled():
     faulthandler.enable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """End a test that hangs while it holds the interpreter's lock, as a compilation may.
+
+    pytest-timeout needs that lock; this timer is a thread of C. It gives pytest-timeout 10 seconds.
+    """
+    patience = float(item.config.getini("timeout")) + 10
+    stderr = item.config.stash.get(fault_handler_stderr_fd_key, sys.__stderr__)
+    faulthandler.dump_traceback_later(patience, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

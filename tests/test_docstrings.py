@@ -11,6 +11,7 @@ import sknbln._nbln
 import sknbln._nbvcp
 import sknbln.datasets._real
 import sknbln.datasets._simulate
+import sknbln.exceptions
 import sknbln.plotting
 import sknbln.predictive._checks
 import sknbln.predictive._draws
@@ -29,6 +30,7 @@ DISPLAYS = [
         sknbln._nbvcp,
         sknbln.datasets._real,
         sknbln.datasets._simulate,
+        sknbln.exceptions,
         sknbln.predictive._checks,
         sknbln.predictive._draws,
         *DISPLAYS,

@@ -58,6 +58,16 @@ class Outcome(NamedTuple):
     history: list
     n_iter: int
     gain: float
+    interrupted: bool = False
+
+    def stopped(self):
+        """The same, ended by Ctrl-C after its last complete sweep."""
+        return self._replace(
+            converged=False,
+            reason="it was interrupted",
+            history=self.history[: self.n_iter + 1],
+            interrupted=True,
+        )
 
 
 def direction_from(grad, free):
@@ -148,7 +158,22 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
     Returns
     -------
     Outcome
+        ``interrupted`` after a KeyboardInterrupt that came after the first complete sweep; an
+        earlier one is raised.
     """
+    found = None
+    try:
+        for outcome in _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
+            found = outcome
+    except KeyboardInterrupt:
+        if found is None or found.n_iter == 0:
+            raise
+        return found._replace(history=found.history[: found.n_iter + 1]).stopped()
+    return found
+
+
+def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
+    """Yield the `Outcome` at the start and after each sweep, as if it were the last."""
     point = evaluate(params)
     if not np.isfinite(point.value):
         raise FloatingPointError(
@@ -156,6 +181,8 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
         )
     history, memory, small, gain = [point.value / n_cells], _Memory(), 0, np.inf
     free_flags = tuple(free)
+    enough = f"max_iter={max_iter} sweeps were done"
+    yield Outcome(point, False, enough, history, 0, gain)
 
     for iteration in range(1, max_iter + 1):
         trial, step = _trial(evaluate, point, memory, free)
@@ -165,7 +192,7 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
         magnitude = max(abs(point.value) / n_cells, 1.0)
         if trial is None:
             promised = step / n_cells
-            return Outcome(
+            yield Outcome(
                 point,
                 promised < tol * magnitude,
                 f"no damped step raises the objective (the full one promised {promised:.2g} nats per cell)",
@@ -173,6 +200,7 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
                 iteration,
                 0.0,
             )
+            return
         if iteration > PLAIN_SWEEPS:
             memory.add(
                 step,
@@ -185,26 +213,13 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
         gain = (trial.value - point.value) / n_cells
         point = trial
         history.append(point.value / n_cells)
+        small = small + 1 if gain < tol * magnitude else 0
+        reason = f"the last two sweeps gained less than tol={tol:g} of the objective"
+        yield Outcome(point, small == 2, reason if small == 2 else enough, history, iteration, gain)
         if report is not None:
             report(iteration, point)
-        small = small + 1 if gain < tol * magnitude else 0
         if small == 2:
-            return Outcome(
-                point,
-                True,
-                f"the last two sweeps gained less than tol={tol:g} of the objective",
-                history,
-                iteration,
-                gain,
-            )
-    return Outcome(
-        point,
-        False,
-        f"max_iter={max_iter} sweeps were done",
-        history,
-        max_iter,
-        gain,
-    )
+            return
 
 
 def _within_reach(step):

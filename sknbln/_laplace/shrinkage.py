@@ -257,6 +257,20 @@ def ascend_with_prior(objective, strategy, params, free, *, n_cells, tol, max_it
     Between stages the loadings are rotated to their singular basis, in which the scales are found.
     Arguments and result as of ``driver.ascend``, with the scales ``lambda_k`` beside it.
     """
+    found = None
+    try:
+        for stage in _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
+            found = stage
+    except KeyboardInterrupt:
+        if found is None:
+            raise
+        outcome, scales = found
+        return outcome.stopped(), scales
+    return found
+
+
+def _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
+    """Yield the `Outcome` and the scales after each stage, as if it were the last."""
     history, done, v = [], 0, None
     point = objective(params)
     while True:
@@ -284,9 +298,15 @@ def ascend_with_prior(objective, strategy, params, free, *, n_cells, tol, max_it
         settled = before is not None and np.all(
             np.abs(np.sqrt(v[real] / before[real]) - 1.0) < _SETTLED
         )
-        if (outcome.converged and settled) or done >= max_iter:
-            converged = outcome.converged and settled
-            reason = outcome.reason if converged else f"max_iter={max_iter} sweeps were done"
-            return outcome._replace(
-                converged=bool(converged), reason=reason, history=history, n_iter=done
-            ), np.sqrt(v)
+        converged = bool(outcome.converged and settled)
+        reason = f"max_iter={max_iter} sweeps were done"
+        if converged or outcome.interrupted:
+            reason = outcome.reason
+        yield (
+            outcome._replace(
+                converged=converged, reason=reason, history=list(history), n_iter=done
+            ),
+            np.sqrt(v),
+        )
+        if converged or outcome.interrupted or done >= max_iter:
+            return

@@ -1,0 +1,74 @@
+"""Exceptions and warnings of this library."""
+
+
+class FitInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `fit`, after at least one complete sweep.
+
+    The estimator holds the parameters of the last complete sweep, with ``converged_ = False``; with
+    ``warm_start=True`` another `fit` goes on from there. A `KeyboardInterrupt` that is not a
+    `FitInterrupted` left the estimator as it was before the call.
+
+    Parameters
+    ----------
+    estimator : estimator instance
+        The one whose `fit` was interrupted.
+
+    Attributes
+    ----------
+    estimator : estimator instance
+        The same.
+
+    Examples
+    --------
+    >>> from sknbln import NBVCPEstimator
+    >>> from sknbln.exceptions import FitInterrupted
+    >>> isinstance(FitInterrupted(NBVCPEstimator()), KeyboardInterrupt)
+    True
+    """
+
+    def __init__(self, estimator):
+        super().__init__(estimator)
+        self.estimator = estimator
+
+    def __str__(self):
+        return (
+            f"{type(self.estimator).__name__}.fit was interrupted. The estimator holds the last complete "
+            "sweep, with converged_ = False; set warm_start=True and call fit again to go on from there."
+        )
+
+
+class InconsistentVersionWarning(UserWarning):
+    """A pickled estimator is loaded under another version of this library.
+
+    Parameters
+    ----------
+    estimator_name : str
+    original_version : str
+        That wrote the pickle.
+    current_version : str
+        That reads it.
+
+    Attributes
+    ----------
+    estimator_name, original_version, current_version : str
+        The same.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> from sknbln.exceptions import InconsistentVersionWarning
+    >>> warnings.simplefilter("error", InconsistentVersionWarning)  # refuse such pickles
+    """
+
+    def __init__(self, estimator_name, original_version, current_version):
+        super().__init__(estimator_name, original_version, current_version)
+        self.estimator_name = estimator_name
+        self.original_version = original_version
+        self.current_version = current_version
+
+    def __str__(self):
+        return (
+            f"{self.estimator_name} was pickled by sknbln {self.original_version} and is loaded by "
+            f"{self.current_version}. Attributes may be missing or mean something else: fit it again, or "
+            "load it with the version that wrote it."
+        )

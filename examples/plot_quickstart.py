@@ -9,9 +9,6 @@ embedding: 600 immune cells x 300 genes that come with the package.
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.decomposition import PCA

@@ -286,6 +286,7 @@ class NBLNEstimator(
         self.informative_prior_estimator_ = source
         self._source = matched
         self.capture_prior_ = capture_prior
+        self._library_size = _capture.library_sizes(X)
         self.frozen_params_ = frozen
         self.mean_ = params.mean
         self.noise_variance_ = params.noise
@@ -563,6 +564,11 @@ class NBLNEstimator(
         n_samples = self.informative_priors_n_samples if n_samples is None else n_samples
         rng = check_random_state(self.random_state if random_state is None else random_state)
         return _posterior.draws(self, n_samples, X, offsets, rng)
+
+    def _posterior_draws(self, n_samples, X, rng, *, offsets=True):
+        """Draws that replicated counts are made with; eta where it is frozen."""
+        offsets = offsets and "eta" in self.frozen_params_
+        return _posterior.parameter_draws(self, n_samples, X, rng, offsets=offsets)
 
     def get_covariance(self):
         """Covariance of the log-rates, ``W W' + diag(d)``.

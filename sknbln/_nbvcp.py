@@ -17,7 +17,9 @@ from ._laplace.driver import Free, ascend
 from ._laplace.likelihood import CountHistogram
 from ._laplace.objective import Objective
 from ._laplace.sweeps import GaussianPrior, Parameters
+from ._posterior import ParameterDraws
 from ._validation import validate_counts
+from .predictive import PredictiveMixin
 
 #: standard deviation of the normal prior of log m, around the genes' average
 LOG_MEAN_PRIOR_SCALE = 4.0
@@ -41,8 +43,8 @@ def weak_mean_prior(level):
     )
 
 
-class CountModelMixin:
-    """What both estimators share: tags, the held-out score."""
+class CountModelMixin(PredictiveMixin):
+    """What both estimators share: tags, the held-out score, replicated counts and moments."""
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -229,6 +231,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             report=self._report("ELBO step") if self.verbose else None,
         )
         self.capture_prior_ = prior
+        self._library_size = _capture.library_sizes(X)
         self.mean_ = np.exp(found.guide.log_mean[0])
         self.dispersion_ = np.exp(found.guide.log_dispersion[0])
         self._guide = found.guide
@@ -381,21 +384,35 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             unit of ``mean_``, ``eta`` (n_samples, n_rows) capture offset in nats.
         """
         check_is_fitted(self)
-        rows = None if X is None else self._offsets(self._validated(X))
+        X = None if X is None else self._validated(X)
         n_samples = self.n_posterior_samples if n_samples is None else n_samples
         rng = check_random_state(self.random_state if random_state is None else random_state)
-        draws = {}
+        return self._draw(n_samples, X, rng)
+
+    def _draw(self, n_samples, X, rng, *, offsets=True):
+        """As :meth:`sample_posterior`, for validated counts; without eta if `offsets` is False."""
+        draws = Bunch(eta=None)
         for name, (loc, scale) in (("r", self._guide.log_dispersion), ("mu", self._guide.log_mean)):
             draws[name] = np.exp(loc + scale * rng.standard_normal((n_samples, loc.size)))
+        if not offsets:
+            return draws
+        n_rows = self.capture_offset_.size if X is None else X.shape[0]
         if self._guide.capture_offset is None:
-            n_rows = self.capture_offset_.size if rows is None else rows.loc.size
             draws["eta"] = np.zeros((n_samples, n_rows))
-        else:
-            loc, scale = self._guide.capture_offset if rows is None else (rows.raw_loc, rows.scale)
-            draws["eta"] = truncnorm.rvs(
-                -loc / scale, np.inf, loc, scale, size=(n_samples, loc.size), random_state=rng
-            )
-        return Bunch(**draws)
+            return draws
+        loc, scale = self._guide.capture_offset
+        if X is not None:
+            rows = self._offsets(X)
+            loc, scale = rows.raw_loc, rows.scale
+        draws["eta"] = truncnorm.rvs(
+            -loc / scale, np.inf, loc, scale, size=(n_samples, n_rows), random_state=rng
+        )
+        return draws
+
+    def _posterior_draws(self, n_samples, X, rng, *, offsets=True):
+        """Draws that replicated counts are made with."""
+        draws = self._draw(n_samples, X, rng, offsets=offsets)
+        return ParameterDraws(draws.r, np.log(draws.mu), draws.eta)
 
 
 def _problem(X, prior):

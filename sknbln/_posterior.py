@@ -164,21 +164,42 @@ def distributions(model, scores, score_covariance, offsets):
     return found
 
 
-def draws(model, n_samples, X, offsets, rng):
-    """Draws of r, mu and eta, coupled per draw; ``offsets`` (loc, scale) of free rows or None."""
-    source = model._source.sample_posterior(n_samples, X, random_state=rng)
-    n_genes = model.mean_.size
-    r, variance = source.r, np.diag(model.get_covariance())
+class ParameterDraws(NamedTuple):
+    """Posterior draws, one per row: what a replicate of the counts is made with."""
+
+    r: np.ndarray  # (n_samples, n_genes); inf for Poisson channels
+    log_mean: np.ndarray  # (n_samples, n_genes) mu, log-rates
+    eta: np.ndarray | None  # (n_samples, n_rows) offsets; None where free or not asked for
+    inflation: np.ndarray | None = None  # (n_samples, n_genes) Sigma_gg by the model's; None is 1
+
+
+def parameter_draws(model, n_samples, X, rng, *, offsets=True):
+    """Draws of r and mu, of the factor of Sigma_gg under a coupled r, and of the source's offsets."""
+    source = model._source._posterior_draws(n_samples, X, rng, offsets=offsets)
+    fitted = variance = np.diag(model.get_covariance())
+    coupled = model.cascade == "marginal"
+    r = source.r
     if "r" not in model.frozen_params_:
-        noise = rng.standard_normal((n_samples, n_genes))
+        noise = rng.standard_normal(r.shape)
         r = model.dispersion_ * np.exp(model._curvature.log_r * noise)
-    elif model.cascade == "marginal":
+    elif coupled:
         r, variance = _share(source.r, model._coordinate_variance)
     if "mu" in model.frozen_params_:
-        mu = np.log(source.mu) - (variance / 2 if model.cascade == "marginal" else 0.0)
+        log_mean = source.log_mean - (variance / 2 if coupled else 0.0)
     else:
-        mu = model.mean_ + model._curvature.mean * rng.standard_normal((n_samples, n_genes))
-    eta = source.eta
+        log_mean = model.mean_ + model._curvature.mean * rng.standard_normal(r.shape)
+        # the marginal mean, mu + Sigma_gg/2, is what the data know
+        log_mean = log_mean - (variance - fitted) / 2
+    inflation = None
+    if variance is not fitted:
+        inflation = variance / np.maximum(fitted, 1e-300)
+    return ParameterDraws(r, log_mean, source.eta, inflation)
+
+
+def draws(model, n_samples, X, offsets, rng):
+    """Draws of r, mu and eta, coupled per draw; ``offsets`` (loc, scale) of free rows or None."""
+    found = parameter_draws(model, n_samples, X, rng)
+    eta = found.eta
     if offsets is not None:
         loc, scale = offsets
         some = scale > 0
@@ -191,4 +212,4 @@ def draws(model, n_samples, X, offsets, rng):
             size=(n_samples, int(some.sum())),
             random_state=rng,
         )
-    return Bunch(r=r, mu=mu, eta=eta)
+    return Bunch(r=found.r, mu=found.log_mean, eta=eta)

@@ -1,0 +1,37 @@
+r"""Draws of cells' log-rates from their Laplace posterior, with no genes x genes matrix.
+
+At the mode ``y*`` the posterior covariance is ``V = (Sigma^{-1} + A)^{-1}``. Given the scores the genes
+are independent: ``y`` has variance ``d / den``, ``den = 1 + d a``, and its mean moves with the scores by
+``F zeta / den``; the scores themselves have covariance ``C = M^{-1}``, ``M = I + F' diag(a / den) F``. So
+
+.. math:: V = \mathrm{diag}(d / den) + \mathrm{diag}(1 / den)\, F C F'\, \mathrm{diag}(1 / den)
+
+and with ``M = L L'`` and standard normal ``e1`` (k + 1), ``e2`` (genes)
+
+.. math:: y = y^* + \frac{F L^{-T} e_1}{den} + \sqrt{d / den}\; e_2
+
+is an exact draw from ``N(y*, V)``. Nothing is divided by ``d`` or ``a``.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from . import lowrank
+from .mode import find_mode, linearize
+
+
+@jax.jit
+def draw_rates(cells, params, zeta, score_noise, gene_noise):
+    """One draw of y = x - eta for each cell of a batch, from its Laplace posterior.
+
+    ``score_noise`` (n_cells, k + 1) and ``gene_noise`` (n_cells, n_genes) are standard normal.
+    Returns the scores at the mode (n_cells, k + 1), a start for the next call, and y.
+    """
+    mode = find_mode(cells, params, zeta)
+    lin = linearize(cells, params, mode.y)
+    F = lowrank.with_capture(params.loadings)
+    deviation = solve_triangular(lin.L, score_noise[..., None], trans=1, lower=True)[..., 0]
+    lifted = (deviation * lin.scales) @ F.T
+    noise = jnp.sqrt(params.noise[None, :] / lin.den) * gene_noise
+    return mode.zeta, mode.y + lifted / lin.den + noise

@@ -1,0 +1,219 @@
+"""Replicated counts of given rows: one posterior draw per replicate, rows in chunks.
+
+Every level makes log-intensities ``l = log-rate + log Gamma(r, 1/r)`` of a chunk of rows and then
+counts from them, since ``NB(exp(y), r) = Poisson(exp(y) Gamma(r, 1/r))``:
+
+* given an offset, ``Poisson(exp(l))``;
+* given a total, ``Multinomial(total, softmax(l))``.
+
+Normals, gamma noise and counts come from random streams of their own, each read row by row and gene
+by gene, so that neither the chunks nor the selection of genes change a draw.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import log_ndtr, ndtri_exp
+from sklearn.utils import check_random_state
+
+from . import _capture
+from ._jax import RowBatches, float64, pad_columns, padded_rank
+from ._laplace.mode import Globals
+from ._laplace.rates import draw_rates
+
+LEVELS = ("marginal", "library_anchored", "per_cell")
+_CHUNK_ENTRIES = 2**18  # 2 MB an array
+_LARGEST_RATE = 1e18  # counts are 64-bit integers
+
+
+class Streams(NamedTuple):
+    """Independent random streams, one per kind of variable."""
+
+    normal: np.random.Generator
+    gamma: np.random.Generator
+    exponential: np.random.Generator
+    offset: np.random.Generator
+    count: np.random.Generator
+
+    @classmethod
+    def spawn(cls, rng):
+        """Streams seeded from a RandomState."""
+        seed = np.random.SeedSequence(rng.randint(2**31 - 1, size=4).tolist())
+        return cls(*(np.random.default_rng(child) for child in seed.spawn(len(cls._fields))))
+
+
+class Model(NamedTuple):
+    """Globals of one posterior draw."""
+
+    mean: np.ndarray  # (n_genes,) log-rates
+    loadings: np.ndarray  # (n_genes, k)
+    noise: np.ndarray  # (n_genes,)
+    r: np.ndarray  # (n_genes,)
+
+    @property
+    def degenerate(self):
+        """Whether the log-rates are their mean: independent genes."""
+        return self.loadings.shape[1] == 0 and not self.noise.any()
+
+
+def log_gamma_noise(r, n_rows, streams):
+    """Logarithms of Gamma(r, 1/r) variables, (n_rows, n_genes); 0 where r is infinite.
+
+    ``Gamma(r) = Gamma(r + 1) U^(1/r)``, in logarithms: no underflow for small r.
+    """
+    out = np.zeros((n_rows, r.size))
+    finite = np.isfinite(r)
+    if finite.any():
+        r = r[finite]
+        shape = (n_rows, r.size)
+        out[:, finite] = np.log(streams.gamma.standard_gamma(r + 1.0, shape)) - np.log(r)
+        out[:, finite] -= streams.exponential.standard_exponential(shape) / r
+    return out
+
+
+def capture_offsets(prior, library_size, stream):
+    """Draws of ``TruncNormal(log M0 - log L, sigma_M, low=0)``, one per row; 0 without capture."""
+    if prior is None:
+        return np.zeros(library_size.size)
+    loc, scale = _capture.CapturePrior(*prior).rows(library_size)
+    # the upper tail, in logarithms: exact however far below 0 loc lies
+    log_tail = -stream.standard_exponential(loc.size) + log_ndtr(loc / scale)
+    return np.maximum(loc - scale * ndtri_exp(log_tail), 0.0)
+
+
+def softmax(log_weights):
+    """Points on the simplex, row by row."""
+    weights = np.exp(log_weights - log_weights.max(axis=1, keepdims=True))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def poisson(log_rates, stream):
+    """Poisson counts.
+
+    Raises
+    ------
+    ValueError
+        When a rate is beyond 64-bit counts.
+    """
+    with np.errstate(over="ignore"):
+        rates = np.exp(log_rates)
+    if not np.all(rates < _LARGEST_RATE):
+        genes = np.flatnonzero(~np.all(rates < _LARGEST_RATE, axis=0))
+        raise ValueError(
+            f"Expected counts above {_LARGEST_RATE:.0e} were drawn for {genes.size} of {rates.shape[1]} "
+            f"genes (positions {genes[:10].tolist()}): their log-rates vary too much for counts to be "
+            "drawn. Look at noise_variance_, loadings_ and converged_; level='library_anchored' needs "
+            "compositions only."
+        )
+    return stream.poisson(rates)
+
+
+@float64
+def _draw_batch(cells, params, zeta, score_noise, gene_noise):
+    return tuple(np.asarray(a) for a in draw_rates(cells, params, zeta, score_noise, gene_noise))
+
+
+class Replicates:
+    """Replicated counts of rows at one level, as a stream of chunks.
+
+    Parameters
+    ----------
+    estimator : fitted NBVCPEstimator or NBLNEstimator
+    X : csr_matrix of shape (n_rows, n_genes) or None
+        Validated counts; None stands for the training rows, by their library sizes.
+    level : one of `LEVELS`
+    n_samples : int
+    random_state : int, RandomState instance or None
+    """
+
+    def __init__(self, estimator, X, level, n_samples, random_state):
+        seed = estimator.random_state if random_state is None else random_state
+        rng = check_random_state(seed)
+        self.estimator, self.X, self.level, self.n_samples = estimator, X, level, n_samples
+        self.library_size = estimator._library_size if X is None else _capture.library_sizes(X)
+        self.n_rows, self.n_genes = self.library_size.size, estimator.n_features_in_
+        per_cell = level == "per_cell"
+        self._draws = estimator._posterior_draws(n_samples, X, rng, offsets=per_cell)
+        self._streams = Streams.spawn(rng)
+        self._totals = np.rint(self.library_size).astype(np.int64)
+        multinomial = getattr(estimator, "observation", "nb") == "multinomial"
+        self.given_totals = level == "library_anchored" or (per_cell and multinomial)
+        self._scores = None
+        if per_cell and self._draws.eta is None:
+            self._capture = estimator._row_capture(X)
+
+    def models(self):
+        """The globals of each posterior draw, one `Model` per sample."""
+        for s in range(self.n_samples):
+            yield self._model(s)
+
+    def _model(self, s):
+        _, loadings, noise, _ = self.estimator._globals()
+        draws = self._draws
+        if draws.inflation is not None:
+            loadings = loadings * np.sqrt(draws.inflation[s])[:, None]
+            noise = noise * draws.inflation[s]
+        return Model(draws.log_mean[s], loadings, noise, draws.r[s])
+
+    def fresh_rates(self, model, rows):
+        """``x ~ N(mu, W W' + diag(d))`` for a number of rows, (rows, n_genes)."""
+        k, normal = model.loadings.shape[1], self._streams.normal
+        if model.degenerate:
+            return np.broadcast_to(model.mean, (rows, model.mean.size))
+        noise = normal.standard_normal((rows, k + model.mean.size))
+        return model.mean + noise[:, :k] @ model.loadings.T + np.sqrt(model.noise) * noise[:, k:]
+
+    def chunks(self, s):
+        """Yield (slice of rows, counts of shape (rows, n_genes)) of replicate s.
+
+        Replicates have to be asked for in their order.
+        """
+        model = self._model(s)
+        parts = self._posterior_rates if self.level == "per_cell" else self._prior_rates
+        for rows, log_rates in parts(model, s):
+            noise = log_gamma_noise(model.r, rows.stop - rows.start, self._streams)
+            log_intensity = log_rates + noise
+            if self.given_totals:
+                p = softmax(log_intensity)
+                yield rows, self._streams.count.multinomial(self._totals[rows], p)
+            else:
+                yield rows, poisson(log_intensity, self._streams.count)
+
+    def _row_chunks(self):
+        step = max(_CHUNK_ENTRIES // self.n_genes, 1)
+        for start in range(0, self.n_rows, step):
+            yield slice(start, min(start + step, self.n_rows))
+
+    def _prior_rates(self, model, s):
+        offset = np.zeros(self.n_rows)
+        if self.level == "marginal":
+            prior = self.estimator.capture_prior_
+            offset = capture_offsets(prior, self.library_size, self._streams.offset)
+        for rows in self._row_chunks():
+            x = self.fresh_rates(model, rows.stop - rows.start)
+            yield rows, x - offset[rows, None]
+
+    def _posterior_rates(self, model, s):
+        if self._draws.eta is None:
+            capture = self._capture
+        else:
+            capture = self._draws.eta[s], np.zeros(self.n_rows), np.ones(self.n_rows)
+        k, n_genes = model.loadings.shape[1], self.n_genes
+        if model.degenerate:
+            for rows in self._row_chunks():
+                yield rows, model.mean - capture[0][rows, None]
+            return
+        batches = RowBatches(self.X, *capture, batch_size=self.estimator.batch_size)
+        padded = padded_rank(k)
+        params = Globals(model.mean, pad_columns(model.loadings, padded), model.noise, 1 / model.r)
+        if self._scores is None:
+            self._scores = np.zeros((self.n_rows, padded + 1))
+        for rows, cells in batches:
+            n = rows.stop - rows.start
+            normal = self._streams.normal.standard_normal((n, k + 1 + n_genes))
+            score_noise = np.zeros((n, padded + 1))
+            score_noise[:, :k], score_noise[:, -1] = normal[:, :k], normal[:, k]
+            padded_rows = (self._scores[rows], score_noise, normal[:, k + 1 :])
+            zeta, y = _draw_batch(cells, params, *(batches.padded(a) for a in padded_rows))
+            self._scores[rows] = zeta[:n]
+            yield rows, y[:n]

@@ -1,0 +1,20 @@
+"""Pictures of fitted estimators, as Display classes in scikit-learn's manner.
+
+Each has ``from_estimator(estimator, ...)``, which computes and draws, and ``plot()``, which draws again from
+what was computed. matplotlib is imported when something is drawn, not before
+(``pip install sknbln[plot]``).
+"""
+
+from ._convergence import ConvergenceDisplay
+from ._correlation import CorrelationDisplay
+from ._embedding import EmbeddingDisplay
+from ._loadings import LoadingsSpectrumDisplay
+from ._ppc import PPCDisplay
+
+__all__ = [
+    "ConvergenceDisplay",
+    "CorrelationDisplay",
+    "EmbeddingDisplay",
+    "LoadingsSpectrumDisplay",
+    "PPCDisplay",
+]

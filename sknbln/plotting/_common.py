@@ -1,0 +1,134 @@
+"""What the displays share: matplotlib, axes, colours, and gene names."""
+
+import numpy as np
+from sklearn.utils.validation import check_is_fitted
+
+from .._cascade import unwrapped
+from .._nbln import NBLNEstimator
+from .._nbvcp import NBVCPEstimator
+
+#: Okabe and Ito's palette, which colour-blind readers tell apart; its yellow is too pale for points
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#7F7F7F"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
+
+
+def pyplot(caller):
+    """The module ``matplotlib.pyplot``.
+
+    Raises
+    ------
+    ImportError
+        When matplotlib is not installed.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            f"{caller} needs matplotlib, which is not installed: pip install sknbln[plot]"
+        ) from error
+    return plt
+
+
+def fitted(estimator, caller, kinds=(NBLNEstimator, NBVCPEstimator)):
+    """The fitted estimator, out of its `FrozenEstimator` if it is in one.
+
+    Raises
+    ------
+    TypeError
+        When it is not of one of the kinds.
+    NotFittedError
+        When it is not fitted.
+    """
+    estimator = unwrapped(estimator)
+    if not isinstance(estimator, kinds):
+        names = " or ".join(f"an {kind.__name__}" for kind in kinds)
+        raise TypeError(f"{caller} takes {names}; found {type(estimator).__name__}.")
+    check_is_fitted(estimator)
+    return estimator
+
+
+def needed(X, caller, what="the counts that it draws"):
+    """X, which may not be None."""
+    if X is None:
+        raise ValueError(
+            f"{caller} needs X, {what}; found None. Give from_estimator(estimator, X)."
+        )
+    return X
+
+
+# ------------------------------------------------------------------ genes
+
+
+def gene_names(estimator):
+    """Names of all genes: ``feature_names_in_``, or ``gene 17`` by position."""
+    names = getattr(estimator, "feature_names_in_", None)
+    if names is None:
+        names = [f"gene {i}" for i in range(estimator.n_features_in_)]
+    return np.array([str(name) for name in names], dtype=object)
+
+
+# ------------------------------------------------------------------ axes
+
+
+def one_axes(plt, ax, figsize):
+    """The figure and the axes to draw on: the caller's, or new ones."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=figsize, layout="constrained")
+    return ax.figure, ax
+
+
+def grid_of_axes(plt, ax, n_rows, n_cols, figsize, *, n_panels=None):
+    """The figure and an array of axes of shape (n_rows, n_cols).
+
+    `ax` may be None (a new figure), a figure or subfigure (axes are added to it), one axes (it is
+    divided, and switched off itself), or as many axes as are drawn on; with `n_panels` at least so
+    many, in their own shape.
+
+    Raises
+    ------
+    ValueError
+        When the number of axes differs, or when the single axes cannot be divided.
+    """
+    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
+
+    if ax is None:
+        ax = plt.figure(figsize=figsize, layout="constrained")
+    if isinstance(ax, FigureBase):
+        return ax, ax.subplots(n_rows, n_cols, squeeze=False)
+    if isinstance(ax, Axes) and n_rows * n_cols > 1:
+        if ax.get_subplotspec() is None or not ax.axison:
+            raise ValueError(
+                "ax cannot be divided: it is not part of a grid of subplots, or something was drawn "
+                "on it by such a display before. Give a figure, or the axes_ of that display."
+            )
+        ax.set_axis_off()
+        grid = ax.get_subplotspec().subgridspec(n_rows, n_cols)
+        return ax.figure, grid.subplots(squeeze=False)
+    axes = np.atleast_2d(np.asarray(ax, dtype=object))
+    if n_panels is None and axes.size == n_rows * n_cols:
+        axes = axes.reshape(n_rows, n_cols)
+    elif n_panels is None or axes.size < n_panels:
+        needed = n_rows * n_cols if n_panels is None else n_panels
+        raise ValueError(f"ax holds {axes.size} axes, this picture needs {needed}.")
+    return axes.flat[0].figure, axes
+
+
+def tidy(ax):
+    """Without the upper and the right edge."""
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def legend_beside(ax, **kwargs):
+    """A legend to the right of the axes where the figure's layout makes room for it, else inside."""
+    if ax.figure.get_figure(root=True).get_layout_engine() is None:
+        return ax.legend(**{"loc": "best", "framealpha": 0.8, **kwargs})
+    place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
+    return ax.legend(**{**place, **kwargs})
+
+
+def legend_inside(ax, **kwargs):
+    """A legend where it hides least, through which what is behind it shows."""
+    style = {"loc": "best", "fontsize": "small", "framealpha": 0.8, "edgecolor": "none"}
+    return ax.legend(**{**style, **kwargs})

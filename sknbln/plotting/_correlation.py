@@ -1,0 +1,222 @@
+"""Heat map of gene-gene correlations."""
+
+from numbers import Integral
+
+import numpy as np
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import squareform
+from sklearn.utils._param_validation import Interval, StrOptions, validate_params
+
+from .._nbln import NBLNEstimator
+from ..predictive import _gene_positions
+from ._common import fitted, gene_names, one_axes, pyplot
+
+#: the smallest type that is read, in points: where it does not fit, genes are not named
+_SMALLEST_TYPE = 5.0
+#: ends of the colours' scale to choose from
+_SCALES = np.array([0.1, 0.2, 0.3, 0.5, 0.7, 1.0])
+#: genes whose leaves are ordered optimally: the cost grows with the square, or worse
+_OPTIMAL = 300
+
+
+class CorrelationDisplay:
+    r"""Heat map of the correlations of genes, neighbours in a hierarchical clustering side by side.
+
+    ``kind="log_rates"`` is :meth:`NBLNEstimator.get_correlation`, of :math:`P \Sigma P`: what is measured of
+    log-rates relative to the cell's mean log-rate, a gene's own variance d included. ``kind="factors"`` is
+    the correlation of :math:`W_\perp W_\perp'`: the cosines between genes' loadings.
+
+    The first is the default because it says how much of a gene's variance is shared. The cosines do
+    not: with k factors all genes lie in k dimensions, so that a gene of hardly any loadings has
+    cosines as large as any other (with one factor all are 1 or -1). Where d is near 0, as it may be when
+    the dispersion is frozen at the source's (see :meth:`NBLNEstimator.get_dispersion_diagnostics`), the
+    two coincide, and correlations near 1 or -1 say little in either. In both, genes that hardly vary of
+    themselves vary against the mean of all, and so with each other: the more, the fewer the genes.
+
+    Parameters
+    ----------
+    correlation : ndarray of shape (n_genes, n_genes)
+        Correlations, the genes in the order of the picture.
+    names : ndarray of shape (n_genes,)
+        Names of the genes, in that order.
+    title : str, default=""
+        Title.
+
+    Attributes
+    ----------
+    genes : ndarray of shape (n_genes,)
+        Positions of the genes in the estimator, in the order of the picture; None unless
+        `from_estimator` made the display.
+    im_ : matplotlib AxesImage
+        The heat map.
+    colorbar_ : matplotlib Colorbar or None
+        Its scale.
+    ax_ : matplotlib Axes
+        Axes of the picture.
+    figure_ : matplotlib Figure
+        Figure of the picture.
+
+    Examples
+    --------
+    >>> from sknbln import NBLNEstimator
+    >>> from sknbln.datasets import make_nbln_counts
+    >>> from sknbln.plotting import CorrelationDisplay
+    >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
+    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
+    >>> display = CorrelationDisplay.from_estimator(model, n_genes=10)
+    >>> display.correlation.shape
+    (10, 10)
+    """
+
+    def __init__(self, correlation, names, *, title="", genes=None):
+        self.correlation = correlation
+        self.names = names
+        self.title = title
+        self.genes = genes
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator,
+        X=None,
+        *,
+        kind="log_rates",
+        genes=None,
+        n_genes=None,
+        vmax=None,
+        cmap="RdBu_r",
+        colorbar=True,
+        ax=None,
+    ):
+        """Draw the correlations of a fitted estimator.
+
+        Parameters
+        ----------
+        estimator : NBLNEstimator
+            Fitted.
+        X : Ignored
+            Present for the displays' common signature.
+        kind : {"log_rates", "factors"}, default="log_rates"
+            Which correlations; the class says what they are.
+        genes : array-like or None, default=None
+            Names or positions of the genes that are shown; None for all. The correlations are those of
+            the whole model.
+        n_genes : int or None, default=None
+            Of these, show only so many: those with the largest sums of squared correlations with the others.
+            None for all.
+        vmax, cmap, colorbar, ax
+            See :meth:`plot`.
+
+        Returns
+        -------
+        CorrelationDisplay
+            What was drawn.
+
+        Raises
+        ------
+        TypeError
+            When the estimator has no correlations.
+        ValueError
+            For unknown genes.
+        """
+        caller = f"{cls.__name__}.from_estimator"
+        pyplot(caller)
+        estimator = fitted(estimator, caller, (NBLNEstimator,))
+        _check_options(kind=kind, n_genes=n_genes)
+        total = estimator.n_features_in_
+        shown = _gene_positions(estimator, genes)
+        C = _cosines(estimator.components_) if kind == "factors" else estimator.get_correlation()
+        C = C[np.ix_(shown, shown)]
+        chosen = np.arange(shown.size)
+        how = "" if shown.size == total else f", {shown.size} of {total} genes"
+        if n_genes is not None and n_genes < shown.size:
+            connected = np.sum(C**2, 1) - np.diag(C) ** 2
+            chosen = np.argsort(-connected, kind="stable")[:n_genes]
+            how = f", the {n_genes} most connected of {shown.size} genes"
+        chosen = chosen[_seriation(C[np.ix_(chosen, chosen)])]
+        what = {"log_rates": "log-rates", "factors": "loadings"}[kind]
+        return cls(
+            C[np.ix_(chosen, chosen)],
+            gene_names(estimator)[shown[chosen]],
+            title=f"Compositional correlation of {what}{how}",
+            genes=shown[chosen],
+        ).plot(vmax=vmax, cmap=cmap, colorbar=colorbar, ax=ax)
+
+    def plot(self, *, vmax=None, cmap="RdBu_r", colorbar=True, ax=None):
+        """Draw.
+
+        Parameters
+        ----------
+        vmax : float or None, default=None
+            The colours run from -vmax to vmax. None: the next of 0.1, 0.2, 0.3, 0.5, 0.7 and 1 above the
+            99 % quantile of the off-diagonals' magnitudes.
+        cmap : str or matplotlib Colormap, default="RdBu_r"
+            A diverging map.
+        colorbar : bool, default=True
+            Whether the scale of the colours is drawn.
+        ax : matplotlib Axes or None, default=None
+            Where to draw; None for a new figure.
+
+        Returns
+        -------
+        CorrelationDisplay
+            Itself.
+        """
+        plt = pyplot(f"{type(self).__name__}.plot")
+        C = np.asarray(self.correlation)
+        n = C.shape[0]
+        if vmax is None:
+            magnitude = np.abs(C[~np.eye(n, dtype=bool)])
+            wanted = np.quantile(magnitude, 0.99) if magnitude.size else 1.0
+            vmax = _SCALES[np.searchsorted(_SCALES[:-1], wanted)]
+        side = 4.2 + 0.06 * min(n, 60)
+        self.figure_, self.ax_ = figure, ax = one_axes(plt, ax, (side + 0.8, side))
+        self.im_ = ax.imshow(C, cmap=cmap, vmin=-vmax, vmax=vmax, aspect="equal")
+        self.colorbar_ = None
+        if colorbar:
+            extend = "neither" if vmax >= 1 else "both"
+            self.colorbar_ = figure.colorbar(
+                self.im_, ax=ax, label="correlation", shrink=0.8, extend=extend
+            )
+        # a name takes about the height of its type, an inch is 72 points
+        size = 0.75 * 72 * ax.get_window_extent().height / figure.dpi / n
+        if size >= _SMALLEST_TYPE:
+            style = dict(fontsize=min(size, 10.0))
+            ax.set_xticks(np.arange(n), self.names, rotation=90, **style)
+            ax.set_yticks(np.arange(n), self.names, **style)
+        else:
+            ax.set(xticks=[], yticks=[], xlabel=f"{n} genes", ylabel=f"{n} genes")
+        ax.tick_params(length=0)
+        ax.set_title(self.title, fontsize="medium")
+        return self
+
+
+@validate_params(
+    {
+        "kind": [StrOptions({"log_rates", "factors"})],
+        "n_genes": [Interval(Integral, 1, None, closed="left"), None],
+    },
+    prefer_skip_nested_validation=True,
+)
+def _check_options(*, kind, n_genes):
+    """Raise scikit-learn's messages for what is out of range."""
+
+
+def _cosines(components):
+    """Cosines between the columns; 0 with a gene that has no loadings."""
+    length = np.maximum(np.linalg.norm(components, axis=0), 1e-300)
+    unit = components / length
+    cosines = np.clip(unit.T @ unit, -1.0, 1.0)
+    np.fill_diagonal(cosines, 1.0)
+    return cosines
+
+
+def _seriation(correlation):
+    """Order of the genes: the leaves of average linkage on the distances ``1 - correlation``."""
+    n = correlation.shape[0]
+    if n < 3:
+        return np.arange(n)
+    distance = np.maximum(1.0 - (correlation + correlation.T) / 2, 0.0)
+    np.fill_diagonal(distance, 0.0)
+    tree = linkage(squareform(distance, checks=False), "average", optimal_ordering=n <= _OPTIMAL)
+    return leaves_list(tree)

@@ -1,0 +1,263 @@
+"""Observed and predicted histograms of counts."""
+
+from numbers import Integral
+
+import numpy as np
+from sklearn.utils import Bunch
+from sklearn.utils._param_validation import Interval, validate_params
+
+from ..predictive import _gene_positions, iter_posterior_predictive
+from ._common import (
+    BLACK,
+    BLUE,
+    fitted,
+    gene_names,
+    grid_of_axes,
+    legend_inside,
+    needed,
+    pyplot,
+    tidy,
+)
+
+#: bins at most; the last one is open
+_MOST_BINS = 24
+_LEVELS = (0.9, 0.5)
+
+
+class PPCDisplay:
+    """Histograms of counts, observed and posterior-predictive, one panel for a gene.
+
+    Points are the fractions of cells with that count; the bands hold 50 % and 90 % of the same fractions over
+    replicated data sets, the line is their median. Bins are one count wide, or several where counts
+    are large; the last one holds all that is larger. The vertical axis is a square root, on which the
+    spread of a fraction is about the same whether it is large or small (a rootogram [1]_).
+
+    Parameters
+    ----------
+    panels : list of Bunch
+        One for each gene: ``name``; ``mean``, observed; ``edges`` (n_bins + 1,), whole numbers, the last inf;
+        ``observed`` (n_bins,) fractions of cells; ``predicted`` (n_samples, n_bins).
+    level : str, default=""
+        Level of the replicates, for the title.
+
+    Attributes
+    ----------
+    axes_ : ndarray of shape (n_rows, n_cols)
+        Axes of the picture; those beyond the last gene are hidden.
+    figure_ : matplotlib Figure
+        Figure of the picture.
+
+    See Also
+    --------
+    sknbln.predictive.posterior_predictive : The replicates.
+
+    References
+    ----------
+    .. [1] C. Kleiber and A. Zeileis, "Visualizing count data regressions using rootograms",
+       The American Statistician 70 (2016) 296-303.
+
+    Examples
+    --------
+    >>> from sknbln import NBLNEstimator
+    >>> from sknbln.datasets import make_nbln_counts
+    >>> from sknbln.plotting import PPCDisplay
+    >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
+    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
+    >>> display = PPCDisplay.from_estimator(model, X, n_genes=6, n_samples=20)
+    >>> display.axes_.shape
+    (2, 3)
+    """
+
+    def __init__(self, panels, *, level=""):
+        self.panels = panels
+        self.level = level
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator,
+        X=None,
+        *,
+        genes=None,
+        n_genes=9,
+        level="library_anchored",
+        n_samples=100,
+        random_state=None,
+        n_cols=None,
+        ax=None,
+    ):
+        """Draw observed counts against replicated ones.
+
+        Parameters
+        ----------
+        estimator : NBLNEstimator or NBVCPEstimator
+            Fitted.
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+        genes : array-like or None, default=None
+            Names or positions of genes. None: `n_genes` of those that were counted at all, at even
+            steps from the least to the most abundant.
+        n_genes : int, default=9
+            How many, where `genes` is None.
+        level : {"library_anchored", "marginal", "per_cell"}, default="library_anchored"
+            What is replicated: see :func:`sknbln.predictive.posterior_predictive`.
+        n_samples : int, default=100
+            Replicated data sets.
+        random_state : int, RandomState instance or None, default=None
+            None takes the estimator's.
+        n_cols, ax
+            See :meth:`plot`.
+
+        Returns
+        -------
+        PPCDisplay
+            What was drawn.
+
+        Raises
+        ------
+        ValueError
+            Without X, and for unknown genes.
+        """
+        caller = f"{cls.__name__}.from_estimator"
+        pyplot(caller)
+        estimator = fitted(estimator, caller)
+        _check_options(n_genes=n_genes, n_cols=n_cols)
+        counts = estimator._validated(needed(X, caller))
+        mean = np.asarray(counts.mean(axis=0)).ravel()
+        chosen = _spread(mean, n_genes) if genes is None else _gene_positions(estimator, genes)
+        observed = counts[:, chosen].toarray()
+        edges = [_edges(column) for column in observed.T]
+        predicted = [[] for _ in chosen]
+        # one replicate at a time: only its histograms are kept
+        for replicate in iter_posterior_predictive(
+            estimator,
+            X,
+            level=level,
+            n_samples=n_samples,
+            genes=chosen,
+            random_state=random_state,
+        ):
+            for j, found in enumerate(predicted):
+                found.append(_fractions(replicate[:, j], edges[j]))
+        names = gene_names(estimator)
+        panels = [
+            Bunch(
+                name=names[g],
+                mean=mean[g],
+                edges=edges[j],
+                observed=_fractions(observed[:, j], edges[j]),
+                predicted=np.array(predicted[j]),
+            )
+            for j, g in enumerate(chosen)
+        ]
+        return cls(panels, level=level).plot(n_cols=n_cols, ax=ax)
+
+    def plot(self, *, n_cols=None, ax=None):
+        """Draw.
+
+        Parameters
+        ----------
+        n_cols : int or None, default=None
+            Columns of the grid; None for one as square as may be.
+        ax : Figure, Axes, array of Axes or None, default=None
+            None for a new figure; a figure, to which axes are added; one axes, which is divided; or
+            an array of as many axes as the grid has.
+
+        Returns
+        -------
+        PPCDisplay
+            Itself.
+        """
+        plt = pyplot(f"{type(self).__name__}.plot")
+        n = len(self.panels)
+        n_cols = int(np.ceil(np.sqrt(n))) if n_cols is None else min(n_cols, n)
+        n_rows = -(-n // n_cols)
+        size = (2.6 * n_cols + 0.4, 2.1 * n_rows + 0.9)
+        found = grid_of_axes(plt, ax, n_rows, n_cols, size, n_panels=n)
+        self.figure_, self.axes_ = figure, axes = found
+        for each, panel in zip(axes.flat, self.panels, strict=False):
+            _draw_panel(each, panel)
+        for each in axes.flat[n:]:
+            each.set_visible(False)
+        for row, col in np.ndindex(axes.shape):
+            place = row * axes.shape[1] + col
+            if col == 0:
+                axes[row, col].set_ylabel("fraction of cells")
+            if place < n <= place + axes.shape[1]:
+                axes[row, col].set_xlabel("count")
+        if ax is None:
+            n_samples = len(self.panels[0].predicted)
+            level = self.level.replace("_", " ")
+            title = f"Posterior predictive counts, {level}, {n_samples} replicates"
+            figure.suptitle(title.replace(", ,", ","), fontsize="medium")
+            handles, labels = axes.flat[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        else:
+            legend_inside(axes.flat[0])
+        return self
+
+
+@validate_params(
+    {
+        "n_genes": [Interval(Integral, 1, None, closed="left")],
+        "n_cols": [Interval(Integral, 1, None, closed="left"), None],
+    },
+    prefer_skip_nested_validation=True,
+)
+def _check_options(*, n_genes, n_cols):
+    """Raise scikit-learn's messages for what is out of range."""
+
+
+def _spread(mean, n_genes):
+    """Positions of genes at even steps of rank, from the least to the most abundant that were counted."""
+    order = np.argsort(mean, kind="stable")
+    order = order[mean[order] > 0]
+    if order.size == 0:
+        raise ValueError("X has no counts: there are no genes to choose. Name them by genes=.")
+    return order[np.unique(np.linspace(0, order.size - 1, min(n_genes, order.size)).astype(int))]
+
+
+def _edges(values):
+    """Edges of bins of equal whole width that hold nearly all of the values; the last bin is open."""
+    top = max(int(np.ceil(1.25 * np.quantile(values, 0.995))), 3)
+    width = -(-(top + 1) // (_MOST_BINS - 1))
+    last = width * -(-(top + 1) // width)
+    return np.append(np.arange(0.0, last + width / 2, width), np.inf)
+
+
+def _fractions(values, edges):
+    """Fraction of the values in each bin."""
+    place = np.searchsorted(edges, values, side="right") - 1
+    return np.bincount(place, minlength=edges.size - 1) / values.size
+
+
+def _draw_panel(ax, panel):
+    starts = panel.edges[:-1]
+    width = starts[1] - starts[0]
+    # a bin of whole numbers is drawn half a unit to the left: a count sits in the middle of its bin
+    drawn = np.append(starts, starts[-1] + width) - 0.5
+    for level, alpha in zip(_LEVELS, (0.25, 0.45), strict=True):
+        low, high = np.quantile(panel.predicted, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+        label = f"predicted, {level:.0%} of replicates"
+        ax.stairs(
+            high, drawn, baseline=low, fill=True, color=BLUE, alpha=alpha, linewidth=0, label=label
+        )
+    median = np.median(panel.predicted, axis=0)
+    ax.stairs(median, drawn, baseline=None, color=BLUE, linewidth=1.2, label="predicted, median")
+    centres = (drawn[1:] + drawn[:-1]) / 2
+    ax.plot(centres, panel.observed, "o", color=BLACK, markersize=3, clip_on=False, label="observed")
+    ax.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+    ax.set_ylim(bottom=0)
+    _set_ticks(ax, starts, width, centres[-1])
+    ax.set_title(f"{panel.name} (mean {panel.mean:.3g})", fontsize="medium")
+    tidy(ax)
+
+
+def _set_ticks(ax, starts, width, overflow):
+    """A few whole numbers, and the open bin."""
+    from matplotlib.ticker import MaxNLocator
+
+    ticks = MaxNLocator(4, integer=True).tick_values(0, starts[-1])
+    ticks = ticks[(ticks >= 0) & (ticks < 0.8 * starts[-1])]
+    labels = [f"{tick:.0f}" for tick in ticks]
+    ax.set_xticks([*ticks, overflow], [*labels, f"\u2265{starts[-1]:.0f}"])

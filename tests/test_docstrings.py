@@ -1,21 +1,40 @@
 """The examples of the public docstrings run as written."""
 
 import doctest
+import importlib
+import pkgutil
 
+import matplotlib.pyplot as plt
 import pytest
 
 import sknbln._nbln
 import sknbln._nbvcp
 import sknbln.datasets._real
 import sknbln.datasets._simulate
+import sknbln.plotting
+import sknbln.predictive
+
+DISPLAYS = [
+    importlib.import_module(f"sknbln.plotting.{module.name}")
+    for module in pkgutil.iter_modules(sknbln.plotting.__path__)
+    if module.name != "_common"
+]
 
 
 @pytest.mark.parametrize(
     "module",
-    [sknbln._nbln, sknbln._nbvcp, sknbln.datasets._real, sknbln.datasets._simulate],
+    [
+        sknbln._nbln,
+        sknbln._nbvcp,
+        sknbln.datasets._real,
+        sknbln.datasets._simulate,
+        sknbln.predictive,
+        *DISPLAYS,
+    ],
     ids=lambda module: module.__name__,
 )
 def test_examples_run(module):
     found = doctest.testmod(module)
     assert found.attempted > 0
     assert found.failed == 0
+    plt.close("all")

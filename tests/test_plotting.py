@@ -11,16 +11,26 @@ import pandas as pd
 import pytest
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
+from sklearn.utils import Bunch
 
 from sknbln import NBLNEstimator, NBVCPEstimator, plotting
 from sknbln.datasets import make_nbln_counts
 from sknbln.plotting import (
+    CalibrationDisplay,
+    CompositionalCornerDisplay,
     ConvergenceDisplay,
     CorrelationDisplay,
     EmbeddingDisplay,
     LoadingsSpectrumDisplay,
+    PPCDisplay,
 )
-from sknbln.plotting._common import gene_names, gene_positions
+from sknbln.plotting._common import VERMILLION
+from sknbln.predictive import (
+    compositional_samples,
+    posterior_predictive,
+    predictive_check,
+    quantile_residuals,
+)
 
 N_CELLS, N_GENES = 120, 20
 
@@ -75,8 +85,17 @@ DRAW = {
     "correlation": lambda model, X, **k: CorrelationDisplay.from_estimator(model, **k),
     "convergence": lambda model, X, **k: ConvergenceDisplay.from_estimator(model, **k),
     "embedding": lambda model, X, **k: EmbeddingDisplay.from_estimator(model, X, **k),
+    "ppc": lambda model, X, **k: PPCDisplay.from_estimator(model, X, n_genes=4, n_samples=5, **k),
+    "corner": lambda model, X, **k: CompositionalCornerDisplay.from_estimator(
+        model, X, n_genes=2, n_samples=100, **k
+    ),
+    "calibration": lambda model, X, **k: CalibrationDisplay.from_estimator(
+        model, X, n_samples=5, **k
+    ),
 }
-N_AXES = {"spectrum": 1, "correlation": 1, "convergence": 2, "embedding": 1}
+SHAPE = {"convergence": (1, 2), "ppc": (2, 2), "corner": (2, 2), "calibration": (1, 2)}
+NEED_LOADINGS = ["spectrum", "correlation", "embedding"]
+NEED_COUNTS = ["embedding", "ppc", "corner", "calibration"]
 every_display = pytest.mark.parametrize("name", sorted(DRAW))
 
 
@@ -89,7 +108,7 @@ def drawn_axes(display):
 
 def test_every_display_is_tested_here():
     assert len(plotting.__all__) == len(DRAW)
-    assert all(issubclass(getattr(plotting, name), object) for name in plotting.__all__)
+    assert all(name.endswith("Display") and hasattr(plotting, name) for name in plotting.__all__)
 
 
 @every_display
@@ -97,9 +116,11 @@ def test_a_new_figure_has_a_layout_and_nothing_global_changes(name, model, count
     before = matplotlib.rcParams.copy()
     display = DRAW[name](model, counts)
     assert type(display.figure_.get_layout_engine()).__name__ == "ConstrainedLayoutEngine"
-    assert len(drawn_axes(display)) == N_AXES[name]
-    assert all(ax.figure is display.figure_ for ax in drawn_axes(display))
-    assert all(ax.get_xlabel() or len(ax.get_xticklabels()) for ax in drawn_axes(display))
+    axes = drawn_axes(display)
+    assert len(axes) == np.prod(SHAPE.get(name, 1))
+    assert all(ax.figure is display.figure_ for ax in axes)
+    lowest = axes[-SHAPE.get(name, (1, 1))[1] :]
+    assert all(ax.get_xlabel() or ax.get_xticklabels()[0].get_text() for ax in lowest)
     assert plt.get_fignums() == [display.figure_.number]
     display.figure_.canvas.draw()
     assert matplotlib.rcParams == before
@@ -107,11 +128,11 @@ def test_a_new_figure_has_a_layout_and_nothing_global_changes(name, model, count
 
 @every_display
 def test_draws_on_the_callers_axes(name, model, counts):
-    figure, axes = plt.subplots(1, 2)
-    axes = axes if N_AXES[name] == 2 else axes[1]
+    figure, axes = plt.subplots(*SHAPE.get(name, (1, 2)))
+    axes = axes if name in SHAPE else axes[1]
     display = DRAW[name](model, counts, ax=axes)
     assert display.figure_ is figure
-    assert drawn_axes(display) == list(np.atleast_1d(axes))
+    assert drawn_axes(display) == list(np.atleast_1d(axes).flat)
     assert plt.get_fignums() == [figure.number]
     figure.canvas.draw()
     # drawn again elsewhere, from the same numbers
@@ -139,13 +160,13 @@ def test_takes_a_frozen_estimator(name, model, counts):
     assert DRAW[name](FrozenEstimator(model), counts).figure_ is not None
 
 
-@pytest.mark.parametrize("name", ["spectrum", "correlation", "embedding"])
+@pytest.mark.parametrize("name", NEED_LOADINGS)
 def test_independent_genes_have_no_loadings(name, source, counts):
     with pytest.raises(TypeError, match="takes an NBLNEstimator; found NBVCPEstimator"):
         DRAW[name](source, counts)
 
 
-@pytest.mark.parametrize("name", ["embedding"])
+@pytest.mark.parametrize("name", NEED_COUNTS)
 def test_asks_for_the_counts(name, model):
     with pytest.raises(ValueError, match="needs X"):
         DRAW[name](model, None)
@@ -170,26 +191,18 @@ def test_import_does_not_import_matplotlib():
 # ------------------------------------------------------------------ genes and grids
 
 
-def test_genes_by_name_position_and_mask(model):
-    assert gene_positions(model, ["G03", "G00"]).tolist() == [3, 0]
-    assert gene_positions(model, [3, -1]).tolist() == [3, N_GENES - 1]
-    assert gene_positions(model, np.arange(N_GENES) < 2).tolist() == [0, 1]
-    assert gene_names(model)[3] == "G03"
+@pytest.mark.parametrize("display", [CorrelationDisplay, PPCDisplay, CompositionalCornerDisplay])
+def test_unknown_genes(model, counts, display):
+    with pytest.raises(ValueError, match="unknown entries \\['nobody'\\]"):
+        display.from_estimator(model, counts, genes=["G03", "nobody"])
+    with pytest.raises(ValueError, match="unknown entries \\[20\\]: expected positions 0 to 19"):
+        display.from_estimator(model, counts, genes=[3, 20])
 
 
-@pytest.mark.parametrize(
-    ("genes", "message"),
-    [
-        (["G03", "nobody"], "Unknown genes nobody. Use the names in feature_names_in_"),
-        ([3, 20], r"Unknown genes \[20\]: positions run from 0 to 19"),
-        ([True, False], "mask of genes needs 20 entries"),
-        ([], "genes is empty"),
-        (["G03", "G03"], "more than once"),
-    ],
-)
-def test_unknown_genes(model, genes, message):
-    with pytest.raises(ValueError, match=message):
-        CorrelationDisplay.from_estimator(model, genes=genes)
+def test_genes_without_names_are_named_by_position(counts):
+    model = NBVCPEstimator(random_state=0).fit(counts.to_numpy())
+    display = PPCDisplay.from_estimator(model, counts.to_numpy(), genes=[7], n_samples=2)
+    assert display.axes_[0, 0].get_title().startswith("gene 7 (mean")
 
 
 def test_grids_take_a_figure_one_axes_or_as_many_as_needed(model):
@@ -444,3 +457,192 @@ def test_embedding_ellipses_are_the_posterior(model, counts):
     assert legend_texts(display.ax_) == ["90% of the posterior, 7 cells"]
     with pytest.raises(ValueError, match="ellipses need the posterior covariances"):
         EmbeddingDisplay(mean[:, :2]).plot(ellipses=True)
+
+
+# ------------------------------------------------------------------ posterior predictive
+
+
+def test_ppc_draws_the_histograms_of_counts_and_replicates(model, counts):
+    options = dict(level="marginal", n_samples=40, random_state=5)
+    display = PPCDisplay.from_estimator(model, counts, genes=["G07", "G02"], **options)
+    draws = posterior_predictive(model, counts, genes=["G07", "G02"], **options)
+    assert [panel.name for panel in display.panels] == ["G07", "G02"]
+    for j, (panel, ax) in enumerate(zip(display.panels, display.axes_.flat, strict=True)):
+        observed = counts[panel.name].to_numpy()
+        edges = panel.edges
+        assert edges[0] == 0 and edges[-1] == np.inf and len(np.unique(np.diff(edges[:-1]))) == 1
+        np.testing.assert_allclose(panel.observed, np.histogram(observed, edges)[0] / N_CELLS)
+        predicted = [np.histogram(draw[:, j], edges)[0] / N_CELLS for draw in draws]
+        np.testing.assert_allclose(panel.predicted, predicted)
+        x, y = line(ax, "observed").get_data()
+        np.testing.assert_allclose(y, panel.observed)
+        middles = (edges[:-2] + edges[1:-1] - 1) / 2  # of the whole numbers in a bin
+        np.testing.assert_allclose(x[:-1], middles)
+        wide, narrow, median = [each.get_data() for each in ax.patches]
+        low, high = np.quantile(predicted, [0.05, 0.95], axis=0)
+        np.testing.assert_allclose((wide.baseline, wide.values), (low, high), atol=1e-12)
+        low, high = np.quantile(predicted, [0.25, 0.75], axis=0)
+        np.testing.assert_allclose((narrow.baseline, narrow.values), (low, high), atol=1e-12)
+        np.testing.assert_allclose(median.values, np.median(predicted, axis=0))
+        assert ax.get_title() == f"{panel.name} (mean {observed.mean():.3g})"
+        assert ax.get_xticklabels()[-1].get_text() == f"≥{edges[-2]:.0f}"
+    (legend,) = display.figure_.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "predicted, 90% of replicates",
+        "predicted, 50% of replicates",
+        "predicted, median",
+        "observed",
+    ]
+    assert "marginal, 40 replicates" in display.figure_.get_suptitle()
+
+
+def test_ppc_spreads_genes_over_mean_expression(model, counts):
+    counts = counts.copy()
+    counts["G04"] = 0  # never counted: not chosen
+    display = PPCDisplay.from_estimator(model, counts, n_genes=7, n_samples=2, n_cols=4)
+    order = counts.mean().sort_values().index.drop("G04")
+    places = [order.get_loc(panel.name) for panel in display.panels]
+    assert places == [0, 3, 6, 9, 12, 15, 18]
+    assert display.axes_.shape == (2, 4)
+    visible = [ax.get_visible() for ax in display.axes_.flat]
+    assert visible == [True] * 7 + [False]
+    everything = PPCDisplay.from_estimator(model, counts, n_genes=50, n_samples=2)
+    assert len(everything.panels) == N_GENES - 1
+    with pytest.raises(ValueError, match="there are no genes to choose"):
+        PPCDisplay.from_estimator(model, counts * 0, n_samples=2)
+
+
+def test_ppc_takes_more_axes_than_genes(source, counts):
+    axes = plt.subplots(2, 3)[1]
+    display = PPCDisplay.from_estimator(source, counts, n_genes=4, n_samples=2, ax=axes)
+    assert display.axes_.shape == (2, 3) and not display.figure_.legends
+    assert [ax.get_visible() for ax in axes.flat] == [True] * 4 + [False] * 2
+    with pytest.raises(ValueError, match="ax holds 6 axes, this picture needs 7"):
+        PPCDisplay.from_estimator(source, counts, n_genes=7, n_samples=2, ax=plt.subplots(2, 3)[1])
+
+
+# ------------------------------------------------------------------ compositions
+
+
+def test_corner_draws_cells_zeros_and_pseudobulk(model, counts):
+    genes = ["G01", "G05", "G11"]
+    display = CompositionalCornerDisplay.from_estimator(
+        model, counts, genes=genes, n_samples=300, random_state=1
+    )
+    found = compositional_samples(model, counts, n_samples=300, genes=genes, random_state=1)
+    np.testing.assert_array_equal(display.model, found.model)
+    assert display.axes_.shape == (3, 3)
+    for row, col in np.ndindex(3, 3):
+        ax = display.axes_[row, col]
+        assert ax.get_visible() == (row >= col)
+        if row <= col:
+            continue
+        drawn = ax.collections[0].get_offsets()
+        some = found.cells > 0
+        for j, gene, limit in ((0, col, ax.get_xlim()[0]), (1, row, ax.get_ylim()[0])):
+            seen, zero = some[:, gene], ~some[:, gene]
+            np.testing.assert_allclose(drawn[seen, j], np.log10(found.cells[seen, gene]))
+            # zeros are inside the axes and apart from all that has a logarithm
+            assert np.all(drawn[zero, j] > limit)
+            if zero.any():
+                assert drawn[zero, j].max() < drawn[seen, j].min()
+        expected = np.log10(counts.sum() / counts.to_numpy().sum())
+        across, up = (each for each in ax.lines if each.get_color() == VERMILLION)
+        np.testing.assert_allclose(across.get_xdata(), expected[genes[col]])
+        np.testing.assert_allclose(up.get_ydata(), expected[genes[row]])
+    for j, gene in enumerate(genes):
+        zeros = (counts[gene] == 0).mean()
+        title = display.axes_[j, j].get_title()
+        assert title == (f"{gene}\n{zeros:.1%} of cells are 0" if zeros else gene)
+        assert display.axes_[2, j].get_xlabel() == f"{gene}\nlog10 share"
+    (legend,) = display.figure_.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts[0] == f"cells, counts / total ({N_CELLS})"
+    assert "zeros (strips at the edge)" in texts
+
+
+def test_corner_contours_hold_their_share_of_the_model():
+    rng = np.random.default_rng(0)
+    log = rng.multivariate_normal([-2, -3], [[0.1, 0.06], [0.06, 0.08]], 20_000)
+    display = CompositionalCornerDisplay(10**log, 10 ** log[:50], 10 ** log[0], ["a", "b"]).plot()
+    (contours,) = [c for c in display.axes_[1, 0].collections if hasattr(c, "levels")]
+    inside = [np.mean(path.contains_points(log)) for path in contours.get_paths()]
+    # smoothing widens them a little, more where there are fewer points
+    np.testing.assert_allclose(inside, [0.9, 0.5], atol=0.03)
+    texts = [text.get_text() for text in display.figure_.legends[0].get_texts()]
+    assert not any("zeros" in text for text in texts)
+
+
+def test_corner_chooses_genes_that_can_be_read(model, source, counts):
+    often = (counts > 0).mean() >= 0.5
+    display = CompositionalCornerDisplay.from_estimator(source, counts, n_genes=3, n_samples=10)
+    assert list(display.names) == list(counts.mean()[often].nlargest(3).index)
+    display = CompositionalCornerDisplay.from_estimator(model, counts, n_genes=3, n_samples=10)
+    length = pd.Series(np.linalg.norm(model.components_, axis=0), counts.columns)
+    assert list(display.names) == list(length[often].nlargest(3).index)
+    rare = counts * (np.arange(N_CELLS) % 3 == 0)[:, None]
+    display = CompositionalCornerDisplay.from_estimator(model, rare, n_genes=2, n_samples=10)
+    assert set(display.names) == set((rare > 0).mean().nlargest(2).index)
+    with pytest.raises(ValueError, match="'n_genes' parameter"):
+        CompositionalCornerDisplay.from_estimator(model, counts, n_genes=1)
+
+
+# ------------------------------------------------------------------ calibration
+
+
+def test_calibration_draws_residuals_and_variances(model, counts):
+    display = CalibrationDisplay.from_estimator(model, counts, n_samples=20, random_state=4)
+    rng = np.random.RandomState(4)
+    residuals = quantile_residuals(model, counts, n_samples=20, random_state=rng)
+    check = predictive_check(model, counts, n_samples=20, random_state=rng)
+    np.testing.assert_array_equal(display.residuals, residuals)
+    left, right = display.axes_[0]
+    grid, median = line(left, "median gene").get_data()
+    below = np.mean(residuals[:, :, None] <= grid, axis=0)
+    np.testing.assert_allclose(median, np.median(below - grid, axis=0), atol=1e-12)
+    for scatter, what in zip(right.collections, [check.observed, check.predicted], strict=True):
+        expected = np.column_stack([what.mean, what.variance])
+        np.testing.assert_allclose(scatter.get_offsets(), expected)
+    assert right.get_xscale() == right.get_yscale() == "log"
+    assert f"{display.fraction_outside_:.1%} of 20 genes" in left.get_title()
+
+
+def test_calibration_of_few_genes_draws_each(model, counts):
+    display = CalibrationDisplay.from_estimator(model, counts, genes=["G03", "G00"], n_samples=5)
+    left, right = display.axes_[0]
+    grid, curve = line(left, "each gene").get_data()
+    expected = np.mean(display.residuals[:, 0, None] <= grid, axis=0) - grid
+    np.testing.assert_allclose(curve, expected, atol=1e-12)
+    assert not any("median" in text for text in legend_texts(right))
+
+
+def moments(n_genes):
+    values = np.linspace(1, 5, n_genes)
+    return Bunch(mean=values, variance=2 * values)
+
+
+def test_calibration_band_holds_95_percent_of_uniform_curves():
+    uniform = np.random.default_rng(1).uniform(size=(150, 2000))
+    display = CalibrationDisplay(uniform, moments(2000), moments(2000)).plot()
+    # binomial: 0.05 +- 0.005; the band's level comes from 2,000 simulated curves: +- 0.005; and
+    # counts are whole numbers, so that the band is a little too wide
+    assert 0.025 < display.fraction_outside_ < 0.07
+    low, high = [
+        each.get_ydata() for each in display.axes_[0, 0].lines if each.get_linestyle() == "--"
+    ]
+    assert np.all(low <= 0) and np.all(high >= 0)
+
+
+@pytest.mark.parametrize("shape", [(0.6, 0.6), (2.0, 2.0), (1.0, 1.6)])
+def test_calibration_sees_residuals_that_are_not_uniform(shape):
+    residuals = np.random.default_rng(1).beta(*shape, size=(400, 20))
+    display = CalibrationDisplay(residuals, moments(20), moments(20)).plot()
+    assert display.fraction_outside_ > 0.9
+    middle = line(display.axes_[0, 0], "median gene").get_ydata()
+    quarter, three_quarters = middle[16], middle[48]
+    # wider, narrower, smaller than predicted: as the docstring reads the curve
+    assert (quarter > 0, three_quarters > 0) == {
+        0.6: (True, False),
+        2.0: (False, True),
+        1.6: (True, True),
+    }[shape[1]]

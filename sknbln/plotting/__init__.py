@@ -5,13 +5,17 @@ what was computed. matplotlib is imported when something is drawn, not before
 (``pip install sknbln[plot]``).
 """
 
+from ._calibration import CalibrationDisplay
 from ._convergence import ConvergenceDisplay
+from ._corner import CompositionalCornerDisplay
 from ._correlation import CorrelationDisplay
 from ._embedding import EmbeddingDisplay
 from ._loadings import LoadingsSpectrumDisplay
 from ._ppc import PPCDisplay
 
 __all__ = [
+    "CalibrationDisplay",
+    "CompositionalCornerDisplay",
     "ConvergenceDisplay",
     "CorrelationDisplay",
     "EmbeddingDisplay",

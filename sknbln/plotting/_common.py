@@ -122,7 +122,7 @@ def tidy(ax):
 
 def legend_beside(ax, **kwargs):
     """A legend to the right of the axes where the figure's layout makes room for it, else inside."""
-    if ax.figure.get_figure(root=True).get_layout_engine() is None:
+    if ax.figure.get_layout_engine() is None:
         return ax.legend(**{"loc": "best", "framealpha": 0.8, **kwargs})
     place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
     return ax.legend(**{**place, **kwargs})

@@ -59,10 +59,10 @@ class LoadingsSpectrumDisplay:
     >>> from sknbln.datasets import make_nbln_counts
     >>> from sknbln.plotting import LoadingsSpectrumDisplay
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
-    >>> model = NBLNEstimator(latent_dim=3, random_state=0).fit(X)
+    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
     >>> display = LoadingsSpectrumDisplay.from_estimator(model)
     >>> display.column_norms.shape
-    (3,)
+    (2,)
     """
 
     def __init__(self, column_norms, effective_rank, n_genes, *, sigma_k=None, prior="none"):

@@ -245,7 +245,9 @@ def _draw_panel(ax, panel):
     median = np.median(panel.predicted, axis=0)
     ax.stairs(median, drawn, baseline=None, color=BLUE, linewidth=1.2, label="predicted, median")
     centres = (drawn[1:] + drawn[:-1]) / 2
-    ax.plot(centres, panel.observed, "o", color=BLACK, markersize=3, clip_on=False, label="observed")
+    ax.plot(
+        centres, panel.observed, "o", color=BLACK, markersize=3, clip_on=False, label="observed"
+    )
     ax.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
     ax.set_ylim(bottom=0)
     _set_ticks(ax, starts, width, centres[-1])

@@ -88,7 +88,7 @@ for name, line in (("no shrinkage", "--"), ("ARD", "-")):
         label=name,
     )
 ax.set(
-    xlabel="estimated covariance of two genes' log-rates (truth: 0; the last bins hold what is beyond)",
+    xlabel="estimated covariance of log-rates (truth: 0; the outermost bins hold what is beyond)",
     ylabel="pairs of genes",
     yscale="log",
     title="Null: 4,005 pairs of genes",

@@ -19,7 +19,7 @@ from ._laplace.objective import Objective
 from ._laplace.sweeps import GaussianPrior, Parameters
 from ._posterior import ParameterDraws
 from ._validation import validate_counts
-from .predictive import PredictiveMixin
+from .predictive._mixin import PredictiveMixin
 
 #: standard deviation of the normal prior of log m, around the genes' average
 LOG_MEAN_PRIOR_SCALE = 4.0

@@ -12,7 +12,8 @@ import sknbln._nbvcp
 import sknbln.datasets._real
 import sknbln.datasets._simulate
 import sknbln.plotting
-import sknbln.predictive
+import sknbln.predictive._checks
+import sknbln.predictive._draws
 
 DISPLAYS = [
     importlib.import_module(f"sknbln.plotting.{module.name}")
@@ -28,7 +29,8 @@ DISPLAYS = [
         sknbln._nbvcp,
         sknbln.datasets._real,
         sknbln.datasets._simulate,
-        sknbln.predictive,
+        sknbln.predictive._checks,
+        sknbln.predictive._draws,
         *DISPLAYS,
     ],
     ids=lambda module: module.__name__,

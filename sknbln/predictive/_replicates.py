@@ -16,10 +16,10 @@ import numpy as np
 from scipy.special import log_ndtr, ndtri_exp
 from sklearn.utils import check_random_state
 
-from . import _capture
-from ._jax import RowBatches, float64, pad_columns, padded_rank
-from ._laplace.mode import Globals
-from ._laplace.rates import draw_rates
+from .. import _capture
+from .._jax import RowBatches, float64, pad_columns, padded_rank
+from .._laplace.mode import Globals
+from .._laplace.rates import draw_rates
 
 LEVELS = ("marginal", "library_anchored", "per_cell")
 _CHUNK_ENTRIES = 2**18  # 2 MB an array
@@ -75,7 +75,7 @@ def capture_offsets(prior, library_size, stream):
     """Draws of ``TruncNormal(log M0 - log L, sigma_M, low=0)``, one per row; 0 without capture."""
     if prior is None:
         return np.zeros(library_size.size)
-    loc, scale = _capture.CapturePrior(*prior).rows(library_size)
+    loc, scale = prior.rows(library_size)
     # the upper tail, in logarithms: exact however far below 0 loc lies
     log_tail = -stream.standard_exponential(loc.size) + log_ndtr(loc / scale)
     return np.maximum(loc - scale * ndtri_exp(log_tail), 0.0)
@@ -179,7 +179,8 @@ class Replicates:
             else:
                 yield rows, poisson(log_intensity, self._streams.count)
 
-    def _row_chunks(self):
+    def row_chunks(self):
+        """Slices of rows whose dense arrays are small."""
         step = max(_CHUNK_ENTRIES // self.n_genes, 1)
         for start in range(0, self.n_rows, step):
             yield slice(start, min(start + step, self.n_rows))
@@ -189,7 +190,7 @@ class Replicates:
         if self.level == "marginal":
             prior = self.estimator.capture_prior_
             offset = capture_offsets(prior, self.library_size, self._streams.offset)
-        for rows in self._row_chunks():
+        for rows in self.row_chunks():
             x = self.fresh_rates(model, rows.stop - rows.start)
             yield rows, x - offset[rows, None]
 
@@ -200,7 +201,7 @@ class Replicates:
             capture = self._draws.eta[s], np.zeros(self.n_rows), np.ones(self.n_rows)
         k, n_genes = model.loadings.shape[1], self.n_genes
         if model.degenerate:
-            for rows in self._row_chunks():
+            for rows in self.row_chunks():
                 yield rows, model.mean - capture[0][rows, None]
             return
         batches = RowBatches(self.X, *capture, batch_size=self.estimator.batch_size)

@@ -1,0 +1,217 @@
+"""Checks of counts against their replicates: p-values of genes, residuals of entries."""
+
+import numpy as np
+from scipy.stats import kstest
+from sklearn.utils import Bunch, check_random_state
+from sklearn.utils._param_validation import validate_params
+
+from ._arguments import CONSTRAINTS, WITHOUT_LEVEL, gene_positions, replicates_of
+
+STATISTICS = ("mean", "variance", "zero_fraction", "maximum")
+
+
+@validate_params(CONSTRAINTS, prefer_skip_nested_validation=True)
+def predictive_check(
+    estimator,
+    X,
+    *,
+    level="library_anchored",
+    n_samples=100,
+    genes=None,
+    random_state=None,
+):
+    r"""Posterior predictive p-values of every gene: mean, variance, zero fraction, maximum.
+
+    Each statistic T of a gene over the rows of X is compared with that of replicated rows:
+
+    .. math:: p = \frac{\#\{T_s > T\} + (\#\{T_s = T\} + 1) / 2}{n_{samples} + 1}
+
+    the mid-p value, the observation ranked among the replicates with ties halved. Small p: observed
+    larger than predicted; p near 1: smaller.
+
+    Parameters
+    ----------
+    estimator : fitted NBVCPEstimator or NBLNEstimator
+        The model.
+    X : {array-like, sparse matrix} of shape (n_rows, n_genes)
+        Counts, at least two rows. Rows that the fit has not seen make a test; see Notes.
+    level : {"marginal", "library_anchored", "per_cell"}, default="library_anchored"
+        See :func:`posterior_predictive`.
+    n_samples : int, default=100
+        Replicates. p-values lie within ``0.5 / (n_samples + 1)`` of 0 and 1.
+    genes : array-like of int or str, or None, default=None
+        Positions or names of the genes to check.
+    random_state : int, RandomState instance or None, default=None
+        None takes the estimator's.
+
+    Returns
+    -------
+    Bunch
+        ``p_values``, ``observed`` and ``predicted`` (mean over the replicates), each a Bunch of ``mean``,
+        ``variance`` (divisor n_rows - 1), ``zero_fraction`` and ``maximum``, all (n_genes_selected,);
+        ``genes``, the positions of the genes; ``summary``, a dict of floats: per statistic
+        ``"<statistic>_outside"``, the fraction of genes with p outside [0.025, 0.975] (0.05 when all is
+        right), and ``"<statistic>_ks"``, the largest distance of the p-values' distribution from the
+        uniform one.
+
+    Raises
+    ------
+    ValueError
+        As :func:`posterior_predictive`, and for fewer than two rows.
+
+    Notes
+    -----
+    The p-values are uniform, up to the ties of discrete statistics, when X was drawn from the level's
+    predictive. On the rows of the fit they are conservative, nearer to 1/2 than uniform ones: the
+    parameters have seen the counts, most of all the means. ``"per_cell"`` uses the rows' counts twice, on
+    new rows too; it shows misfit of the count noise and is no test. ``"library_anchored"``
+    takes the total of a row as no evidence on its composition, which is exact for a flat
+    capture prior. ``"marginal"`` centres the capture prior on the observed library size and scatters the
+    totals around it once more, so that what depends on totals is conservative unless there
+    is no capture model. Genes share rows: the p-values of correlated genes are not
+    independent.
+
+    Memory is that of a chunk of rows; the replicates are never held.
+
+    Examples
+    --------
+    >>> from sknbln import NBVCPEstimator
+    >>> from sknbln.datasets import make_nbvcp_counts
+    >>> from sknbln.predictive import predictive_check
+    >>> X = make_nbvcp_counts(n_cells=200, n_genes=20, random_state=0).data
+    >>> model = NBVCPEstimator(random_state=0).fit(X[:100])
+    >>> check = predictive_check(model, X[100:], n_samples=50, random_state=0)
+    >>> check.p_values.variance.shape
+    (20,)
+    >>> sorted(check.summary)[:2]
+    ['maximum_ks', 'maximum_outside']
+    """
+    positions = gene_positions(estimator, genes)
+    replicates = replicates_of(estimator, X, level, n_samples, random_state, needs_counts=True)
+    if replicates.n_rows < 2:
+        raise ValueError(f"X has {replicates.n_rows} row: a check needs at least two.")
+    observed = _observed_statistics(replicates.X[:, positions])
+    above, ties, total = np.zeros((3, *observed.shape))
+    for s in range(n_samples):
+        drawn = _replicated_statistics(replicates, s, positions)
+        above += drawn > observed
+        ties += drawn == observed
+        total += drawn
+    p = (above + (ties + 1) / 2) / (n_samples + 1)
+    summary = {}
+    for name, values in zip(STATISTICS, p, strict=True):
+        summary[f"{name}_outside"] = float(np.mean((values < 0.025) | (values > 0.975)))
+        summary[f"{name}_ks"] = float(kstest(values, "uniform").statistic)
+    return Bunch(
+        p_values=_named(p),
+        observed=_named(observed),
+        predicted=_named(total / n_samples),
+        genes=positions,
+        summary=summary,
+    )
+
+
+def _named(statistics):
+    return Bunch(**dict(zip(STATISTICS, statistics, strict=True)))
+
+
+def _statistics(n, total, squares, zeros, largest):
+    """From sums over n rows; equal sums give equal statistics, so that ties are seen."""
+    variance = np.maximum(squares - total * (total / n), 0.0) / (n - 1)
+    return np.stack([total / n, variance, zeros / n, largest])
+
+
+def _observed_statistics(X):
+    n = X.shape[0]
+    columns = X.tocsc()
+    total = np.asarray(columns.sum(axis=0), float).ravel()
+    squares = np.asarray(columns.multiply(columns).sum(axis=0), float).ravel()
+    zeros = n - np.diff(columns.indptr).astype(float)
+    largest = columns.max(axis=0).toarray().ravel().astype(float)
+    return _statistics(n, total, squares, zeros, largest)
+
+
+def _replicated_statistics(replicates, s, positions):
+    total, squares, zeros, largest = np.zeros((4, positions.size))
+    for _, counts in replicates.chunks(s):
+        counts = counts[:, positions].astype(float)
+        total += counts.sum(axis=0)
+        squares += np.sum(counts**2, axis=0)
+        zeros += np.sum(counts == 0, axis=0)
+        largest = np.maximum(largest, counts.max(axis=0))
+    return _statistics(replicates.n_rows, total, squares, zeros, largest)
+
+
+@validate_params(WITHOUT_LEVEL, prefer_skip_nested_validation=True)
+def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=None):
+    r"""Randomized quantile residuals of every count, uniform on (0, 1) under the model.
+
+    The rank of a count among its library-anchored replicates, with ties broken at random:
+
+    .. math:: q_{cg} = \frac{\#\{u_s < u\} + v\, (\#\{u_s = u\} + 1)}{n_{samples} + 1}, \qquad
+              v \sim U(0, 1)
+
+    the sum over replicates s of the same entry. A count that is drawn like its replicates gives
+    exactly uniform q, whatever `n_samples` is.
+
+    Parameters
+    ----------
+    estimator : fitted NBVCPEstimator or NBLNEstimator
+        The model.
+    X : {array-like, sparse matrix} of shape (n_rows, n_genes)
+        Counts. On the rows of the fit residuals are a little nearer to 1/2 than uniform ones.
+    n_samples : int, default=100
+        Replicates.
+    genes : array-like of int or str, or None, default=None
+        Positions or names of the genes.
+    random_state : int, RandomState instance or None, default=None
+        None takes the estimator's.
+
+    Returns
+    -------
+    ndarray of shape (n_rows, n_genes_selected)
+        In (0, 1); ``scipy.stats.norm.ppf`` makes normal residuals of them.
+
+    Raises
+    ------
+    ValueError
+        As :func:`posterior_predictive`.
+
+    Notes
+    -----
+    Conditioning on the totals leaves capture out, the part of the model that the data of a row
+    determine by themselves; it is exact for a flat capture prior. Rows without counts have residuals
+    that are random numbers. Residuals are uniform over rows; those of one row share its scores and its total,
+    and are not independent. Memory is that of
+    the result, twice.
+
+    References
+    ----------
+    Dunn and Smyth (1996), Randomized quantile residuals, J. Comput. Graph. Stat. 5(3).
+
+    Examples
+    --------
+    >>> from sknbln import NBVCPEstimator
+    >>> from sknbln.datasets import make_nbvcp_counts
+    >>> from sknbln.predictive import quantile_residuals
+    >>> X = make_nbvcp_counts(n_cells=100, n_genes=20, random_state=0).data
+    >>> model = NBVCPEstimator(random_state=0).fit(X)
+    >>> quantile_residuals(model, X, n_samples=50, genes=[0, 1], random_state=0).shape
+    (100, 2)
+    """
+    positions = gene_positions(estimator, genes)
+    rng = check_random_state(estimator.random_state if random_state is None else random_state)
+    replicates = replicates_of(estimator, X, "library_anchored", n_samples, rng, needs_counts=True)
+    observed = replicates.X[:, positions].toarray()
+    below, ties = np.zeros((2, *observed.shape), np.int32)
+    for s in range(n_samples):
+        for rows, counts in replicates.chunks(s):
+            drawn = counts[:, positions]
+            below[rows] += drawn < observed[rows]
+            ties[rows] += drawn == observed[rows]
+    residuals = observed
+    for rows in replicates.row_chunks():
+        # drawn for all genes, so that a gene's residuals do not depend on the selection
+        uniform = rng.uniform(size=(rows.stop - rows.start, replicates.n_genes))[:, positions]
+        residuals[rows] = (below[rows] + uniform * (ties[rows] + 1)) / (n_samples + 1)
+    return np.clip(residuals, np.finfo(float).tiny, 1 - np.finfo(float).epsneg, out=residuals)

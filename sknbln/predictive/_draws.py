@@ -1,0 +1,234 @@
+"""Replicates of counts and points on the simplex."""
+
+import numpy as np
+from sklearn.utils import Bunch
+from sklearn.utils._param_validation import validate_params
+
+from .. import _capture
+from ._arguments import CONSTRAINTS, WITHOUT_LEVEL, gene_positions, replicates_of
+from ._replicates import softmax
+
+
+@validate_params(CONSTRAINTS, prefer_skip_nested_validation=True)
+def posterior_predictive(
+    estimator,
+    X=None,
+    *,
+    level="library_anchored",
+    n_samples=100,
+    genes=None,
+    random_state=None,
+):
+    r"""Draw counts from a fitted model: replicates of the rows of X.
+
+    Each replicate takes one joint draw of the parameters from the posterior (`sample_posterior`: what
+    is frozen comes from the source's own posterior), then draws the counts, with ``NB(mean, r) =
+    Poisson(mean * gamma)``, ``gamma ~ Gamma(r, 1/r)`` (1 for Poisson channels):
+
+    ``"marginal"``
+        Everything is fresh: ``x ~ N(mu, Sigma)``, ``eta_c ~ TruncNormal(log M0 - log L_c, sigma_M, low=0)``,
+        ``u ~ Poisson(exp(x - eta) * gamma)``. The capture prior of a row depends on its library size
+        ``L_c``, which is a design here: that of the rows given, as observed. Totals therefore scatter
+        around the observed ones, by sigma_M nats and by the model's own variation.
+    ``"library_anchored"``
+        Fresh compositions, observed totals: ``u_c ~ Multinomial(L_c, p_c)``, ``p_c`` proportional to
+        ``exp(x_c) * gamma_c``, so that overdispersion is kept. The capture offset drops out.
+    ``"per_cell"``
+        ``y = x - eta`` from the row's own Laplace posterior ``N(y*, (-H)^{-1})`` given its counts and
+        the draw of the parameters, then ``u ~ Poisson(exp(y) * gamma)``. A frozen offset is the draw
+        of the source's posterior; a free one is integrated. For `NBVCPEstimator`, whose log-rates
+        do not vary, ``y = log m - eta``. With ``observation="multinomial"`` the totals are the observed
+        ones.
+
+    Parameters
+    ----------
+    estimator : fitted NBVCPEstimator or NBLNEstimator
+        The model.
+    X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
+        Rows to replicate. None stands for the training rows; ``"per_cell"`` needs the counts.
+        Fractional totals are rounded.
+    level : {"marginal", "library_anchored", "per_cell"}, default="library_anchored"
+        What is drawn afresh.
+    n_samples : int, default=100
+        Replicates.
+    genes : array-like of int or str, or None, default=None
+        Positions or names (of ``feature_names_in_``) of the genes to return, in this order; None for
+        all. A gene's draws do not depend on the selection.
+    random_state : int, RandomState instance or None, default=None
+        None takes the estimator's. The same seed gives the same draws.
+
+    Returns
+    -------
+    ndarray of shape (n_samples, n_rows, n_genes_selected), int64
+        Counts.
+
+    Raises
+    ------
+    ValueError
+        For unknown or repeated genes, for ``"per_cell"`` without X, for ``"marginal"`` with
+        ``observation="multinomial"`` (it has no distribution of totals), and when a drawn rate is
+        beyond 64-bit counts.
+    TypeError
+        When `estimator` is neither of the two.
+
+    See Also
+    --------
+    iter_posterior_predictive : The same, one replicate at a time.
+    predictive_check : Predictive p-values of genes, in bounded memory.
+
+    Notes
+    -----
+    The result takes ``8 n_samples n_rows n_genes_selected`` bytes; besides it there are a few chunks
+    of rows and the parameters' draws. All genes are drawn whatever `genes` is (compositions need
+    them): the selection saves memory, not time. ``"per_cell"`` of an `NBLNEstimator` finds the
+    mode of every row once per replicate.
+
+    Examples
+    --------
+    >>> from sknbln import NBVCPEstimator
+    >>> from sknbln.datasets import make_nbvcp_counts
+    >>> from sknbln.predictive import posterior_predictive
+    >>> X = make_nbvcp_counts(n_cells=100, n_genes=20, random_state=0).data
+    >>> model = NBVCPEstimator(random_state=0).fit(X)
+    >>> draws = posterior_predictive(model, X, n_samples=5, random_state=0)
+    >>> draws.shape
+    (5, 100, 20)
+    >>> bool((draws.sum(axis=2) == X.sum(axis=1)).all())
+    True
+    """
+    positions = gene_positions(estimator, genes)
+    replicates = replicates_of(estimator, X, level, n_samples, random_state)
+    out = np.empty((n_samples, replicates.n_rows, positions.size), np.int64)
+    for s in range(n_samples):
+        for rows, counts in replicates.chunks(s):
+            out[s, rows] = counts[:, positions]
+    return out
+
+
+@validate_params(CONSTRAINTS, prefer_skip_nested_validation=True)
+def iter_posterior_predictive(
+    estimator,
+    X=None,
+    *,
+    level="library_anchored",
+    n_samples=100,
+    genes=None,
+    random_state=None,
+):
+    """Iterate over replicates: what :func:`posterior_predictive` stacks, one at a time.
+
+    Memory is that of one replicate, a few chunks of rows and the parameters' draws. Arguments are
+    checked at the call, not at the first replicate.
+
+    Parameters
+    ----------
+    estimator : fitted NBVCPEstimator or NBLNEstimator
+        The model.
+    X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
+        Rows to replicate; None for the training rows.
+    level : {"marginal", "library_anchored", "per_cell"}, default="library_anchored"
+        What is drawn afresh.
+    n_samples : int, default=100
+        Replicates.
+    genes : array-like of int or str, or None, default=None
+        Positions or names of the genes to return.
+    random_state : int, RandomState instance or None, default=None
+        None takes the estimator's.
+
+    Returns
+    -------
+    iterator of ndarray of shape (n_rows, n_genes_selected), int64
+        `n_samples` replicates.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`posterior_predictive`.
+
+    Examples
+    --------
+    >>> from sknbln import NBVCPEstimator
+    >>> from sknbln.datasets import make_nbvcp_counts
+    >>> from sknbln.predictive import iter_posterior_predictive
+    >>> X = make_nbvcp_counts(n_cells=100, n_genes=20, random_state=0).data
+    >>> model = NBVCPEstimator(random_state=0).fit(X)
+    >>> largest = [u.max() for u in iter_posterior_predictive(model, X, n_samples=5)]
+    >>> len(largest)
+    5
+    """
+    positions = gene_positions(estimator, genes)
+    replicates = replicates_of(estimator, X, level, n_samples, random_state)
+    return _stacked_chunks(replicates, positions)
+
+
+def _stacked_chunks(replicates, positions):
+    for s in range(replicates.n_samples):
+        out = np.empty((replicates.n_rows, positions.size), np.int64)
+        for rows, counts in replicates.chunks(s):
+            out[rows] = counts[:, positions]
+        yield out
+
+
+@validate_params(WITHOUT_LEVEL, prefer_skip_nested_validation=True)
+def compositional_samples(estimator, X=None, *, n_samples=1000, genes=None, random_state=None):
+    """Compositions of cells before observation noise, and the empirical ones beside them.
+
+    The model's points on the simplex are ``softmax(x)``, one fresh ``x ~ N(mu, Sigma)`` per posterior
+    draw. They are invariant under the exchange of log-rate level and capture. The gamma noise of the
+    counts belongs to the observation and is left out, in both models: the points of
+    an `NBVCPEstimator` are its mean composition ``m / sum(m)`` per posterior draw, the limit Sigma -> 0.
+    By that model the compositions of cells do not differ, and the spread of its points is what the
+    posterior does not know. Empirical compositions scatter more than the model's by their observation noise.
+
+    Parameters
+    ----------
+    estimator : fitted NBVCPEstimator or NBLNEstimator
+        The model.
+    X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
+        Counts whose compositions are returned too.
+    n_samples : int, default=1000
+        Points of the model.
+    genes : array-like of int or str, or None, default=None
+        Positions or names of the genes to return: coordinates of the composition of all genes.
+    random_state : int, RandomState instance or None, default=None
+        None takes the estimator's.
+
+    Returns
+    -------
+    Bunch
+        ``model`` (n_samples, n_genes_selected); and if X is given ``cells`` (n_rows_with_counts,
+        n_genes_selected), each row by its total, rows without counts left out, and ``pseudobulk``
+        (n_genes_selected,), the column totals by the total of X.
+
+    Raises
+    ------
+    ValueError
+        For unknown or repeated genes, and when X has no counts at all.
+
+    Examples
+    --------
+    >>> from sknbln import NBVCPEstimator
+    >>> from sknbln.datasets import make_nbvcp_counts
+    >>> from sknbln.predictive import compositional_samples
+    >>> X = make_nbvcp_counts(n_cells=100, n_genes=20, random_state=0).data
+    >>> model = NBVCPEstimator(random_state=0).fit(X)
+    >>> found = compositional_samples(model, X, n_samples=50, genes=[3, 1, 2])
+    >>> found.model.shape, found.cells.shape, found.pseudobulk.shape
+    ((50, 3), (100, 3), (3,))
+    """
+    positions = gene_positions(estimator, genes)
+    replicates = replicates_of(estimator, None, "library_anchored", n_samples, random_state)
+    points = np.empty((n_samples, positions.size))
+    for s, model in enumerate(replicates.models()):
+        points[s] = softmax(replicates.fresh_rates(model, 1))[0, positions]
+    found = Bunch(model=points)
+    if X is not None:
+        X = estimator._validated(X)
+        totals = _capture.library_sizes(X)
+        if not totals.any():
+            raise ValueError("X has no counts: compositions of its rows are not defined.")
+        some = totals > 0
+        found.cells = X[some][:, positions].toarray() / totals[some, None]
+        columns = np.asarray(X.sum(axis=0), float).ravel()
+        found.pseudobulk = columns[positions] / totals.sum()
+    return found

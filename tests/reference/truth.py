@@ -1,0 +1,51 @@
+"""Estimators whose parameters are the truth of a simulation: no fit, no posterior uncertainty."""
+
+import numpy as np
+
+from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln._capture import CapturePrior
+from sknbln._posterior import Curvature
+from sknbln._svi import Guide
+
+
+def nbvcp(mean, r, *, capture_prior=None, library_size=(), **params):
+    """An `NBVCPEstimator` as fitted, with the given globals; every posterior is a point."""
+    model = NBVCPEstimator(**params)
+    none, n_rows = np.zeros(len(mean)), len(library_size)
+    offsets = None
+    model.capture_prior_ = None if capture_prior is None else CapturePrior(*capture_prior)
+    model.capture_offset_ = np.zeros(n_rows)
+    if capture_prior is not None:
+        loc = capture_prior[0] - np.log(library_size)
+        model.capture_offset_ = np.maximum(loc, 0.0)
+        offsets = (loc, np.full(n_rows, 1e-9))
+    model.mean_, model.dispersion_ = np.array(mean, float), np.array(r, float)
+    model.n_features_in_ = len(mean)
+    model._library_size = np.asarray(library_size, float)
+    model._guide = Guide((np.log(mean), none), (np.log(r), none), offsets)
+    return model
+
+
+def nbln(mean, loadings, noise, r, *, frozen=("r", "mu", "eta"), **params):
+    """An `NBLNEstimator` as fitted, with the given globals; ``mean`` are log-rates.
+
+    What is not in ``params`` is as in :func:`nbvcp`, which is its source.
+    """
+    source = {
+        name: params.pop(name) for name in ("capture_prior", "library_size") if name in params
+    }
+    model = NBLNEstimator(latent_dim=max(loadings.shape[1], 1), **params)
+    finite = np.where(np.isfinite(r), r, 1.0)
+    model._source = model.informative_prior_estimator_ = nbvcp(np.exp(mean), finite, **source)
+    model.mean_, model.loadings_, model.noise_variance_ = mean, loadings, noise
+    model.dispersion_ = np.broadcast_to(np.asarray(r, float), mean.shape)
+    model.components_ = (loadings - loadings.mean(0)).T
+    model.latent_dim_ = loadings.shape[1]
+    if not np.all(np.isfinite(r)):
+        frozen = tuple(name for name in frozen if name != "r")
+    model.frozen_params_ = frozen
+    none = np.zeros(mean.size)
+    model._curvature = Curvature(none, np.zeros(loadings.shape), none)
+    for name in ("capture_prior_", "capture_offset_", "n_features_in_", "_library_size"):
+        setattr(model, name, getattr(model._source, name))
+    return model

@@ -1,0 +1,582 @@
+"""Posterior predictive draws, moments, and the checks that are made of them."""
+
+import copy
+import tracemalloc
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+from scipy import stats
+from sklearn.exceptions import NotFittedError
+
+from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln.datasets import make_nbvcp_counts
+from sknbln.predictive import (
+    compositional_samples,
+    iter_posterior_predictive,
+    posterior_predictive,
+    predictive_check,
+    quantile_residuals,
+)
+
+from .reference import direct, truth
+
+N_GENES, RANK = 8, 2
+LEVELS = ("marginal", "library_anchored", "per_cell")
+STATISTICS = ("mean", "variance", "zero_fraction", "maximum")
+# Largest of some hundred standardized deviations; a normal one exceeds it once in a million.
+Z_MAX = 5.0
+# Fixed seeds: a right sampler fails a test of uniformity with this probability, once and for all.
+ALPHA = 1e-3
+
+
+def globals_(seed=0, n_genes=N_GENES, poisson=False):
+    rng = np.random.default_rng(seed)
+    mean = rng.uniform(0.0, 2.0, n_genes)
+    loadings = 0.4 * rng.standard_normal((n_genes, RANK))
+    noise = rng.uniform(0.05, 0.3, n_genes)
+    r = np.full(n_genes, np.inf) if poisson else np.exp(rng.uniform(0.0, 2.0, n_genes))
+    return mean, loadings, noise, r
+
+
+def simulate(mean, loadings, noise, r, n_cells, rng, totals=None):
+    """Counts of the model, at full capture or given totals, by NumPy alone."""
+    x = mean + rng.standard_normal((n_cells, RANK)) @ loadings.T
+    x += np.sqrt(noise) * rng.standard_normal(x.shape)
+    rate = np.exp(x)
+    if np.all(np.isfinite(r)):
+        rate *= rng.gamma(r, 1 / r, x.shape)
+    if totals is None:
+        return rng.poisson(rate)
+    return np.stack([rng.multinomial(n, p / p.sum()) for n, p in zip(totals, rate, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return simulate(*globals_(), 60, np.random.default_rng(5))
+
+
+@pytest.fixture(scope="module")
+def fits(counts):
+    """Fitted on a DataFrame: names of genes matter everywhere."""
+    frame = pd.DataFrame(counts, columns=[f"gene{g}" for g in range(N_GENES)])
+    source = NBVCPEstimator(random_state=0).fit(frame)
+    options = dict(latent_dim=RANK, random_state=0, informative_prior_estimator=source)
+    variants = {
+        "nbvcp": source,
+        "default": NBLNEstimator(**options),
+        "free": NBLNEstimator(informative_priors_freeze=(), **options),
+        "coupled": NBLNEstimator(cascade="marginal", **options),
+        "poisson": NBLNEstimator(observation="poisson", **options),
+        "multinomial": NBLNEstimator(observation="multinomial", **options),
+    }
+    return frame, {name: m if m is source else m.fit(frame) for name, m in variants.items()}
+
+
+MODELS = ("nbvcp", "default", "free", "coupled", "poisson", "multinomial")
+
+
+def levels_of(name):
+    return [level for level in LEVELS if (name, level) != ("multinomial", "marginal")]
+
+
+# ------------------------------------------------------------------ moments
+
+
+def standardized(sample, expected):
+    """(mean over axis 0 - expected) by its standard error."""
+    return (sample.mean(0) - expected) / (sample.std(0) / np.sqrt(len(sample)))
+
+
+@pytest.mark.parametrize("poisson", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 0.7])
+def test_moments_are_those_of_simulated_counts(poisson, offset):
+    mean, W, d, r = globals_(poisson=poisson)
+    found = truth.nbln(mean, W, d, r).moments(offset=offset)
+    u = simulate(mean - offset, W, d, r, 200_000, np.random.default_rng(1)).astype(float)
+    assert np.all(np.abs(standardized(u, found.mean)) < Z_MAX)
+    centred = u - found.mean
+    products = centred[:, :, None] * centred[:, None, :]
+    assert np.all(np.abs(standardized(products, found.covariance)) < Z_MAX)
+    np.testing.assert_array_equal(np.diag(found.covariance), found.variance)
+    if not poisson:
+        # the test would see the burst term in its form for Sigma_gg = 0
+        S = np.sum(W**2, 1) + d
+        other = found.variance - np.exp(2 * (mean - offset + S)) / r + found.mean**2 / r
+        assert np.abs(standardized(centred**2, other)).max() > 2 * Z_MAX
+
+
+def test_moments_of_independent_genes():
+    mean, r = np.array([0.5, 3.0, 40.0]), np.array([0.5, 2.0, 8.0])
+    found = truth.nbvcp(mean, r).moments()
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(found.variance, mean + mean**2 / r, rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.diag(mean + mean**2 / r), rtol=1e-12)
+
+
+def test_moments_beyond_floating_point_are_inf_and_said():
+    mean, W, d, r = globals_()
+    d[2] = 500.0  # E u = exp(250 + ...) is finite, its square is not
+    with pytest.warns(RuntimeWarning, match=f"moments of 1 of {N_GENES} genes"):
+        found = truth.nbln(mean, W, d, r).moments()
+    assert np.isinf(found.variance[2])
+    assert np.all(np.isfinite(found.mean))
+    assert not np.any(np.isnan(found.covariance))
+    assert np.isinf(found.covariance).sum() == 1
+
+
+@pytest.mark.parametrize("offset", [np.nan, "1", None, np.inf])
+def test_moments_refuse_an_offset_that_is_no_number(offset):
+    with pytest.raises(ValueError, match="offset="):
+        truth.nbln(*globals_()).moments(offset=offset)
+
+
+# ------------------------------------------------------------------ levels
+
+
+@pytest.mark.parametrize("kind", ["nbln", "poisson", "nbvcp"])
+def test_marginal_draws_have_the_model_s_moments(kind):
+    mean, W, d, r = globals_(poisson=kind == "poisson")
+    if kind == "nbvcp":
+        model = truth.nbvcp(np.exp(mean), r, library_size=np.ones(20_000))
+    else:
+        model = truth.nbln(mean, W, d, r, library_size=np.ones(20_000))
+    u = model.posterior_predictive(level="marginal", n_samples=2, random_state=0)
+    u = u.reshape(-1, N_GENES).astype(float)
+    found = model.moments()
+    centred = u - found.mean
+    assert np.all(np.abs(standardized(u, found.mean)) < Z_MAX)
+    products = centred[:, :, None] * centred[:, None, :]
+    assert np.all(np.abs(standardized(products, found.covariance)) < Z_MAX)
+
+
+def test_marginal_offsets_follow_the_capture_prior_of_the_rows():
+    """Poisson, Sigma = 0: a total has mean sum(m) E exp(-eta), eta around log M0 - log L."""
+    mean, prior = np.full(N_GENES, 50.0), (np.log(400.0), 0.3)
+    size = np.repeat([20.0, 100.0, 1000.0], 10_000)
+    model = truth.nbvcp(mean, np.full(N_GENES, 1e8), capture_prior=prior, library_size=size)
+    totals = model.posterior_predictive(level="marginal", n_samples=1, random_state=0)[0].sum(1)
+    for L in (20.0, 100.0, 1000.0):
+        loc = prior[0] - np.log(L)
+        eta = stats.truncnorm(-loc / prior[1], np.inf, loc, prior[1])
+        expected = mean.sum() * eta.expect(lambda e: np.exp(-e))
+        assert abs(standardized(totals[size == L].astype(float), expected)) < Z_MAX
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_library_anchored_totals_are_the_observed_ones(fits, name):
+    frame, models = fits
+    X = frame.copy()
+    X.iloc[3] = 0
+    u = models[name].posterior_predictive(X, n_samples=4, random_state=0)
+    assert u.dtype == np.int64
+    np.testing.assert_array_equal(u.sum(2), np.tile(X.sum(axis=1), (4, 1)))
+
+
+def test_library_anchored_compositions_keep_the_overdispersion():
+    """Two genes and a total N: u_1 is beta-binomial where r is shared and Sigma = 0."""
+    r, total = 1.5, 40
+    model = truth.nbvcp(np.full(2, 7.0), np.full(2, r), library_size=np.full(20_000, total))
+    u = model.posterior_predictive(n_samples=1, random_state=0)[0, :, 0]
+    expected = stats.betabinom(total, r, r).pmf(np.arange(total + 1)) * len(u)
+    observed = np.bincount(u, minlength=total + 1)
+    assert stats.chisquare(observed, expected).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("poisson", [False, True])
+def test_per_cell_counts_have_the_moments_of_the_row_s_laplace_posterior(poisson):
+    """Against the dense Laplace posterior; the prior's covariance would be seen."""
+    mean, W, d, r = globals_(poisson=poisson)
+    X = simulate(mean, W, d, r, 3, np.random.default_rng(3))
+    model = truth.nbln(mean, W, d, r, library_size=X.sum(1))
+    n_samples = 6000
+    u = model.posterior_predictive(X, level="per_cell", n_samples=n_samples, random_state=0)
+    Sigma = direct.covariance(W, d, 0.0)
+    for c, row in enumerate(X):
+        found = direct.laplace(row, mean, Sigma, r)
+        deviations = []
+        for V in (found.covariance, Sigma):
+            expected = np.exp(found.y + np.diag(V) / 2)
+            covariance = np.outer(expected, expected) * np.expm1(V)
+            covariance += np.diag(expected + np.exp(2 * (found.y + np.diag(V))) / r)
+            centred = u[:, c] - expected
+            z = standardized(centred[:, :, None] * centred[:, None, :], covariance)
+            deviations.append(max(np.abs(z).max(), np.abs(standardized(u[:, c], expected)).max()))
+        assert deviations[0] < Z_MAX
+        assert deviations[1] > 2 * Z_MAX
+
+
+def test_per_cell_free_offsets_are_integrated():
+    """Offsets that are not frozen: the row's posterior with capture as one more factor."""
+    mean, W, d, r = globals_()
+    X = simulate(mean - 1.0, W, d, r, 4, np.random.default_rng(4))
+    prior = (np.log(X.sum(1).mean()) + 1.0, 0.5)
+    model = truth.nbln(
+        mean, W, d, r, frozen=("r", "mu"), capture_prior=prior, library_size=X.sum(1)
+    )
+    model.informative_priors_tau = np.inf  # the capture prior alone
+    offset, scale, _ = model._row_capture(sp.csr_matrix(X, dtype=float))
+    assert np.all(scale == 0.5)
+    u = model.posterior_predictive(X, level="per_cell", n_samples=6000, random_state=0)
+    for c, row in enumerate(X):
+        found = direct.laplace(row, mean - offset[c], direct.covariance(W, d, 0.5), r)
+        expected = np.exp(found.y + np.diag(found.covariance) / 2)
+        assert np.all(np.abs(standardized(u[:, c], expected)) < Z_MAX)
+
+
+def test_per_cell_of_independent_genes_takes_the_row_s_offset():
+    mean, r = np.array([3.0, 9.0, 20.0]), np.array([1.0, 3.0, 9.0])
+    model = truth.nbvcp(mean, r)
+    X = np.array([[3, 9, 20], [0, 0, 0]])
+    u = model.posterior_predictive(X, level="per_cell", n_samples=20_000, random_state=0)
+    for c in range(2):  # without capture every row is alike
+        assert np.all(np.abs(standardized(u[:, c].astype(float), mean)) < Z_MAX)
+        centred = u[:, c] - mean
+        assert np.all(np.abs(standardized(centred**2, mean + mean**2 / r)) < Z_MAX)
+
+
+def test_per_cell_of_a_multinomial_has_the_observed_totals(fits):
+    frame, models = fits
+    u = models["multinomial"].posterior_predictive(frame, level="per_cell", n_samples=3)
+    np.testing.assert_array_equal(u.sum(2), np.tile(frame.sum(axis=1), (3, 1)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_draws_lie_near_the_counts(fits, name):
+    """Every model and level, on the rows of the fit: the grand mean to a quarter."""
+    frame, models = fits
+    for level in levels_of(name):
+        u = models[name].posterior_predictive(frame, level=level, n_samples=20, random_state=0)
+        assert u.min() >= 0
+        tolerance = (
+            1.6 if level == "marginal" else 1.25
+        )  # its offsets scatter: E exp(-eta) is larger
+        assert 1 / tolerance < u.mean() / frame.to_numpy().mean() < tolerance
+
+
+# ------------------------------------------------------------------ posterior draws
+
+
+def test_every_replicate_has_a_draw_of_the_source_s_posterior(fits):
+    """Counts of one gene, Sigma = 0, given r and m of the draw: their means follow the draws of m."""
+    frame, models = fits
+    source = copy.copy(models["nbvcp"])
+    loc, _ = source._guide.log_mean
+    source._guide = source._guide._replace(log_mean=(loc, np.full(N_GENES, 0.8)))
+    found = source.posterior_predictive(frame, level="per_cell", n_samples=30, random_state=3)
+    drawn = source.sample_posterior(30, frame, random_state=3)
+    expected = drawn.mu * np.exp(-drawn.eta).mean(1, keepdims=True)
+    ratio = found.mean(1) / expected
+    # 60 counts of mean above 1 and r above 0.5: a standard error of 0.2 at most
+    assert np.all(np.abs(np.log(ratio)) < 1.0)
+    assert np.std(np.log(expected), axis=0).min() > 0.5
+
+
+def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
+    """Sigma takes each draw's share: (1 + 1/r) exp(Sigma_gg) is the source's 1 + 1/r of that draw."""
+    _, models = fits
+    model = models["coupled"]
+    draws = model._posterior_draws(20, None, np.random.RandomState(0), offsets=False)
+    source = model._source._posterior_draws(20, None, np.random.RandomState(0), offsets=False)
+    variance = draws.inflation * np.diag(model.get_covariance())
+    np.testing.assert_allclose((1 + 1 / draws.r) * np.exp(variance), 1 + 1 / source.r, rtol=1e-8)
+    # and the marginal mean does not follow the share
+    kept = draws.log_mean + variance / 2
+    assert np.all(np.abs(np.corrcoef(kept.ravel(), variance.ravel())[0, 1]) < 1)
+    spread = (kept - model.mean_ - np.diag(model.get_covariance()) / 2) / model._curvature.mean
+    assert abs(spread.std() - 1) < 0.3
+
+
+def test_posterior_draws_of_named_rows(fits):
+    """Validated rows are handed on without their names: no warning about it."""
+    frame, models = fits
+    for model in models.values():
+        assert model.sample_posterior(3, frame).eta.shape == (3, len(frame))
+
+
+# ------------------------------------------------------------------ seeds, selection, memory
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_seed_same_draws_and_a_gene_is_drawn_whatever_is_selected(fits, name):
+    frame, models = fits
+    model = models[name]
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    before = frame.copy()
+    for level in levels_of(name):
+        options = dict(level=level, n_samples=3)
+        first = posterior_predictive(model, frame, random_state=1, **options)
+        again = model.posterior_predictive(frame.astype(float), random_state=1, **options)
+        np.testing.assert_array_equal(first, again)
+        some = posterior_predictive(model, frame, random_state=1, genes=[5, 0], **options)
+        np.testing.assert_array_equal(first[:, :, [5, 0]], some)
+        one_by_one = iter_posterior_predictive(model, frame, random_state=1, **options)
+        np.testing.assert_array_equal(first, np.stack(list(one_by_one)))
+        assert np.any(first != posterior_predictive(model, frame, random_state=2, **options))
+        assert np.any(first[0] != first[1])
+    np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    pd.testing.assert_frame_equal(frame, before)
+
+
+def test_no_rows_stand_for_those_of_the_fit(fits):
+    frame, models = fits
+    for name in ("nbvcp", "default"):
+        for level in ("marginal", "library_anchored"):
+            # 0 is the seed of the estimators
+            given = posterior_predictive(
+                models[name], frame, level=level, n_samples=2, random_state=0
+            )
+            own = posterior_predictive(models[name], level=level, n_samples=2)
+            np.testing.assert_array_equal(given, own)
+
+
+def test_genes_by_name(fits):
+    frame, models = fits
+    by_name = posterior_predictive(models["default"], frame, n_samples=2, genes=["gene6", "gene1"])
+    by_place = posterior_predictive(models["default"], frame, n_samples=2, genes=np.array([6, 1]))
+    np.testing.assert_array_equal(by_name, by_place)
+
+
+def test_checks_of_selected_genes_are_those_of_all(fits):
+    frame, models = fits
+    model, options = models["default"], dict(n_samples=5, random_state=0)
+    everything = predictive_check(model, frame, **options)
+    some = predictive_check(model, frame, genes=[4, 2], **options)
+    np.testing.assert_array_equal(some.genes, [4, 2])
+    for part in ("p_values", "observed", "predicted"):
+        for name in STATISTICS:
+            np.testing.assert_array_equal(everything[part][name][[4, 2]], some[part][name])
+    residuals = quantile_residuals(model, frame, **options)
+    np.testing.assert_array_equal(
+        residuals[:, [4, 2]], quantile_residuals(model, frame, genes=[4, 2], **options)
+    )
+
+
+@pytest.mark.parametrize("consume", ["iterator", "check"])
+def test_memory_is_that_of_one_replicate(consume):
+    mean, W, d, r = globals_(n_genes=100)
+    X = simulate(mean, W, d, r, 10_000, np.random.default_rng(0))
+    model = truth.nbln(mean, W, d, r, library_size=X.sum(1))
+    one = X.size * 8
+    given = sp.csr_matrix(X, dtype=float)
+    list(iter_posterior_predictive(model, X[:10], n_samples=1))  # imports and caches
+    tracemalloc.start()
+    if consume == "iterator":
+        for u in iter_posterior_predictive(model, None, n_samples=8, random_state=0):
+            assert u.nbytes == one
+        bound = 2 * one  # the one in use and the next
+    else:
+        predictive_check(model, given, n_samples=8, random_state=0)
+        bound = 3 * one  # copies of X while it is checked and sorted
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    chunks = 12 * 2**18 * 8
+    assert peak < bound + chunks < 8 * one
+
+
+# ------------------------------------------------------------------ checks
+
+
+def test_statistics_are_numpy_s(fits):
+    frame, models = fits
+    X = frame.to_numpy()
+    options = dict(n_samples=4, random_state=0)
+    check = predictive_check(models["default"], frame, **options)
+    drawn = posterior_predictive(models["default"], frame, **options)
+    of = {
+        "mean": lambda u: u.mean(-2),
+        "variance": lambda u: u.var(-2, ddof=1),
+        "zero_fraction": lambda u: (u == 0).mean(-2),
+        "maximum": lambda u: u.max(-2),
+    }
+    for name, statistic in of.items():
+        observed, replicated = statistic(X), statistic(drawn)
+        np.testing.assert_allclose(check.observed[name], observed, rtol=1e-12)
+        np.testing.assert_allclose(check.predicted[name], replicated.mean(0), rtol=1e-12)
+        # ties to rounding: the sums are exact, NumPy's two-pass variance is not
+        ties = np.isclose(replicated, observed, rtol=1e-10)
+        above = ~ties & (replicated > observed)
+        p = (above.sum(0) + (ties.sum(0) + 1) / 2) / 5
+        np.testing.assert_allclose(check.p_values[name], p, rtol=1e-12)
+    assert all(type(v) is float and np.isfinite(v) for v in check.summary.values())
+    assert set(check.summary) == {f"{s}_{kind}" for s in STATISTICS for kind in ("outside", "ks")}
+
+
+def repeated_checks(level, n_repeats=10):
+    """p-values and residuals of fresh data under the truth: every repeat with a truth of its own."""
+    p, residuals = [], []
+    for seed in range(n_repeats):
+        rng = np.random.default_rng(seed)
+        parameters = globals_(seed, n_genes=30)
+        # given its total a row's composition says nothing of capture: the flat prior, exactly
+        totals = rng.integers(40, 200, 200) if level == "library_anchored" else None
+        X = simulate(*parameters, 200, rng, totals)
+        model = truth.nbln(*parameters)
+        check = predictive_check(model, X, level=level, n_samples=80, random_state=seed)
+        p.append([check.p_values[name] for name in STATISTICS])
+        if totals is not None:
+            residuals.append(quantile_residuals(model, X, n_samples=20, random_state=seed))
+    return np.concatenate(p, axis=1), residuals
+
+
+@pytest.mark.parametrize("level", ["marginal", "library_anchored"])
+def test_p_values_and_residuals_are_uniform_under_the_model(level):
+    """300 genes by Kolmogorov and Smirnov; their means are 1 and more, so that ties are few."""
+    p, residuals = repeated_checks(level)
+    for values in p:
+        assert stats.kstest(values, "uniform").pvalue > ALPHA
+    if level == "library_anchored":
+        q = np.ravel(residuals)
+        assert 0 < q.min() and q.max() < 1
+        assert stats.kstest(q, "uniform").pvalue > ALPHA
+        # entries of low counts, by one gene: exactly uniform too
+        assert stats.kstest(residuals[0][:, 0], "uniform").pvalue > ALPHA
+
+
+def test_residuals_are_uniform_for_genes_that_are_nearly_always_zero():
+    mean, W, d, r = globals_(n_genes=30)
+    mean[:10] = -5.0
+    rng = np.random.default_rng(0)
+    X = simulate(mean, W, d, r, 500, rng, rng.integers(20, 60, 500))
+    q = quantile_residuals(truth.nbln(mean, W, d, r), X, n_samples=10, random_state=0)
+    assert (X[:, :10] == 0).mean() > 0.98
+    for g in (0, 1, 20):
+        assert stats.kstest(q[:, g], "uniform").pvalue > ALPHA
+
+
+def test_a_poisson_log_normal_fit_to_overdispersed_counts_is_seen():
+    """r = 0.5: log-normal rates cannot have that many zeros and that variance; on unseen rows."""
+    X = make_nbvcp_counts(
+        n_cells=1000, n_genes=20, mean_range=(2.0, 20.0), dispersion=(0.5, 0.0), random_state=0
+    ).data
+    train, test = X[:400], X[400:]
+    right = NBVCPEstimator(random_state=0).fit(train)
+    wrong = NBLNEstimator(
+        latent_dim=2, observation="poisson", informative_prior_estimator=right, random_state=0
+    ).fit(train)
+    found = [predictive_check(m, test, random_state=0).summary for m in (right, wrong)]
+    # 20 genes: of independent uniform values 7 or more are outside once in 30,000
+    assert found[1]["zero_fraction_outside"] >= 0.35 > found[0]["zero_fraction_outside"] + 0.1
+    # P(Kolmogorov's distance of 20 independent uniform values > 0.42) = 0.001
+    assert found[1]["zero_fraction_ks"] > 0.42
+    q = [quantile_residuals(m, test, n_samples=50, random_state=0) for m in (right, wrong)]
+    distance = [stats.kstest(np.ravel(a), "uniform").statistic for a in q]
+    assert distance[1] > 3 * distance[0]
+
+
+@pytest.mark.slow
+def test_held_out_p_values_of_a_large_fit_are_nearly_uniform():
+    """A fit to 6,000 rows against 300 new ones: what the fit does not know is a fifth of the noise."""
+    mean, W, d, r = globals_(0, n_genes=40)
+    rng = np.random.default_rng(0)
+    X = simulate(mean + 1.0, W, d, r, 6300, rng)
+    source = NBVCPEstimator(capture_efficiency=None, random_state=0).fit(X[:6000])
+    model = NBLNEstimator(
+        latent_dim=RANK,
+        capture_efficiency=None,
+        informative_prior_estimator=source,
+        informative_priors_freeze=("eta",),
+        informative_priors_tau=np.inf,
+        random_state=0,
+    ).fit(X[:6000])
+    for level in ("marginal", "library_anchored"):
+        check = predictive_check(model, X[6000:], level=level, n_samples=200, random_state=0)
+        for name in STATISTICS:
+            # 40 correlated genes: twice the 0.05 of uniform ones is two of them
+            assert check.summary[f"{name}_outside"] <= 0.15
+            # Kolmogorov's critical distance of 40 independent values at level 0.001 is 0.30
+            assert check.summary[f"{name}_ks"] < 0.3
+
+
+# ------------------------------------------------------------------ compositions
+
+
+def test_compositions_have_the_law_of_log_ratios():
+    mean, W, d, r = globals_()
+    found = compositional_samples(truth.nbln(mean, W, d, r), n_samples=20_000, random_state=0)
+    assert set(found) == {"model"}
+    np.testing.assert_allclose(found.model.sum(1), 1.0, rtol=1e-12)
+    P = np.eye(N_GENES) - 1 / N_GENES
+    centred = np.log(found.model) @ P - P @ mean
+    assert np.all(np.abs(standardized(centred, np.zeros(N_GENES))) < Z_MAX)
+    expected = P @ direct.covariance(W, d, 0.0) @ P
+    products = centred[:, :, None] * centred[:, None, :]
+    assert np.all(np.abs(standardized(products, expected)) < Z_MAX)
+
+
+def test_compositions_of_independent_genes_are_their_means():
+    mean = np.array([1.0, 2.0, 5.0])
+    found = compositional_samples(truth.nbvcp(mean, np.ones(3)), n_samples=4, genes=[2, 0])
+    np.testing.assert_allclose(found.model, np.tile([5 / 8, 1 / 8], (4, 1)), rtol=1e-12)
+
+
+def test_empirical_compositions_and_pseudobulk(fits):
+    frame, models = fits
+    X = frame.copy()
+    X.iloc[[2, 7]] = 0
+    found = compositional_samples(models["default"], X, n_samples=10, genes=["gene3", "gene0"])
+    u = X.to_numpy(float)
+    kept = u[u.sum(1) > 0]
+    assert found.model.shape == (10, 2)
+    np.testing.assert_allclose(found.cells, (kept / kept.sum(1, keepdims=True))[:, [3, 0]])
+    np.testing.assert_allclose(found.pseudobulk, (u.sum(0) / u.sum())[[3, 0]])
+    with pytest.raises(ValueError, match="X has no counts"):
+        compositional_samples(models["default"], 0 * X)
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("genes", "message"),
+    [
+        ([0, 8], r"unknown entries \[8\]: expected positions 0 to 7"),
+        ([-1], r"unknown entries \[-1\]"),
+        (["gene1", "actin"], r"unknown entries \['actin'\]"),
+        ([1, 2, 1], r"\[1\] more than once"),
+        (["gene1", "gene1"], r"\['gene1'\] more than once"),
+        ([], "expected a list"),
+        (3, "expected a list"),
+        ("gene1", "expected a list"),
+        ([0.0], "integer positions or names"),
+        ([True] * 8, r"np.flatnonzero\(mask\)"),
+    ],
+)
+def test_genes_that_are_none(fits, genes, message):
+    frame, models = fits
+    with pytest.raises(ValueError, match=message):
+        posterior_predictive(models["default"], frame, genes=genes)
+
+
+def test_names_of_genes_without_names():
+    with pytest.raises(ValueError, match="fitted without names"):
+        posterior_predictive(truth.nbln(*globals_(), library_size=[3]), genes=["a"])
+
+
+def test_arguments_that_make_no_sense(fits):
+    frame, models = fits
+    model = models["default"]
+    with pytest.raises(ValueError, match="give them as X"):
+        model.posterior_predictive(level="per_cell")
+    for check in (predictive_check, quantile_residuals):
+        with pytest.raises(ValueError, match="give them as X"):
+            check(model, None)
+    with pytest.raises(ValueError, match="conditional on them"):
+        models["multinomial"].posterior_predictive(level="marginal")
+    with pytest.raises(ValueError, match="conditional on them"):
+        models["multinomial"].moments()
+    with pytest.raises(ValueError, match="at least two"):
+        predictive_check(model, frame[:1])
+    with pytest.raises(ValueError, match="level"):
+        iter_posterior_predictive(model, level="cells")  # at the call
+    with pytest.raises(ValueError, match="n_samples"):
+        posterior_predictive(model, n_samples=0)
+    with pytest.raises(TypeError, match="found object"):
+        posterior_predictive(object())
+    with pytest.raises(NotFittedError):
+        posterior_predictive(NBLNEstimator())
+    with pytest.raises(NotFittedError):
+        NBVCPEstimator().moments()
+    with pytest.raises(ValueError, match="8 features"):
+        posterior_predictive(truth.nbln(*globals_()), np.ones((2, 3)))

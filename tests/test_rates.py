@@ -1,0 +1,65 @@
+"""Draws from the Laplace posterior of log-rates, against dense matrices."""
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from sknbln._laplace.rates import draw_rates
+
+from .reference import direct, small
+
+
+@pytest.fixture(autouse=True)
+def float64(strict_jax):
+    with jax.enable_x64(True):
+        yield
+
+
+def twin(cells, params, r, c):
+    loc = params.mean - cells.offset[c]
+    flat = cells.precision[c] == 0
+    W, d, scale = params.loadings, params.noise, cells.scale[c]
+    return direct.laplace_whitened(cells.counts[c], loc, W, d, scale, r, flat_offset=flat)
+
+
+KINDS = [
+    dict(),
+    dict(poisson=True),
+    dict(capture="fixed"),
+    dict(capture="free"),
+    dict(capture="flat"),
+]
+
+
+@pytest.mark.parametrize("zero_noise", [False, True])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_draws_are_the_laplace_posterior_s(kind, zero_noise):
+    """A draw is affine in its noise: unit vectors give its matrix, and so its exact covariance."""
+    cells, params, r = small.problem(seed=1, **kind)
+    if zero_noise:
+        noise = params.noise.copy()
+        noise[::3] = 0.0
+        params = params._replace(noise=noise)
+    n, n_genes, k = *cells.counts.shape, params.loadings.shape[1]
+    start = small.zeros(cells, params)
+
+    def draw(e):
+        e = np.tile(e, (n, 1))
+        return np.asarray(draw_rates(cells, params, start, e[:, : k + 1], e[:, k + 1 :])[1])
+
+    center = draw(np.zeros(k + 1 + n_genes))
+    columns = np.stack([draw(e) - center for e in np.eye(k + 1 + n_genes)], axis=2)
+    for c in range(n):
+        expected = twin(cells, params, r, c)
+        assert_allclose(center[c], expected.y, atol=1e-7)
+        assert_allclose(columns[c] @ columns[c].T, expected.covariance, atol=1e-8)
+
+
+def test_scores_are_a_start_that_needs_no_further_step():
+    cells, params, _ = small.problem(seed=2)
+    noise = np.zeros((small.N_CELLS, small.RANK + 1)), np.zeros((small.N_CELLS, small.N_GENES))
+    zeta, y = draw_rates(cells, params, small.zeros(cells, params), *noise)
+    again, same = draw_rates(cells, params, np.asarray(zeta), *noise)
+    assert_allclose(zeta, again, atol=1e-9)
+    assert_allclose(y, same, atol=1e-9)

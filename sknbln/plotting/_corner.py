@@ -7,7 +7,8 @@ from scipy.ndimage import gaussian_filter
 from sklearn.utils._param_validation import Interval, validate_params
 
 from .._nbln import NBLNEstimator
-from ..predictive import _gene_positions, compositional_samples
+from ..predictive import compositional_samples
+from ..predictive._arguments import gene_positions
 from ._common import (
     BLACK,
     BLUE,
@@ -16,7 +17,6 @@ from ._common import (
     fitted,
     gene_names,
     grid_of_axes,
-    legend_inside,
     needed,
     pyplot,
     tidy,
@@ -35,7 +35,7 @@ class CompositionalCornerDisplay:
     Each axis is the share of a gene in its cell's counts, log10. Below the diagonal, contours hold 50 % and
     90 % of the model's points, which are compositions *before* count noise; points are the cells'
     ``counts / total``, which scatter more, by that noise; lines cross at the pseudobulk. On the diagonal, the
-    same for one gene, as densities.
+    same for one gene, as densities; the model's is cut off where it is more than four times the cells'.
 
     A share of zero has no logarithm: such cells are drawn in a strip of their own at the low end of
     the axis, spread out within it, the diagonal says what percentage they are, and its density of cells
@@ -131,7 +131,7 @@ class CompositionalCornerDisplay:
         needed(X, caller)
         if genes is None:
             genes = _telling_genes(estimator, X, n_genes)
-        genes = _gene_positions(estimator, genes)
+        genes = gene_positions(estimator, genes)
         found = compositional_samples(
             estimator, X, n_samples=n_samples, genes=genes, random_state=random_state
         )
@@ -176,15 +176,7 @@ class CompositionalCornerDisplay:
                 each.set_ylabel(f"{self.names[row]}\nlog10 share")
             elif col > 0:
                 each.tick_params(labelleft=False)
-        if ax is None:
-            handles, labels = axes[-1, 0].get_legend_handles_labels()
-            place = dict(loc="upper right", bbox_to_anchor=(0.99, 0.99), frameon=False)
-            legend = figure.legend(handles, labels, fontsize="small", **place)
-        else:
-            legend = legend_inside(axes[-1, 0], fontsize="x-small")
-        for handle in legend.legend_handles:
-            if hasattr(handle, "set_sizes"):
-                handle.set_sizes([16])
+        _draw_legend(figure, axes, outside=ax is None and n == 2)
         return self
 
 
@@ -243,7 +235,9 @@ def _draw_one(ax, x, name):
     ax.stairs(height / (n * np.diff(edges)), edges, color=BLACK, linewidth=1.0)
     if np.isfinite(x.pseudobulk):
         ax.axvline(x.pseudobulk, color=VERMILLION, linewidth=1.2)
-    ax.set_ylim(bottom=0)
+    # a model much narrower than the cells would hide them
+    tallest = height.max() / (n * (edges[1] - edges[0]))
+    ax.set_ylim(0, 1.05 * (max(tallest, min(density.max(), 4 * tallest)) or density.max()))
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     zeros = f"\n{x.zero.mean():.1%} of cells are 0" if x.zero.any() else ""
@@ -260,6 +254,7 @@ def _draw_two(ax, x, y):
     ax.scatter(x.drawn, y.drawn, color=BLACK, label=label, rasterized=many > 5000, **style)
     density, (u, v) = _density(np.column_stack([x.model, y.model]))
     levels = _mass_levels(density, _MASSES)
+    ax.contourf(u, v, density.T, levels=[*levels, np.inf], colors=BLUE, alpha=0.2)
     ax.contour(u, v, density.T, levels=levels, colors=BLUE, linewidths=1.4)
     text = ", ".join(f"{mass:.0%}" for mass in _MASSES)
     ax.plot([], [], color=BLUE, linewidth=1.4, label=f"model before count noise, {text}")
@@ -268,7 +263,7 @@ def _draw_two(ax, x, y):
         (y.pseudobulk, ax.axhline, None),
     ):
         if np.isfinite(value):
-            line(value, color=VERMILLION, linewidth=1.0, label=label)
+            line(value, color=VERMILLION, linewidth=0.9, alpha=0.8, label=label)
     _mark_strip(ax, x, y)
     if x.zero.any() or y.zero.any():
         ax.fill_between([], [], color=GREY, alpha=0.15, label="zeros (strips at the edge)")
@@ -282,6 +277,23 @@ def _mark_strip(ax, x, y):
         ax.axvspan(x.limits[0], x.low, color=GREY, alpha=0.15, linewidth=0)
     if y is not None and y.zero.any():
         ax.axhspan(y.limits[0], y.low, color=GREY, alpha=0.15, linewidth=0)
+
+
+def _draw_legend(figure, axes, outside):
+    """The legend in the empty half of the grid, or below it where that is a single panel."""
+    handles, labels = axes[-1, 0].get_legend_handles_labels()
+    if outside:
+        legend = figure.legend(handles, labels, fontsize="small", loc="outside lower center")
+    else:
+        corner = axes[0, -1]
+        corner.set_visible(True)
+        corner.set_axis_off()
+        legend = corner.legend(handles, labels, fontsize="small", loc="upper right")
+        legend.set_in_layout(False)
+    legend.set_frame_on(False)
+    for handle in legend.legend_handles:
+        if hasattr(handle, "set_sizes"):
+            handle.set_sizes([16])
 
 
 def _telling_genes(estimator, X, n_genes):

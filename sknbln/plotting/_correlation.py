@@ -8,7 +8,7 @@ from scipy.spatial.distance import squareform
 from sklearn.utils._param_validation import Interval, StrOptions, validate_params
 
 from .._nbln import NBLNEstimator
-from ..predictive import _gene_positions
+from ..predictive._arguments import gene_positions
 from ._common import fitted, gene_names, one_axes, pyplot
 
 #: the smallest type that is read, in points: where it does not fit, genes are not named
@@ -124,7 +124,7 @@ class CorrelationDisplay:
         estimator = fitted(estimator, caller, (NBLNEstimator,))
         _check_options(kind=kind, n_genes=n_genes)
         total = estimator.n_features_in_
-        shown = _gene_positions(estimator, genes)
+        shown = gene_positions(estimator, genes)
         C = _cosines(estimator.components_) if kind == "factors" else estimator.get_correlation()
         C = C[np.ix_(shown, shown)]
         chosen = np.arange(shown.size)

@@ -6,7 +6,8 @@ import numpy as np
 from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval, validate_params
 
-from ..predictive import _gene_positions, iter_posterior_predictive
+from ..predictive import iter_posterior_predictive
+from ..predictive._arguments import gene_positions
 from ._common import (
     BLACK,
     BLUE,
@@ -124,7 +125,7 @@ class PPCDisplay:
         _check_options(n_genes=n_genes, n_cols=n_cols)
         counts = estimator._validated(needed(X, caller))
         mean = np.asarray(counts.mean(axis=0)).ravel()
-        chosen = _spread(mean, n_genes) if genes is None else _gene_positions(estimator, genes)
+        chosen = _spread(mean, n_genes) if genes is None else gene_positions(estimator, genes)
         observed = counts[:, chosen].toarray()
         edges = [_edges(column) for column in observed.T]
         predicted = [[] for _ in chosen]

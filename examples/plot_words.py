@@ -102,7 +102,7 @@ model = models["negative binomial"]
 for k in range(min(4, model.w_prior_diagnostics_["effective_rank"])):
     order = np.argsort(model.components_[k])
     print(f"component {k + 1}")
-    print("  +", ", ".join(words[order[: -9 : -1]]))
+    print("  +", ", ".join(words[order[:-9:-1]]))
     print("  -", ", ".join(words[order[:8]]))
 
 # %%

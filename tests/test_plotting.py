@@ -494,7 +494,7 @@ def test_ppc_draws_the_histograms_of_counts_and_replicates(model, counts):
         "predicted, median",
         "observed",
     ]
-    assert "marginal, 40 replicates" in display.figure_.get_suptitle()
+    assert display.figure_.get_suptitle().endswith("marginal\n40 replicates")
 
 
 def test_ppc_spreads_genes_over_mean_expression(model, counts):
@@ -511,6 +511,14 @@ def test_ppc_spreads_genes_over_mean_expression(model, counts):
     assert len(everything.panels) == N_GENES - 1
     with pytest.raises(ValueError, match="there are no genes to choose"):
         PPCDisplay.from_estimator(model, counts * 0, n_samples=2)
+
+
+def test_ppc_one_huge_count_does_not_set_the_bins(model, counts):
+    extreme = counts.copy()
+    extreme.loc[0, "G07"] = 10**6
+    (panel,) = PPCDisplay.from_estimator(model, extreme, genes=["G07"], n_samples=2).panels
+    assert panel.edges[-2] <= 2 * counts["G07"].max()
+    assert panel.observed[-1] > 0 and panel.observed.sum() == pytest.approx(1)
 
 
 def test_ppc_takes_more_axes_than_genes(source, counts):
@@ -593,6 +601,17 @@ def test_corner_chooses_genes_that_can_be_read(model, source, counts):
     assert set(display.names) == set((rare > 0).mean().nlargest(2).index)
     with pytest.raises(ValueError, match="'n_genes' parameter"):
         CompositionalCornerDisplay.from_estimator(model, counts, n_genes=1)
+    with pytest.raises(ValueError, match="two genes or more; found 1"):
+        CompositionalCornerDisplay.from_estimator(model, counts, genes=["G03"])
+
+
+def test_corner_of_a_gene_that_was_never_counted(model, counts):
+    counts = counts.copy()
+    counts["G04"] = 0
+    display = CompositionalCornerDisplay.from_estimator(model, counts, genes=["G04", "G01", "G02"])
+    assert display.axes_[0, 0].get_title() == "G04\n100.0% of cells are 0"
+    display.figure_.canvas.draw()
+    assert "pseudobulk" in legend_texts(display.axes_[0, 2])  # of the other two
 
 
 # ------------------------------------------------------------------ calibration

@@ -212,11 +212,19 @@ def _draw_variances(ax, observed, predicted):
     ends[0] = max(ends[0], np.min(observed.mean[observed.mean > 0], initial=np.inf))
     ax.plot(ends, ends, color=GREY, linestyle="--", linewidth=1.0, label="Poisson, variance = mean")
     ax.set(xscale="log", yscale="log")
+    ax.set(xlim=_at_least_a_decade(ax.get_xlim()), ylim=_at_least_a_decade(ax.get_ylim()))
     ax.set(xlabel="mean count", ylabel="variance of counts over cells")
     for handle in legend_inside(ax, loc="upper left").legend_handles:
         if hasattr(handle, "set_sizes"):
             handle.set_sizes([20])
             handle.set_alpha(1)
+
+
+def _at_least_a_decade(limits):
+    """Limits that hold a power of ten, so that the axis has a label."""
+    low, high = limits
+    widen = max(np.sqrt(12 * low / high), 1.0)
+    return low / widen, high * widen
 
 
 def _running_median(x, y):

@@ -122,7 +122,7 @@ class CompositionalCornerDisplay:
         Raises
         ------
         ValueError
-            Without X, for unknown genes, and when X has no counts.
+            Without X, for unknown genes or a single one, and when X has no counts.
         """
         caller = f"{cls.__name__}.from_estimator"
         pyplot(caller)
@@ -154,6 +154,8 @@ class CompositionalCornerDisplay:
         """
         plt = pyplot(f"{type(self).__name__}.plot")
         n = len(self.names)
+        if n < 2:
+            raise ValueError(f"A corner grid takes two genes or more; found {n}.")
         side = 1.9 * n + 0.8
         self.figure_, self.axes_ = figure, axes = grid_of_axes(plt, ax, n, n, (side, side))
         logs = [
@@ -281,14 +283,18 @@ def _mark_strip(ax, x, y):
 
 def _draw_legend(figure, axes, outside):
     """The legend in the empty half of the grid, or below it where that is a single panel."""
-    handles, labels = axes[-1, 0].get_legend_handles_labels()
+    drawn = {}
+    for row, col in zip(*np.tril_indices(len(axes), -1), strict=True):
+        handles, labels = axes[row, col].get_legend_handles_labels()
+        drawn.update(zip(labels, handles, strict=True))
+    entries = list(drawn.values()), list(drawn)
     if outside:
-        legend = figure.legend(handles, labels, fontsize="small", loc="outside lower center")
+        legend = figure.legend(*entries, fontsize="small", loc="outside lower center")
     else:
         corner = axes[0, -1]
         corner.set_visible(True)
         corner.set_axis_off()
-        legend = corner.legend(handles, labels, fontsize="small", loc="upper right")
+        legend = corner.legend(*entries, fontsize="small", loc="upper right")
         legend.set_in_layout(False)
     legend.set_frame_on(False)
     for handle in legend.legend_handles:

@@ -173,7 +173,8 @@ class PPCDisplay:
         n = len(self.panels)
         n_cols = int(np.ceil(np.sqrt(n))) if n_cols is None else min(n_cols, n)
         n_rows = -(-n // n_cols)
-        size = (2.6 * n_cols + 0.4, 2.1 * n_rows + 0.9)
+        narrow = n_cols < 3
+        size = (max(2.6 * n_cols + 0.4, 4.8), 2.1 * n_rows + (1.3 if narrow else 0.9))
         found = grid_of_axes(plt, ax, n_rows, n_cols, size, n_panels=n)
         self.figure_, self.axes_ = figure, axes = found
         for each, panel in zip(axes.flat, self.panels, strict=False):
@@ -189,10 +190,12 @@ class PPCDisplay:
         if ax is None:
             n_samples = len(self.panels[0].predicted)
             level = self.level.replace("_", " ")
-            title = f"Posterior predictive counts, {level}, {n_samples} replicates"
-            figure.suptitle(title.replace(", ,", ","), fontsize="medium")
+            what = ", ".join(filter(None, ["Posterior predictive counts", level]))
+            separator = "\n" if narrow else ", "
+            figure.suptitle(f"{what}{separator}{n_samples} replicates", fontsize="medium")
             handles, labels = axes.flat[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+            style = dict(ncols=2 if narrow else 4, fontsize="small", frameon=False)
+            figure.legend(handles, labels, loc="outside lower center", **style)
         else:
             legend_inside(axes.flat[0])
         return self
@@ -220,7 +223,7 @@ def _spread(mean, n_genes):
 
 def _edges(values):
     """Edges of bins of equal whole width that hold nearly all of the values; the last bin is open."""
-    top = max(int(np.ceil(1.25 * np.quantile(values, 0.995))), 3)
+    top = max(int(np.ceil(1.25 * np.quantile(values, 0.99, method="lower"))), 3)
     width = -(-(top + 1) // (_MOST_BINS - 1))
     last = width * -(-(top + 1) // width)
     return np.append(np.arange(0.0, last + width / 2, width), np.inf)
@@ -262,5 +265,10 @@ def _set_ticks(ax, starts, width, overflow):
 
     ticks = MaxNLocator(4, integer=True).tick_values(0, starts[-1])
     ticks = ticks[(ticks >= 0) & (ticks < 0.8 * starts[-1])]
-    labels = [f"{tick:.0f}" for tick in ticks]
-    ax.set_xticks([*ticks, overflow], [*labels, f"\u2265{starts[-1]:.0f}"])
+    labels = [_short(tick) for tick in ticks]
+    ax.set_xticks([*ticks, overflow], [*labels, f"≥{_short(starts[-1])}"])
+
+
+def _short(count):
+    """A whole number as text; thousands of thousands as 1.2e+06."""
+    return f"{count:.0f}" if count < 1e5 else f"{count:.2g}"

@@ -216,5 +216,6 @@ class Replicates:
             score_noise[:, :k], score_noise[:, -1] = normal[:, :k], normal[:, k]
             padded_rows = (self._scores[rows], score_noise, normal[:, k + 1 :])
             zeta, y = _draw_batch(cells, params, *(batches.padded(a) for a in padded_rows))
-            self._scores[rows] = zeta[:n]
+            # the next replicate starts from the last finite scores
+            self._scores[rows] = np.where(np.isfinite(zeta[:n]), zeta[:n], 0.0)
             yield rows, y[:n]

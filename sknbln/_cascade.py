@@ -139,24 +139,23 @@ class SoftPriors(NamedTuple):
 
 def soft_priors(source, tau, n_samples, rng):
     """Moments of posterior draws in the unconstrained coordinates, scales times `tau`."""
-    draws = source.sample_posterior(n_samples, random_state=rng)
+    draws = source._log_draws(n_samples, rng)
     priors = []
-    for values in (draws.mu, draws.r):
-        log = np.log(values)
+    for log in (draws["mu"], draws["r"]):
         scale = tau * np.maximum(log.std(0), 1e-8)
         priors.append(GaussianPrior(log.mean(0), scale**-2.0))
     return SoftPriors(*priors)
 
 
-def row_offsets(source, X, *, frozen, tau, capture_prior):
+def row_offsets(source, X, *, frozen, tau, capture_prior, found=None):
     """Location and scale of each row's capture offset in the NBLN model, two arrays (n_rows,).
 
-    One rule for training rows and new rows. Each row's offset has a one-dimensional posterior given
+    One rule for training rows and new rows. ``found`` is the source's answer where it is at hand. Each row's offset has a one-dimensional posterior given
     the source's globals. Frozen: its mode, scale 0. Otherwise: the product of that posterior, its
     scale times `tau`, and the capture prior, so that `tau` spans from the freeze to the capture
     prior alone. Rows whose posterior mode is at the bound 0 stay there.
     """
-    found = source._offsets(X)
+    found = source._offsets(X) if found is None else found
     if source.capture_prior_ is None or frozen:
         return found.loc, np.zeros_like(found.loc)
     from_source = (tau * found.scale) ** -2.0

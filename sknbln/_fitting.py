@@ -14,7 +14,7 @@ from ._laplace.likelihood import CountHistogram
 from ._laplace.objective import Identity, MarginalCoupling, Objective
 from ._laplace.shrinkage import TYPES, ascend_with_prior
 from ._laplace.start import loadings_from_scores
-from ._laplace.sweeps import GaussianPrior, Parameters
+from ._laplace.sweeps import NOISE_UNIT, GaussianPrior, Parameters
 from ._nbvcp import weak_dispersion_prior, weak_mean_prior
 from ._posterior import curvature
 
@@ -41,11 +41,16 @@ def row_posterior(rows, rotation):
     )
 
 
-def row_capture(source, X, observation, frozen, tau, capture_prior, mean):
-    """Offset, scale and precision of each row's capture in the NBLN model."""
+def row_capture(source, X, observation, frozen, tau, capture_prior, mean, found=None):
+    """Offset, scale and precision of each row's capture; ``found`` are the source's offsets of X."""
     if observation != "multinomial":
         offset, scale = _cascade.row_offsets(
-            source, X, frozen="eta" in frozen, tau=tau, capture_prior=capture_prior
+            source,
+            X,
+            frozen="eta" in frozen,
+            tau=tau,
+            capture_prior=capture_prior,
+            found=found,
         )
         return offset, scale, np.ones(X.shape[0])
     # flat, around the offset that explains the total; a row without counts says nothing, which is
@@ -54,6 +59,15 @@ def row_capture(source, X, observation, frozen, tau, capture_prior, mean):
     some = totals > 0
     offset = np.where(some, logsumexp(mean) - np.log(np.where(some, totals, 1.0)), _NO_CAPTURE)
     return offset, some.astype(float), np.where(some, 0.0, 1.0)
+
+
+def less_overdispersion(log_r, variance):
+    """Log dispersion when log-rates of this variance explain their share of the overdispersion.
+
+    At least a tenth of it is left: a start for where r is free.
+    """
+    phi = np.exp(-log_r)
+    return -np.log(np.maximum((1.0 + phi) * np.exp(-variance) - 1.0, 0.1 * phi))
 
 
 class NBLNProblem:
@@ -84,16 +98,18 @@ class NBLNProblem:
             )
         log_mean = np.log(source.mean_)
         log_r = np.log(source.dispersion_) if negative_binomial else np.full(n_genes, np.inf)
-        offset = source._offsets(X).loc
-        known = RowBatches(X, offset, np.zeros(n_cells), batch_size=estimator.batch_size)
+        offsets = source._offsets(X)
+        known = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=estimator.batch_size)
         loadings = loadings_from_scores(
             sum_over_batches(known, log_mean, 1.0 / source.dispersion_), n_cells, n_genes, k, rng
         )
-        share = 0.5 * (np.sum(loadings**2, 1) + _START_NOISE)
+        variance = np.sum(loadings**2, 1) + _START_NOISE
+        if self.free.log_r:
+            log_r = less_overdispersion(log_r, variance)
         self.start = Parameters(
-            log_mean - share if self.free.mean and not coupled else log_mean,
+            log_mean - variance / 2 if self.free.mean and not coupled else log_mean,
             loadings,
-            np.full(n_genes, np.log(_START_NOISE)),
+            np.full(n_genes, np.log1p(_START_NOISE / NOISE_UNIT)),
             log_r,
         )
         rows = row_capture(
@@ -104,6 +120,7 @@ class NBLNProblem:
             estimator.informative_priors_tau,
             capture_prior,
             log_mean,
+            offsets,
         )
         self.batches = RowBatches(X, *rows, batch_size=estimator.batch_size)
         self.objective = Objective(
@@ -137,6 +154,7 @@ class NBLNProblem:
         objective = self.objective
         return curvature(
             self.batches,
+            objective.sweep.scores,
             params,
             self.free,
             objective.prior_mean.precision,

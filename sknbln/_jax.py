@@ -13,15 +13,18 @@ import jax
 import jaxlib
 import numpy as np
 
-from ._laplace.likelihood import log_rising_derivatives
-from ._laplace.marginal import BatchSums, score_products, solve_cells, sweep_cells
+from ._laplace.likelihood import log_rising_slope
+from ._laplace.marginal import BatchSums, no_sums, score_products, solve_cells, sweep_cells
 from ._laplace.mode import Cells, Globals
 
 # jaxlib releases that can hang for ever on 2-core CPUs on batched solvers like this one.
 _HANGING_JAXLIB = re.compile(r"0\.10\.\d+|0\.11\.[01]")
 _ROW_BUCKET = 64  # rows of a batch are padded to a multiple of this
+_LEAST_ROWS = 32  # of an automatic batch: every batch has sums over its rows for every gene
 _RANK_BUCKET = 4  # latent dimensions are padded to a multiple of this
-_BATCH_ENTRIES = 2**19  # automatic batches hold about this many counts (4 MB in float64)
+# Automatic batches hold about this many counts: the arrays of a batch (1 MB each) then stay in the
+# processor's caches and in memory that the allocator already has.
+_BATCH_ENTRIES = 2**17
 
 
 def warn_about_jaxlib(version=jaxlib.__version__):
@@ -68,8 +71,8 @@ class RowBatches:
     precision : ndarray of shape (n_cells,), optional
         1 (default) for a proper prior on the offset, 0 for a flat one.
     batch_size : int or None
-        Rows per batch, about: rounded up so that matrices of nearly the same number of rows share a
-        compiled kernel. None chooses by the number of genes.
+        Rows per batch, rounded up so that matrices of other numbers of rows share a compiled kernel.
+        None chooses by the number of genes.
     """
 
     def __init__(self, X, offset, scale, precision=None, *, batch_size=None):
@@ -78,9 +81,8 @@ class RowBatches:
         precision = np.ones(n) if precision is None else precision
         self.capture = np.stack([offset, scale, precision], 1).astype(float)
         if batch_size is None:
-            batch_size = max(_BATCH_ENTRIES // max(n_genes, 1), 32)
-        n_batches = -(-n // batch_size)
-        rows = -(-n // n_batches)
+            batch_size = max(_BATCH_ENTRIES // max(n_genes, 1), _LEAST_ROWS)
+        rows = min(batch_size, max(n, 1))
         bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
         self.rows = -(-rows // bucket) * bucket
         self.starts = range(0, n, self.rows)
@@ -107,8 +109,8 @@ def _globals(mean, loadings, noise, phi):
 
 
 @float64
-def solve_rows(batches, mean, loadings, noise, phi):
-    """Solve every row given the globals.
+def solve_rows(batches, mean, loadings, noise, phi, start=None):
+    """Solve every row given the globals, from the scores of a sweep where they are given.
 
     Returns
     -------
@@ -123,6 +125,8 @@ def solve_rows(batches, mean, loadings, noise, phi):
     zeta = np.zeros((batches.rows, padded + 1))
     out = {}
     for rows, cells in batches:
+        if start is not None:
+            zeta = batches.padded(start[rows])
         result = jax.tree.map(np.asarray, solve_cells(cells, params, zeta))
         offset, scale = cells.offset, cells.scale
         covariance = result.covariance
@@ -146,24 +150,26 @@ def solve_rows(batches, mean, loadings, noise, phi):
 
 
 @float64
-def gene_score_products(batches, mean, loadings, noise, phi):
+def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispersion):
     """Outer products of each gene's scores in (mu, w, log d, log r), and ``sum_c b``.
 
-    Shapes (n_genes, k + 3, k + 3) and (n_genes,).
+    Shapes (n_genes, k + 3, k + 3) and (n_genes,). Where log r is not free, its scores lack the part
+    that does not depend on the log-rates.
     """
     params = _globals(mean, loadings, noise, phi)
-    zeta = np.zeros((batches.rows, params.loadings.shape[1] + 1))
-    r = np.where(phi > 0, 1.0 / np.where(phi > 0, phi, 1.0), np.inf)
+    r = 1.0 / phi if free_dispersion else None
     total = None
-    for _, cells in batches:
+    for rows, cells in batches:
         constants = np.zeros_like(cells.counts)
-        rows, genes = np.nonzero(cells.counts)
-        constants[rows, genes] = log_rising_derivatives(cells.counts[rows, genes], r[genes])[0]
+        if free_dispersion:
+            at, genes = np.nonzero(cells.counts)
+            constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
+        zeta = batches.padded(start[rows])
         part = jax.tree.map(np.asarray, score_products(cells, params, zeta, constants))
         total = part if total is None else jax.tree.map(np.add, total, part)
     k, padded = loadings.shape[1], params.loadings.shape[1]
     keep = np.r_[0 : k + 1, padded + 1, padded + 2]
-    return total[0][:, keep][:, :, keep], total[1]
+    return np.moveaxis(total[0][keep][:, keep], 2, 0), total[1]
 
 
 def sum_over_batches(batches, mean, phi):
@@ -196,20 +202,22 @@ class Sweeper:
     def __call__(self, mean, loadings, noise, phi):
         """One pass over all rows: `BatchSums` of NumPy arrays for the unpadded latent dimension."""
         params = _globals(mean, loadings, noise, phi)
-        total = None
+        total = no_sums(mean.size, params.loadings.shape[1])
+        running = None  # the batch before, still being computed while this one is made dense
         for rows, cells in self.batches:
             start = self.batches.padded(self.scores[rows])
-            zeta, sums = jax.tree.map(np.asarray, sweep_cells(cells, params, start))
-            found = zeta[: rows.stop - rows.start]
-            # a trial may overflow; the next sweep starts from the last finite scores
-            good = np.isfinite(found).all(axis=1)
-            self.scores[rows][good] = found[good]
-            if total is None:
-                total = sums
-            else:
-                worst = max(total.max_decrement, sums.max_decrement)
-                total = jax.tree.map(np.add, total, sums)._replace(max_decrement=worst)
-        return _unpad(total, loadings.shape[1])
+            zeta, total = sweep_cells(cells, params, start, total)
+            if running is not None:
+                self._keep(*running)
+            running = rows, zeta
+        self._keep(*running)
+        return _unpad(jax.tree.map(np.asarray, total), loadings.shape[1])
+
+    def _keep(self, rows, zeta):
+        found = np.asarray(zeta)[: rows.stop - rows.start]
+        # a trial may overflow; the next sweep starts from the last finite scores
+        good = np.isfinite(found).all(axis=1)
+        self.scores[rows][good] = found[good]
 
 
 def _unpad(sums: BatchSums, k):

@@ -71,8 +71,9 @@ class NBLNEstimator(
         As in `NBVCPEstimator`; ``"auto"`` takes the source's capture prior.
     max_iter : int, default=200
         Sweeps over the data at most.
-    tol : float, default=1e-3
-        The fit stops when two sweeps in a row each gain less than this, in nats per cell.
+    tol : float, default=1e-5
+        The fit stops when two sweeps in a row each raise the log-posterior by less than this fraction
+        of its magnitude.
     batch_size : int or None, default=None
         Rows that are made dense at a time, about; it sets memory and no result.
     memory : str, joblib.Memory or None, default=None
@@ -196,7 +197,7 @@ class NBLNEstimator(
         loadings_prior="none",
         capture_efficiency="auto",
         max_iter=200,
-        tol=1e-3,
+        tol=1e-5,
         batch_size=None,
         memory=None,
         random_state=None,
@@ -281,7 +282,8 @@ class NBLNEstimator(
         problem = NBLNProblem(self, matched, frozen, capture_prior, strategy, X, rng)
         outcome, column_scales = problem.run()
         params = problem.parameters(outcome.point.params)
-        rows = solve_rows(problem.batches, *params.natural())
+        sweeper = problem.objective.sweep
+        rows = solve_rows(problem.batches, *params.natural(), sweeper.scores)
         self._coordinate_variance = problem.coordinate_variance(outcome.point.params)
         self.informative_prior_estimator_ = source
         self._source = matched
@@ -294,6 +296,7 @@ class NBLNEstimator(
         self.dispersion_gradient_ = outcome.point.gradient_log_r
         rotation = singular_basis(params.loadings)
         self.loadings_ = params.loadings @ rotation
+        sweeper.rotate(rotation)
         self._curvature = problem.curvature(params._replace(loadings=self.loadings_))
         self.components_standard_error_ = np.ascontiguousarray(self._curvature.loadings.T)
         self.components_ = np.ascontiguousarray(compositional(self.loadings_).T)

@@ -25,7 +25,7 @@ from .predictive._mixin import PredictiveMixin
 LOG_MEAN_PRIOR_SCALE = 4.0
 #: location and standard deviation of the normal prior of log r
 LOG_DISPERSION_PRIOR = (2.0, 1.0)
-_MAP_TOL = 1e-7
+_MAP_TOL = 1e-10
 _MAP_MAX_ITER = 100
 _PIN_ROUNDS = 3
 
@@ -216,8 +216,9 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         rng = check_random_state(self.random_state)
         prior = _capture.resolve(self.capture_efficiency, X)
         _capture.warn_about_truncation(prior, X)
-        problem = _problem(X, prior)
-        outcome, point = self._maximum(X, problem)
+        histogram = CountHistogram(X)
+        problem = _problem(X, prior, histogram)
+        outcome, point = self._maximum(X, problem, histogram)
         start = self._curvature_guide(X, prior, point)
         found = _svi.fit(
             X,
@@ -257,18 +258,17 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
 
         return report
 
-    def _maximum(self, X, problem):
+    def _maximum(self, X, problem, histogram):
         """Maximum of the posterior of log m and log r, the offsets integrated by Laplace."""
         n_cells, n_genes = X.shape
         offset, scale = (a.copy() for a in problem.row_prior)
-        histogram = CountHistogram(X)
         priors = [
             GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)
         ]
         x = Parameters(
             np.log(problem.column_totals + 0.5) - np.log(np.sum(np.exp(-offset))),
             np.zeros((n_genes, 0)),
-            np.full(n_genes, -np.inf),
+            np.zeros(n_genes),
             problem.dispersion_prior[0].copy(),
         )
         report = self._report("maximum a posteriori, sweep") if self.verbose else None
@@ -390,10 +390,9 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         return self._draw(n_samples, X, rng)
 
     def _draw(self, n_samples, X, rng, *, offsets=True):
-        """As :meth:`sample_posterior`, for validated counts; without eta if `offsets` is False."""
-        draws = Bunch(eta=None)
-        for name, (loc, scale) in (("r", self._guide.log_dispersion), ("mu", self._guide.log_mean)):
-            draws[name] = np.exp(loc + scale * rng.standard_normal((n_samples, loc.size)))
+        """As :meth:`sample_posterior`, for validated counts; eta is None if `offsets` is False."""
+        logs = self._log_draws(n_samples, rng)
+        draws = Bunch(r=np.exp(logs["r"]), mu=np.exp(logs["mu"]), eta=None)
         if not offsets:
             return draws
         n_rows = self.capture_offset_.size if X is None else X.shape[0]
@@ -414,12 +413,19 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         draws = self._draw(n_samples, X, rng, offsets=offsets)
         return ParameterDraws(draws.r, np.log(draws.mu), draws.eta)
 
+    def _log_draws(self, n_samples, rng):
+        """Posterior draws of log r and log mu, a dict of two arrays (n_samples, n_genes)."""
+        guide = {"r": self._guide.log_dispersion, "mu": self._guide.log_mean}
+        return {
+            name: loc + scale * rng.standard_normal((n_samples, loc.size))
+            for name, (loc, scale) in guide.items()
+        }
 
-def _problem(X, prior):
+
+def _problem(X, prior, histogram):
     """The fixed part of the variational problem: priors and totals."""
     n_genes = X.shape[1]
     offset, scale = _capture.row_prior(prior, X)
-    histogram = CountHistogram(X)
     columns = np.asarray(X.sum(axis=0), float).ravel()
     level = np.log(columns + 0.5) - np.log(np.sum(np.exp(-offset)))
     return _svi.Problem(

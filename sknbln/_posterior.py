@@ -89,14 +89,14 @@ class Curvature(NamedTuple):
     log_r: np.ndarray  # (n_genes,)
 
 
-def curvature(batches: RowBatches, params, free, prior_mean, prior_log_r, prior_loadings):
+def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings):
     """Standard deviations of mu, W and log r at the fit, by one pass over the rows.
 
-    ``prior_*`` are the precisions of their priors. W and log r: from the outer products of the
+    ``scores`` start the rows' modes, ``prior_*`` are the precisions of the priors. W and log r: from the outer products of the
     cells' exact gradients, gene by gene, all of a gene's parameters together.
     """
     n_genes, k = params.loadings.shape
-    products, information = gene_score_products(batches, *params.natural())
+    products, information = gene_score_products(batches, *params.natural(), scores, free.log_r)
     mean_sd, log_r_sd = np.zeros(n_genes), np.zeros(n_genes)
     if free.mean:
         variance = mean_covariance_diagonal(

@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 from sknbln import NBVCPEstimator, _nbvcp, _svi
 from sknbln._capture import CapturePrior
+from sknbln._laplace.likelihood import CountHistogram
 from sknbln.datasets import make_nbvcp_counts
 
 from .reference.csr import csr
@@ -154,7 +155,8 @@ def test_maximum_with_every_cell_at_the_bound_is_that_without_capture(sim):
     """A prior far below every library: all offsets are held at 0 before the means are final."""
     X, totals = csr(sim.data.toarray()), []
     for prior in (CapturePrior(np.log(sim.data.sum(axis=1).min()) - 2.0, 0.05), None):
-        _, point = NBVCPEstimator()._maximum(X, _nbvcp._problem(X, prior))
+        histogram = CountHistogram(X)
+        _, point = NBVCPEstimator()._maximum(X, _nbvcp._problem(X, prior, histogram), histogram)
         totals.append(point.params)
     # the weak prior of log m, of scale 4, is centred elsewhere
     assert_allclose(totals[0].mean, totals[1].mean, atol=0.01)

@@ -1,4 +1,4 @@
-"""Posterior predictive draws, moments, and the checks that are made of them."""
+"""Posterior predictive draws and compositions: levels, seeds, selection, memory, errors."""
 
 import copy
 import tracemalloc
@@ -11,7 +11,6 @@ from scipy import stats
 from sklearn.exceptions import NotFittedError
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln.datasets import make_nbln_counts, make_nbvcp_counts
 from sknbln.predictive import (
     compositional_samples,
     iter_posterior_predictive,
@@ -20,116 +19,27 @@ from sknbln.predictive import (
     quantile_residuals,
 )
 
-from .reference import direct, truth
-
-N_GENES, RANK = 8, 2
-LEVELS = ("marginal", "library_anchored", "per_cell")
-STATISTICS = ("mean", "variance", "zero_fraction", "maximum")
-# Largest of some hundred standardized deviations; a normal one exceeds it once in a million.
-Z_MAX = 5.0
-# Fixed seeds: a right sampler fails a test of uniformity with this probability, once and for all.
-ALPHA = 1e-3
-
-
-def globals_(seed=0, n_genes=N_GENES, poisson=False):
-    rng = np.random.default_rng(seed)
-    mean = rng.uniform(0.0, 2.0, n_genes)
-    loadings = 0.4 * rng.standard_normal((n_genes, RANK))
-    noise = rng.uniform(0.05, 0.3, n_genes)
-    r = np.full(n_genes, np.inf) if poisson else np.exp(rng.uniform(0.0, 2.0, n_genes))
-    return mean, loadings, noise, r
+from .reference import direct, predictive, truth
+from .reference.predictive import (
+    ALPHA,
+    LEVELS,
+    MODELS,
+    N_GENES,
+    Z_MAX,
+    globals_,
+    simulate,
+    standardized,
+)
 
 
-def simulate(mean, loadings, noise, r, n_cells, rng, totals=None):
-    """Counts of the model, at full capture or given totals, by NumPy alone."""
-    x = mean + rng.standard_normal((n_cells, RANK)) @ loadings.T
-    x += np.sqrt(noise) * rng.standard_normal(x.shape)
-    rate = np.exp(x)
-    if np.all(np.isfinite(r)):
-        rate *= rng.gamma(r, 1 / r, x.shape)
-    if totals is None:
-        return rng.poisson(rate)
-    return np.stack([rng.multinomial(n, p / p.sum()) for n, p in zip(totals, rate, strict=True)])
-
-
-@pytest.fixture(scope="module")
-def counts():
-    return simulate(*globals_(), 60, np.random.default_rng(5))
-
-
-@pytest.fixture(scope="module")
-def fits(counts):
-    """Fitted on a DataFrame: names of genes matter everywhere."""
-    frame = pd.DataFrame(counts, columns=[f"gene{g}" for g in range(N_GENES)])
-    source = NBVCPEstimator(random_state=0).fit(frame)
-    options = dict(latent_dim=RANK, random_state=0, informative_prior_estimator=source)
-    variants = {
-        "nbvcp": source,
-        "default": NBLNEstimator(**options),
-        "free": NBLNEstimator(informative_priors_freeze=(), **options),
-        "coupled": NBLNEstimator(cascade="marginal", **options),
-        "poisson": NBLNEstimator(observation="poisson", **options),
-        "multinomial": NBLNEstimator(observation="multinomial", **options),
-    }
-    return frame, {name: m if m is source else m.fit(frame) for name, m in variants.items()}
-
-
-MODELS = ("nbvcp", "default", "free", "coupled", "poisson", "multinomial")
+@pytest.fixture
+def fits():
+    frame, models = predictive.fits()
+    return frame.copy(), models
 
 
 def levels_of(name):
     return [level for level in LEVELS if (name, level) != ("multinomial", "marginal")]
-
-
-# ------------------------------------------------------------------ moments
-
-
-def standardized(sample, expected):
-    """(mean over axis 0 - expected) by its standard error."""
-    return (sample.mean(0) - expected) / (sample.std(0) / np.sqrt(len(sample)))
-
-
-@pytest.mark.parametrize("poisson", [False, True])
-@pytest.mark.parametrize("offset", [0.0, 0.7])
-def test_moments_are_those_of_simulated_counts(poisson, offset):
-    mean, W, d, r = globals_(poisson=poisson)
-    found = truth.nbln(mean, W, d, r).moments(offset=offset)
-    u = simulate(mean - offset, W, d, r, 200_000, np.random.default_rng(1)).astype(float)
-    assert np.all(np.abs(standardized(u, found.mean)) < Z_MAX)
-    centred = u - found.mean
-    products = centred[:, :, None] * centred[:, None, :]
-    assert np.all(np.abs(standardized(products, found.covariance)) < Z_MAX)
-    np.testing.assert_array_equal(np.diag(found.covariance), found.variance)
-    if not poisson:
-        # the test would see the burst term in its form for Sigma_gg = 0
-        S = np.sum(W**2, 1) + d
-        other = found.variance - np.exp(2 * (mean - offset + S)) / r + found.mean**2 / r
-        assert np.abs(standardized(centred**2, other)).max() > 2 * Z_MAX
-
-
-def test_moments_of_independent_genes():
-    mean, r = np.array([0.5, 3.0, 40.0]), np.array([0.5, 2.0, 8.0])
-    found = truth.nbvcp(mean, r).moments()
-    np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
-    np.testing.assert_allclose(found.variance, mean + mean**2 / r, rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, np.diag(mean + mean**2 / r), rtol=1e-12)
-
-
-def test_moments_beyond_floating_point_are_inf_and_said():
-    mean, W, d, r = globals_()
-    d[2] = 500.0  # E u = exp(250 + ...) is finite, its square is not
-    with pytest.warns(RuntimeWarning, match=f"moments of 1 of {N_GENES} genes"):
-        found = truth.nbln(mean, W, d, r).moments()
-    assert np.isinf(found.variance[2])
-    assert np.all(np.isfinite(found.mean))
-    assert not np.any(np.isnan(found.covariance))
-    assert np.isinf(found.covariance).sum() == 1
-
-
-@pytest.mark.parametrize("offset", [np.nan, "1", None, np.inf])
-def test_moments_refuse_an_offset_that_is_no_number(offset):
-    with pytest.raises(ValueError, match="offset="):
-        truth.nbln(*globals_()).moments(offset=offset)
 
 
 # ------------------------------------------------------------------ levels
@@ -337,21 +247,6 @@ def test_genes_by_name(fits):
     np.testing.assert_array_equal(by_name, by_place)
 
 
-def test_checks_of_selected_genes_are_those_of_all(fits):
-    frame, models = fits
-    model, options = models["default"], dict(n_samples=5, random_state=0)
-    everything = predictive_check(model, frame, **options)
-    some = predictive_check(model, frame, genes=[4, 2], **options)
-    np.testing.assert_array_equal(some.genes, [4, 2])
-    for part in ("p_values", "observed", "predicted"):
-        for name in STATISTICS:
-            np.testing.assert_array_equal(everything[part][name][[4, 2]], some[part][name])
-    residuals = quantile_residuals(model, frame, **options)
-    np.testing.assert_array_equal(
-        residuals[:, [4, 2]], quantile_residuals(model, frame, genes=[4, 2], **options)
-    )
-
-
 @pytest.mark.parametrize("consume", ["iterator", "check"])
 def test_memory_is_that_of_one_replicate(consume):
     mean, W, d, r = globals_(n_genes=100)
@@ -372,144 +267,6 @@ def test_memory_is_that_of_one_replicate(consume):
     tracemalloc.stop()
     chunks = 12 * 2**18 * 8
     assert peak < bound + chunks < 8 * one
-
-
-# ------------------------------------------------------------------ checks
-
-
-def test_statistics_are_numpy_s(fits):
-    frame, models = fits
-    X = frame.to_numpy()
-    options = dict(n_samples=4, random_state=0)
-    check = predictive_check(models["default"], frame, **options)
-    drawn = posterior_predictive(models["default"], frame, **options)
-    of = {
-        "mean": lambda u: u.mean(-2),
-        "variance": lambda u: u.var(-2, ddof=1),
-        "zero_fraction": lambda u: (u == 0).mean(-2),
-        "maximum": lambda u: u.max(-2),
-    }
-    for name, statistic in of.items():
-        observed, replicated = statistic(X), statistic(drawn)
-        np.testing.assert_allclose(check.observed[name], observed, rtol=1e-12)
-        np.testing.assert_allclose(check.predicted[name], replicated.mean(0), rtol=1e-12)
-        # ties to rounding: the sums are exact, NumPy's two-pass variance is not
-        ties = np.isclose(replicated, observed, rtol=1e-10)
-        above = ~ties & (replicated > observed)
-        p = (above.sum(0) + (ties.sum(0) + 1) / 2) / 5
-        np.testing.assert_allclose(check.p_values[name], p, rtol=1e-12)
-    assert all(type(v) is float and np.isfinite(v) for v in check.summary.values())
-    assert set(check.summary) == {f"{s}_{kind}" for s in STATISTICS for kind in ("outside", "ks")}
-
-
-def repeated_checks(level, n_repeats=10):
-    """p-values and residuals of fresh data under the truth: every repeat with a truth of its own."""
-    p, residuals = [], []
-    for seed in range(n_repeats):
-        rng = np.random.default_rng(seed)
-        parameters = globals_(seed, n_genes=30)
-        # given its total a row's composition says nothing of capture: the flat prior, exactly
-        totals = rng.integers(40, 200, 200) if level == "library_anchored" else None
-        X = simulate(*parameters, 200, rng, totals)
-        model = truth.nbln(*parameters)
-        check = predictive_check(model, X, level=level, n_samples=80, random_state=seed)
-        p.append([check.p_values[name] for name in STATISTICS])
-        if totals is not None:
-            residuals.append(quantile_residuals(model, X, n_samples=20, random_state=seed))
-    return np.concatenate(p, axis=1), residuals
-
-
-@pytest.mark.parametrize("level", ["marginal", "library_anchored"])
-def test_p_values_and_residuals_are_uniform_under_the_model(level):
-    """300 genes by Kolmogorov and Smirnov; their means are 1 and more, so that ties are few."""
-    p, residuals = repeated_checks(level)
-    for values in p:
-        assert stats.kstest(values, "uniform").pvalue > ALPHA
-    if level == "library_anchored":
-        q = np.ravel(residuals)
-        assert 0 < q.min() and q.max() < 1
-        assert stats.kstest(q, "uniform").pvalue > ALPHA
-        # entries of low counts, by one gene: exactly uniform too
-        assert stats.kstest(residuals[0][:, 0], "uniform").pvalue > ALPHA
-
-
-def test_residuals_are_uniform_for_genes_that_are_nearly_always_zero():
-    mean, W, d, r = globals_(n_genes=30)
-    mean[:10] = -5.0
-    rng = np.random.default_rng(0)
-    X = simulate(mean, W, d, r, 500, rng, rng.integers(20, 60, 500))
-    q = quantile_residuals(truth.nbln(mean, W, d, r), X, n_samples=10, random_state=0)
-    assert (X[:, :10] == 0).mean() > 0.98
-    for g in (0, 1, 20):
-        assert stats.kstest(q[:, g], "uniform").pvalue > ALPHA
-
-
-def test_a_poisson_log_normal_fit_to_overdispersed_counts_is_seen():
-    """r = 0.5: log-normal rates cannot have that many zeros and that variance; on unseen rows."""
-    X = make_nbvcp_counts(
-        n_cells=1420,
-        n_genes=N_GENES,
-        mean_range=(2.0, 20.0),
-        dispersion=(0.5, 0.0),
-        random_state=0,
-    ).data
-    train, test = X[:420], X[420:]
-    options = dict(batch_size=60, random_state=0)  # of a shape that is compiled already
-    right = NBVCPEstimator(**options).fit(train)
-    wrong = NBLNEstimator(
-        latent_dim=RANK, observation="poisson", informative_prior_estimator=right, **options
-    ).fit(train)
-    found = [predictive_check(m, test, random_state=0).summary for m in (right, wrong)]
-    # 8 genes: of independent uniform values 4 or more are outside once in 2,700
-    assert found[1]["zero_fraction_outside"] >= 0.5 > found[0]["zero_fraction_outside"]
-    q = [quantile_residuals(m, test, n_samples=50, random_state=0) for m in (right, wrong)]
-    distance = [stats.kstest(np.ravel(a), "uniform").statistic for a in q]
-    # Kolmogorov's critical distance of 8,000 values at level 1e-6 is 0.03
-    assert distance[1] > 2 * distance[0]
-    assert distance[1] > 0.05
-
-
-@pytest.mark.slow
-def test_held_out_p_values_of_a_large_fit_are_nearly_uniform():
-    """A fit to 6,000 rows against 300 new ones: what the fit does not know is a fifth of the noise."""
-    mean, W, d, r = globals_(0, n_genes=40)
-    mean = mean + 1.0
-    rng = np.random.default_rng(0)
-    X = simulate(mean, W, d, r, 6000, rng)
-    source = NBVCPEstimator(capture_efficiency=None, random_state=0).fit(X)
-    model = NBLNEstimator(
-        latent_dim=RANK,
-        capture_efficiency=None,
-        informative_prior_estimator=source,
-        informative_priors_freeze=("eta",),
-        informative_priors_tau=np.inf,
-        random_state=0,
-    ).fit(X)
-    for level in ("marginal", "library_anchored"):
-        p = {name: [] for name in STATISTICS}
-        for seed in range(5):
-            totals = rng.integers(200, 600, 300) if level == "library_anchored" else None
-            new = simulate(mean, W, d, r, 300, rng, totals)
-            check = predictive_check(model, new, level=level, random_state=seed)
-            for name in STATISTICS:
-                p[name].extend(check.p_values[name])
-        for name in STATISTICS:
-            values = np.array(p[name])
-            # 0.05 for the truth, with a standard error of 0.015 to 0.03: genes of a row are correlated
-            assert np.mean((values < 0.025) | (values > 0.975)) < 0.13
-            assert stats.kstest(values, "uniform").statistic < 0.15
-
-
-@pytest.mark.slow
-def test_library_anchored_p_values_of_cells_with_capture_are_nearly_uniform():
-    """Totals are not quite uninformative of compositions here; with 200 genes it matters little."""
-    outside = []
-    for seed in range(5):
-        sim = make_nbln_counts(n_cells=300, n_genes=200, random_state=seed)
-        model = truth.nbln(sim.mean, sim.loadings, sim.noise_variance, sim.dispersion)
-        summary = predictive_check(model, sim.data, random_state=seed).summary
-        outside.append([summary[f"{name}_outside"] for name in STATISTICS])
-    assert np.all(np.mean(outside, axis=0) < 0.1)  # 0.05 where exact
 
 
 # ------------------------------------------------------------------ compositions

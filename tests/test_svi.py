@@ -13,6 +13,7 @@ from scipy import stats
 
 from sknbln import _nbvcp, _svi
 from sknbln._capture import CapturePrior
+from sknbln._laplace.likelihood import CountHistogram
 
 from .reference.csr import csr
 
@@ -33,7 +34,7 @@ def problem(capture=True, seed=0):
     X = counts(seed)
     # some libraries are above exp(3.5): the truncation matters
     prior = CapturePrior(4.5, 0.5) if capture else None
-    return X, _nbvcp._problem(X, prior)
+    return X, _nbvcp._problem(X, prior, CountHistogram(X))
 
 
 def latents(n=N, capture=True, seed=0):
@@ -266,7 +267,7 @@ def fit(perturb=0.0, scale=1.0, **options):
     """Without capture, from the estimator's own start, moved by `perturb` standard deviations."""
     X, fixed = problem(False)
     model = _nbvcp.NBVCPEstimator()
-    _, point = model._maximum(X, fixed)
+    _, point = model._maximum(X, fixed, CountHistogram(X))
     at = model._curvature_guide(X, None, point)
     moved = at._replace(
         log_mean=(at.log_mean[0] + perturb * at.log_mean[1], scale * at.log_mean[1]),

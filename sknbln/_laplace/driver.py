@@ -2,7 +2,7 @@
 
 The direction is the limited-memory BFGS two-loop recursion whose initial metric is the step of
 ``sweeps`` (so with an empty memory it *is* that step). A trial that would lower the objective is
-damped until it does not.
+damped until it does not; where two cuts of a quasi-Newton step do not suffice, the memory is dropped.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,17 @@ import numpy as np
 from .sweeps import (
     Gradients,
     Parameters,
+    curvature_product,
     regression_step,
     scale_step,
     shift_step,
 )
 
 MEMORY = 8
-MAX_HALVINGS = 12
+MAX_CUTS = 12
+MEMORY_CUTS = 2  # of a quasi-Newton step
+#: a pair of the memory that shows less curvature than this fraction of the metric's is mixed with it
+LEAST_CURVATURE = 0.1
 LARGEST_STEP = 1.5  # nats
 #: relative rounding error of a sum over all counts; a smaller fall is not a fall
 ROUNDING = 1e-11
@@ -91,10 +95,21 @@ class _Memory:
     def __init__(self):
         self.pairs = []
 
-    def add(self, s, y):
+    def add(self, s, y, expected):
+        """Remember that the step s changed the gradient by y; the metric expected another change.
+
+        Powell's damping: a change that shows next to no curvature along s, or a negative one, would
+        make the next step far too long.
+        """
+        least = LEAST_CURVATURE * float(s @ expected)
         sy = float(s @ y)
-        if sy > 1e-10 * float(np.linalg.norm(s) * np.linalg.norm(y)):
-            self.pairs = [*self.pairs[-(MEMORY - 1) :], (s, y, sy)]
+        if not least > 0:
+            return
+        if sy < least:
+            share = (1.0 - LEAST_CURVATURE) * float(s @ expected) / float(s @ (expected - y))
+            y = share * y + (1.0 - share) * expected
+            sy = float(s @ y)
+        self.pairs = [*self.pairs[-(MEMORY - 1) :], (s, y, sy)]
 
     def direction(self, g, precondition):
         """Two-loop recursion; ``precondition`` maps a gradient to a step."""
@@ -120,9 +135,10 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
         Start.
     free : Free
     n_cells : int
-        The tolerance is per cell.
+        The history is per cell.
     tol : float
-        Stop when a sweep gains less than this, in nats per cell, twice in a row.
+        Stop when a sweep gains less than this fraction of the objective's magnitude (at least of one
+        nat per cell), twice in a row.
     max_iter : int
         Sweeps at most.
     report : callable or None
@@ -145,30 +161,35 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
         if trial is None and memory.pairs:
             memory = _Memory()
             trial, step = _trial(evaluate, point, memory, free)
+        magnitude = max(abs(point.value) / n_cells, 1.0)
         if trial is None:
             promised = step / n_cells
             return Outcome(
                 point,
-                promised < tol,
+                promised < tol * magnitude,
                 f"no damped step raises the objective (the full one promised {promised:.2g} nats per cell)",
                 history,
                 iteration,
                 0.0,
             )
         memory.add(
-            step, _flat(_blocks(point.grad), free_flags) - _flat(_blocks(trial.grad), free_flags)
+            step,
+            _flat(_blocks(point.grad), free_flags) - _flat(_blocks(trial.grad), free_flags),
+            _flat(
+                curvature_product(point.grad, _unflat(step, point.params, free_flags)), free_flags
+            ),
         )
         gain = (trial.value - point.value) / n_cells
         point = trial
         history.append(point.value / n_cells)
         if report is not None:
             report(iteration, point)
-        small = small + 1 if gain < tol else 0
+        small = small + 1 if gain < tol * magnitude else 0
         if small == 2:
             return Outcome(
                 point,
                 True,
-                f"the last two sweeps gained less than tol={tol:g} nats per cell",
+                f"the last two sweeps gained less than tol={tol:g} of the objective",
                 history,
                 iteration,
                 gain,
@@ -221,7 +242,7 @@ def _trial(evaluate, point, memory, free):
     step = _unflat(x, point.params, flags)
     step = _within_reach(step)
     length, slack = 1.0, ROUNDING * abs(point.value)
-    for _ in range(MAX_HALVINGS):
+    for _ in range(MEMORY_CUTS if memory.pairs else MAX_CUTS):
         params = point.params.moved(step, length)
         trial = evaluate(params)
         if np.isfinite(trial.value) and trial.value >= point.value - slack:

@@ -106,6 +106,16 @@ def log_rising(u, r):
     return out
 
 
+def log_rising_slope(u, r):
+    """Derivative of :func:`log_rising` in ``log r``; r finite."""
+    small = r < _STIRLING
+    us, rs = u[small], r[small]
+    out = np.empty(u.shape)
+    out[small] = rs * (digamma(us + rs) - digamma(rs)) - us
+    out[~small] = log_rising_derivatives(u[~small], r[~small])[0]
+    return out
+
+
 def log_rising_derivatives(u, r):
     """First and second derivative of :func:`log_rising` in ``log r``."""
     u, r = np.broadcast_arrays(np.asarray(u, float), np.asarray(r, float))
@@ -159,17 +169,17 @@ class CountHistogram:
     """
 
     def __init__(self, X):
-        order = np.lexsort((X.data, X.indices))
-        gene, count = X.indices[order], X.data[order].astype(float)
         self.n_genes = X.shape[1]
-        if gene.size == 0:
-            self.gene = np.zeros(0, np.intp)
-            self.count = self.times = np.zeros(0)
-        else:
-            new = np.r_[True, (gene[1:] != gene[:-1]) | (count[1:] != count[:-1])]
-            starts = np.flatnonzero(new)
-            self.gene, self.count = gene[starts].astype(np.intp), count[starts]
-            self.times = np.diff(np.r_[starts, gene.size]).astype(float)
+        # one integer key for gene and count: sorting it is several times faster than a lexical sort
+        values, code = X.data, X.data
+        if values.size == 0 or values.max() >= 2**31 or np.any(values != np.floor(values)):
+            values, code = np.unique(X.data, return_inverse=True)
+        code = code.astype(np.int64)
+        width = int(code.max(initial=0)) + 1
+        key, self.times = np.unique(X.indices * np.int64(width) + code, return_counts=True)
+        self.gene, code = (key // width).astype(np.intp), key % width
+        self.count = code.astype(float) if values is X.data else values[code]
+        self.times = self.times.astype(float)
         self.log_factorials = float(np.sum(self.times * log_factorial(self.count)))
 
     def _sum(self, values):

@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import lowrank
 from .likelihood import dispersion_terms, log_likelihood_terms, third_derivative
-from .mode import Globals, find_mode, linearize
+from .mode import Globals, find_mode, lift
 
 
 class CellResults(NamedTuple):
@@ -56,15 +57,8 @@ class BatchSums(NamedTuple):
 
     log_marginal: jnp.ndarray  # ()
     n_unconverged: jnp.ndarray  # ()
-    max_decrement: jnp.ndarray  # ()
     information_shift: jnp.ndarray  # () sum_c 1' K_c 1, of a common shift of the log-rates
     genes: GeneSums
-
-
-def _expansion(cells, params, zeta):
-    """Mode of every cell, and the Newton system at it."""
-    mode = find_mode(cells, params, zeta)
-    return mode, linearize(cells, params, mode.y)
 
 
 def _log_marginal(cells, params, mode, lin):
@@ -96,25 +90,36 @@ def _cell_results(cells, params, mode, lin):
 @jax.jit
 def solve_cells(cells, params, zeta):
     """Mode, scores and Laplace marginal of each cell of a batch."""
-    return _cell_results(cells, params, *_expansion(cells, params, zeta))
+    return _cell_results(cells, params, *find_mode(cells, params, zeta))
 
 
 @jax.jit
-def sweep_cells(cells, params, zeta):
+def sweep_cells(cells, params, zeta, before):
     """As :func:`solve_cells`, with the sums over cells that update the globals.
 
-    Returns the new scores (n_cells, k + 1) and :class:`BatchSums`.
+    Returns the new scores (n_cells, k + 1) and :class:`BatchSums` added to those ``before``.
     """
-    mode, lin = _expansion(cells, params, zeta)
+    mode, lin = find_mode(cells, params, zeta)
     log_marginal = _log_marginal(cells, params, mode, lin)
     genes = _gene_sums(cells, params, mode, lin)
     live = cells.weight > 0
-    return mode.zeta, BatchSums(
+    sums = BatchSums(
         jnp.sum(cells.weight * log_marginal),
         jnp.sum(jnp.where(live & ~mode.converged, 1, 0)),
-        jnp.max(jnp.where(live, mode.decrement, 0.0)),
         jnp.sum(cells.weight * _offset_curvature(params, lin)),
         genes,
+    )
+    return mode.zeta, jax.tree.map(jnp.add, before, sums)
+
+
+def no_sums(n_genes, k):
+    """Zero :class:`BatchSums`, on the host."""
+    genes, T = np.zeros(n_genes), (k + 1) * (k + 2) // 2
+    return BatchSums(
+        np.zeros(()),
+        np.zeros((), np.int64),
+        np.zeros(()),
+        GeneSums(genes, np.zeros((n_genes, k)), genes, genes, np.zeros((n_genes, T)), genes, genes),
     )
 
 
@@ -146,7 +151,7 @@ def _gene_scores(cells, params, mode, lin):
     h = -0.5 * variance * third_derivative(terms)
     x = h / den
     xi = lowrank.solve(lin.L, (x @ F) * lin.scales)
-    lifted = (xi * lin.scales) @ F.T
+    lifted = lift(params, lin.scales, xi)
     beta = x - b * lifted
     q = d * x + lifted / den
 
@@ -171,6 +176,8 @@ def _gene_sums(cells, params, mode, lin):
     covariance, alpha, zeta = scores.covariance, mode.alpha, mode.zeta
     z = zeta[:, :k]
 
+    v = alpha + lin.b * lift(params, lin.scales, zeta)  # the working response times b
+
     # Loadings: (alpha alpha' - K + beta alpha' + alpha beta') F without a cells x genes x k array.
     # F' alpha = P zeta and F' beta = P xi; alpha zeta' - K F = v zeta' - b F E[zeta zeta'].
     second = zeta[:, :, None] * zeta[:, None, :] + covariance
@@ -181,7 +188,7 @@ def _gene_sums(cells, params, mode, lin):
     moments, capture_part = sums[:, : 1 + k + i.size], sums[:, 1 + k + i.size :]
     zz = moments[:, 1 + k :][:, back]  # (n_genes, k, k)
     gradient_loadings = (
-        (weight * (lin.v + scores.beta)).T @ z
+        (weight * (v + scores.beta)).T @ z
         + (weight * alpha).T @ scores.xi[:, :k]
         - jnp.sum(zz * params.loadings[:, None, :], 2)
         - capture_part
@@ -202,30 +209,25 @@ def score_products(cells, params, zeta, constant_scores):
     """Sums over cells of outer products of each gene's scores in (mu, w_1..w_k, log d, log r).
 
     ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Returns the
-    products, (n_genes, k + 3, k + 3), and ``sum_c b``, (n_genes,).
+    products, (k + 3, k + 3, n_genes), and ``sum_c b``, (n_genes,).
     """
     k = params.loadings.shape[1]
-    mode, lin = _expansion(cells, params, zeta)
+    mode, lin = find_mode(cells, params, zeta)
     scores = _gene_scores(cells, params, mode, lin)
     second = mode.zeta[:, :, None] * mode.zeta[:, None, :] + scores.covariance
     F = lowrank.with_capture(params.loadings)
-    regression = jnp.einsum("cij,gj->cgi", second[:, :k, :] * lin.scales[:, None, :], F)
-    loadings = (
-        (lin.v + scores.beta)[:, :, None] * mode.zeta[:, None, :k]
-        + mode.alpha[:, :, None] * scores.xi[:, None, :k]
-        - lin.b[:, :, None] * regression
-    )
-    stacked = jnp.concatenate(
-        [
-            scores.mean[:, :, None],
-            loadings,
-            (params.noise[None, :] * scores.noise)[:, :, None],
-            (scores.log_r + constant_scores)[:, :, None],
-        ],
-        2,
-    )
-    stacked = jnp.swapaxes(stacked * cells.weight[:, None, None], 0, 1)
-    products = jnp.swapaxes(stacked, 1, 2) @ stacked
+    v = mode.alpha + lin.b * lift(params, lin.scales, mode.zeta)
+    regression = jnp.einsum("cij,gj->icg", second[:, :k, :] * lin.scales[:, None, :], F)
+    z, xi = mode.zeta[:, :k].T[:, :, None], scores.xi[:, :k].T[:, :, None]
+    loadings = (v + scores.beta) * z + mode.alpha * xi - lin.b * regression
+    others = [
+        scores.mean,
+        params.noise[None, :] * scores.noise,
+        scores.log_r + constant_scores,
+    ]
+    stacked = jnp.concatenate([others[0][None], loadings, jnp.stack(others[1:])])
+    stacked = stacked * cells.weight[None, :, None]
+    products = jax.lax.map(lambda one: jnp.sum(one * stacked, 1), stacked)
     return products, jnp.sum(cells.weight[:, None] * lin.b, 0)
 
 
@@ -234,6 +236,7 @@ __all__ = [
     "CellResults",
     "GeneSums",
     "Globals",
+    "no_sums",
     "score_products",
     "solve_cells",
     "sweep_cells",

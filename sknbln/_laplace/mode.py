@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from . import lowrank
 from .likelihood import channel_terms
 
-#: a cell has converged when its Newton decrement (twice the expected gain, in nats) is below this
+#: a cell takes its last step when its Newton decrement (twice the expected gain, nats) is below this
+LAST_STEP = 1e-9
+#: and has converged when the decrement after that step, which squares what is left, is below this
 DECREMENT_TOL = 1e-9
 MAX_NEWTON = 100
 
@@ -47,15 +49,11 @@ class Globals(NamedTuple):
 
 
 class Linearization(NamedTuple):
-    """The Newton system at one point: its solution and what it was made of."""
+    """The Newton system at one point."""
 
-    zeta: jnp.ndarray
-    alpha: jnp.ndarray
-    y: jnp.ndarray
     terms: tuple
     den: jnp.ndarray  # 1 + d a
     b: jnp.ndarray  # a / den
-    v: jnp.ndarray
     L: jnp.ndarray  # Cholesky factor of M
     scales: jnp.ndarray
     prior_precision: jnp.ndarray
@@ -78,47 +76,60 @@ def location(cells, params):
 
 
 def linearize(cells, params, y):
-    """Solve the Newton system with the likelihood expanded at ``y``."""
-    F = lowrank.with_capture(params.loadings)
+    """Expand the likelihood at ``y``."""
     k = params.loadings.shape[1]
     scales = lowrank.column_scale(cells.scale, k)
     prior_precision = lowrank.column_scale(cells.precision, k)
     terms = channel_terms(cells.counts, y, params.phi[None, :])
-    loc = location(cells, params)
-    a, d = terms.curvature, params.noise[None, :]
-    den = 1.0 + d * a
-    b = a / den
-    v = (a * (y - loc) + terms.gradient) / den
-    M = lowrank.precision_matrix(b, lowrank.pair_products(F), scales, prior_precision)
-    L = lowrank.cholesky(M)
-    zeta = lowrank.solve(L, (v @ F) * scales)
-    lifted = (zeta * scales) @ F.T
-    alpha = v - b * lifted
-    return Linearization(
-        zeta, alpha, loc + lifted + d * alpha, terms, den, b, v, L, scales, prior_precision
-    )
+    den = 1.0 + params.noise[None, :] * terms.curvature
+    b = terms.curvature / den
+    pairs = lowrank.pair_products(lowrank.with_capture(params.loadings))
+    M = lowrank.precision_matrix(b, pairs, scales, prior_precision)
+    return Linearization(terms, den, b, lowrank.cholesky(M), scales, prior_precision)
+
+
+def lift(params, scales, zeta):
+    """``F zeta``: what scores and capture deviation do to the log-rates, (n_cells, n_genes)."""
+    return (zeta * scales) @ lowrank.with_capture(params.loadings).T
+
+
+def _project(lin, params, x):
+    """``F' x`` in the units of zeta, (n_cells, k + 1)."""
+    return (x @ lowrank.with_capture(params.loadings)) * lin.scales
 
 
 class _State(NamedTuple):
     zeta: jnp.ndarray
     alpha: jnp.ndarray
-    y: jnp.ndarray
-    dzeta: jnp.ndarray  # Newton direction, in the three coordinates
+    dzeta: jnp.ndarray  # Newton direction
     dalpha: jnp.ndarray
-    dy: jnp.ndarray
     slope: jnp.ndarray  # directional derivative at the iterate
     step: jnp.ndarray
     done: jnp.ndarray
     n_iter: jnp.ndarray
 
 
-def _slope(zeta, alpha, gradient, precision, d, dzeta, dalpha, dy):
-    """Derivative of the log-posterior at (zeta, alpha) along a direction."""
-    return (
-        jnp.sum(gradient * dy, 1)
-        - jnp.sum(precision * zeta * dzeta, 1)
-        - jnp.sum(d * alpha * dalpha, 1)
-    )
+def _first_solution(cells, params, y):
+    """Zeta and alpha that solve the system expanded at any ``y``."""
+    lin = linearize(cells, params, y)
+    h = y - location(cells, params)
+    v = (lin.terms.curvature * h + lin.terms.gradient) / lin.den
+    zeta = lowrank.solve(lin.L, _project(lin, params, v))
+    return zeta, v - lin.b * lift(params, lin.scales, zeta)
+
+
+def _direction(cells, params, lin, zeta, alpha):
+    """Newton direction at (zeta, alpha), where ``lin`` was made, and the slope along it.
+
+    With ``e = (g - alpha) / den``, what is missing of the genes' own equations: ``M dzeta = F' (alpha + e)
+    - P zeta`` and ``dalpha = e - b F dzeta``; the slope is ``dzeta' M dzeta + sum d den e^2``.
+    """
+    e = (lin.terms.gradient - alpha) / lin.den
+    rhs = _project(lin, params, alpha + e) - lin.prior_precision * zeta
+    dzeta = lowrank.solve(lin.L, rhs)
+    dalpha = e - lin.b * lift(params, lin.scales, dzeta)
+    slope = jnp.sum(dzeta * rhs, 1) + jnp.sum(params.noise[None, :] * lin.den * e**2, 1)
+    return dzeta, dalpha, slope
 
 
 def _first_point(cells, params, zeta):
@@ -144,17 +155,18 @@ def find_mode(cells, params, zeta):
     (the objective is concave, so along the step it rises while the slope is positive); otherwise
     the step is cut by the secant rule. The decision uses gradients only: no cancellation, no
     logarithms. Cells stop one by one and do not influence each other.
+
+    Returns the :class:`Mode` and the :class:`Linearization` there.
     """
     d = params.noise[None, :]
-    first = linearize(cells, params, _first_point(cells, params, zeta))
+    loc, scales = location(cells, params), lowrank.column_scale(cells.scale, zeta.shape[1] - 1)
+    zeta, alpha = _first_solution(cells, params, _first_point(cells, params, zeta))
     zero = jnp.zeros_like(cells.offset)
     state = _State(
-        first.zeta,
-        first.alpha,
-        first.y,
-        jnp.zeros_like(first.zeta),
-        jnp.zeros_like(first.alpha),
-        jnp.zeros_like(first.y),
+        zeta,
+        alpha,
+        jnp.zeros_like(zeta),
+        jnp.zeros_like(alpha),
         zero + 1e300,
         zero,
         cells.weight <= 0,
@@ -162,32 +174,21 @@ def find_mode(cells, params, zeta):
     )
 
     def body(state):
-        t = jnp.where(state.done, 0.0, state.step)
-        zeta = state.zeta + t[:, None] * state.dzeta
-        alpha = state.alpha + t[:, None] * state.dalpha
-        y = state.y + t[:, None] * state.dy
-        new = linearize(cells, params, y)
-        slope = _slope(
-            zeta,
-            alpha,
-            new.terms.gradient,
-            new.prior_precision,
-            d,
-            state.dzeta,
-            state.dalpha,
-            state.dy,
+        t = jnp.where(state.done, 0.0, state.step)[:, None]
+        zeta = state.zeta + t * state.dzeta
+        alpha = state.alpha + t * state.dalpha
+        lin = linearize(cells, params, loc + lift(params, scales, zeta) + d * alpha)
+        gradient = lin.terms.gradient
+        slope = jnp.sum(d * (gradient - alpha) * state.dalpha, 1) + jnp.sum(
+            (_project(lin, params, gradient) - lin.prior_precision * zeta) * state.dzeta, 1
         )
         accept = slope >= -0.25 * state.slope
         secant = state.step * state.slope / jnp.maximum(state.slope - slope, 1e-300)
         cut = jnp.clip(secant, 0.1 * state.step, 0.7 * state.step)
-        dzeta, dalpha, dy = new.zeta - zeta, new.alpha - alpha, new.y - y
-        next_slope = _slope(
-            zeta, alpha, new.terms.gradient, new.prior_precision, d, dzeta, dalpha, dy
-        )
+        dzeta, dalpha, next_slope = _direction(cells, params, lin, zeta, alpha)
         live = ~state.done
         moved = live & accept
-        finished = moved & (next_slope <= DECREMENT_TOL)
-        # the last, tiny Newton step is taken: it squares what is left of the error
+        finished = moved & (next_slope <= LAST_STEP)
         last = jnp.where(finished, 1.0, 0.0)[:, None]
 
         def pick(a, b):
@@ -196,15 +197,17 @@ def find_mode(cells, params, zeta):
         return _State(
             pick(zeta + last * dzeta, state.zeta),
             pick(alpha + last * dalpha, state.alpha),
-            pick(y + last * dy, state.y),
             pick(dzeta, state.dzeta),
             pick(dalpha, state.dalpha),
-            pick(dy, state.dy),
-            jnp.where(moved, jnp.maximum(next_slope, 0.0), state.slope),
+            jnp.where(moved, next_slope, state.slope),
             jnp.where(moved, 1.0, jnp.where(live, cut, state.step)),
             state.done | finished,
             state.n_iter + 1,
         )
 
     state = jax.lax.while_loop(lambda s: jnp.any(~s.done) & (s.n_iter < MAX_NEWTON), body, state)
-    return Mode(state.zeta, state.alpha, state.y, state.slope, state.done, state.n_iter)
+    y = loc + lift(params, scales, state.zeta) + d * state.alpha
+    lin = linearize(cells, params, y)
+    _, _, decrement = _direction(cells, params, lin, state.zeta, state.alpha)
+    converged = state.done & (decrement <= DECREMENT_TOL)
+    return Mode(state.zeta, state.alpha, y, decrement, converged, state.n_iter), lin

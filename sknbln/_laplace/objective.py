@@ -17,7 +17,7 @@ import numpy as np
 
 from .driver import Point
 from .lowrank import triangle
-from .sweeps import GaussianPrior, Gradients, Parameters
+from .sweeps import NOISE_UNIT, GaussianPrior, Gradients, Parameters
 
 #: 1/r of a gene whose whole overdispersion is explained by Sigma: not 0, to stay finite
 SMALLEST_OVERDISPERSION = 1e-280
@@ -64,7 +64,9 @@ class Identity:
 
     def pull_back(self, x, params, grad):
         """Gradient in the coordinates."""
-        return Parameters(grad.mean, grad.loadings, params.noise * grad.noise, grad.log_r)
+        return Parameters(
+            grad.mean, grad.loadings, (params.noise + NOISE_UNIT) * grad.noise, grad.log_r
+        )
 
 
 class MarginalCoupling:
@@ -112,7 +114,7 @@ class MarginalCoupling:
         return Parameters(
             x.mean - variance / 2,
             np.sqrt(c)[:, None] * x.loadings,
-            x.log_noise + np.log(c),
+            np.log1p(c * x.noise / NOISE_UNIT),
             log_r,
         )
 
@@ -125,7 +127,7 @@ class MarginalCoupling:
         return Parameters(
             grad.mean,
             np.sqrt(c)[:, None] * grad.loadings + 2.0 * by_S[:, None] * x.loadings,
-            x.noise * (c * grad.noise + by_S),
+            (x.noise + NOISE_UNIT) * (c * grad.noise + by_S),
             np.zeros_like(grad.log_r) if self.couple_dispersion else grad.log_r,
         )
 
@@ -159,6 +161,7 @@ class Objective:
     ):
         self.sweep = sweep
         self.histogram = histogram
+        self._known = None  # of the last log r: it is often frozen
         self.prior_mean: GaussianPrior = prior_mean
         self.prior_log_r: GaussianPrior = prior_log_r
         self.coupling = coupling if coupling is not None else Identity()
@@ -170,9 +173,7 @@ class Objective:
     def natural_gradient(self, params):
         """Log-likelihood, gradient in the model's parameters, and the sums behind it."""
         sums = self.sweep(*params.natural())
-        r = np.exp(params.log_r)
-        constants = float(np.sum(self.histogram.constants(r))) - self.histogram.log_factorials
-        first, second = self.histogram.constant_derivatives(r)
+        constants, first, second = self._constants(params.log_r)
         genes = sums.genes
         grad = NaturalGradient(
             genes.gradient_mean,
@@ -181,6 +182,14 @@ class Objective:
             genes.gradient_log_r + first,
         )
         return float(sums.log_marginal) + constants, grad, sums, genes.information_log_r - second
+
+    def _constants(self, log_r):
+        """What does not depend on the log-rates: its sum, and two derivatives in log r per gene."""
+        if self._known is None or not np.array_equal(self._known[0], log_r):
+            r = np.exp(log_r)
+            total = float(np.sum(self.histogram.constants(r))) - self.histogram.log_factorials
+            self._known = log_r, (total, *self.histogram.constant_derivatives(r))
+        return self._known[1]
 
     def __call__(self, x):
         """The `Point` at coordinates x."""
@@ -198,6 +207,7 @@ class Objective:
         )
         grad = self.coupling.pull_back(x, params, natural)
         moments = sums.genes.moments.copy()
+        slope = params.noise + NOISE_UNIT  # of d in its coordinate
         moments[:, 0] += self.prior_mean.precision
         moments[:, _squares(x.loadings.shape[1])] += self.penalty.precision
         return Point(
@@ -209,7 +219,7 @@ class Objective:
                 grad.log_noise,
                 grad.log_r + self.prior_log_r.gradient(x.log_r),
                 moments,
-                params.noise**2 * sums.genes.information_noise + NOISE_RATE * params.noise,
+                slope**2 * sums.genes.information_noise + NOISE_RATE * slope,
                 information_log_r + self.prior_log_r.precision + self.weak_log_r.precision,
                 float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
             ),

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from . import lowrank
-from .mode import find_mode, linearize
+from .mode import find_mode, lift
 
 
 @jax.jit
@@ -28,10 +27,8 @@ def draw_rates(cells, params, zeta, score_noise, gene_noise):
     ``score_noise`` (n_cells, k + 1) and ``gene_noise`` (n_cells, n_genes) are standard normal.
     Returns the scores at the mode (n_cells, k + 1), a start for the next call, and y.
     """
-    mode = find_mode(cells, params, zeta)
-    lin = linearize(cells, params, mode.y)
-    F = lowrank.with_capture(params.loadings)
+    mode, lin = find_mode(cells, params, zeta)
     deviation = solve_triangular(lin.L, score_noise[..., None], trans=1, lower=True)[..., 0]
-    lifted = (deviation * lin.scales) @ F.T
+    lifted = lift(params, lin.scales, deviation)
     noise = jnp.sqrt(params.noise[None, :] / lin.den) * gene_noise
     return mode.zeta, mode.y + lifted / lin.den + noise

@@ -15,7 +15,9 @@ import numpy as np
 
 from .lowrank import triangle
 
-LOG_NOISE_RANGE = (np.log(1e-6), np.log(50.0))
+#: the coordinate of d is log(1 + d / NOISE_UNIT), nats squared: logarithmic above it, linear below
+NOISE_UNIT = 0.01
+NOISE_RANGE = (np.log1p(1e-6 / NOISE_UNIT), np.log1p(50.0 / NOISE_UNIT))
 LOG_DISPERSION_RANGE = (np.log(1e-5), np.log(1e9))
 _MAX_LOG_STEP = 1.0
 
@@ -23,8 +25,8 @@ _MAX_LOG_STEP = 1.0
 class Parameters(NamedTuple):
     """Global parameters in the coordinates in which steps are taken.
 
-    ``log_noise`` may be -inf (no gene-specific noise) and ``log_r`` +inf (Poisson) where they are
-    not free.
+    ``log_noise`` is ``log(1 + d / NOISE_UNIT)``, so that d = 0 is at a finite distance: 0, which is
+    kept where it is not free. ``log_r`` may be +inf (Poisson) where it is not free.
     """
 
     mean: np.ndarray  # (n_genes,)
@@ -35,7 +37,7 @@ class Parameters(NamedTuple):
     @property
     def noise(self):
         """Noise variance d of the log-rates."""
-        return np.exp(self.log_noise)
+        return NOISE_UNIT * np.expm1(self.log_noise)
 
     def natural(self):
         """Arguments of the cell solver: mean, loadings, noise variance d, overdispersion 1/r."""
@@ -44,7 +46,7 @@ class Parameters(NamedTuple):
     def moved(self, step, length):
         """These parameters after ``length`` times a step, inside the ranges of the scales."""
         out = [a + length * s for a, s in zip(self, step, strict=True)]
-        out[2] = _clipped(self.log_noise, out[2], LOG_NOISE_RANGE)
+        out[2] = np.where(self.log_noise > 0, np.clip(out[2], *NOISE_RANGE), 0.0)
         out[3] = _clipped(self.log_r, out[3], LOG_DISPERSION_RANGE)
         return Parameters(*out)
 
@@ -135,7 +137,23 @@ def shift_step(grad):
     return float(np.sum(grad.mean)) / information * (1.0 - information / assumed)
 
 
+def _bounded(information, gradient):
+    return np.maximum(information, 1e-8 + 0.1 * np.abs(gradient))
+
+
 def scale_step(gradient, information):
     """Damped Newton step of logarithms of scales."""
-    floor = 1e-8 + 0.1 * np.abs(gradient)
-    return np.clip(gradient / np.maximum(information, floor), -_MAX_LOG_STEP, _MAX_LOG_STEP)
+    step = gradient / _bounded(information, gradient)
+    return np.clip(step, -_MAX_LOG_STEP, _MAX_LOG_STEP)
+
+
+def curvature_product(grad, step):
+    """The matrix that the steps invert, times a step, block by block."""
+    A = least_squares_matrix(grad.moments, step.loadings.shape[1])
+    product = A @ np.concatenate([step.mean[:, None], step.loadings], 1)[:, :, None]
+    return Parameters(
+        product[:, 0, 0],
+        product[:, 1:, 0],
+        _bounded(grad.information_log_noise, grad.log_noise) * step.log_noise,
+        _bounded(grad.information_log_r, grad.log_r) * step.log_r,
+    )

@@ -207,7 +207,8 @@ def _draw_variances(ax, observed, predicted):
         ax.scatter(mean, variance, label=f"{name}, each gene", **points, **style)
         x, y = _running_median(mean, variance)
         if len(x):
-            ax.plot(x, y, markersize=3, linewidth=1.6, label=f"{name}, running median", **style)
+            curve = dict(markersize=3, linewidth=1.6, zorder=3)  # above all points
+            ax.plot(x, y, label=f"{name}, running median", **curve, **style)
     ends = np.array(ax.get_xlim())
     ends[0] = max(ends[0], np.min(observed.mean[observed.mean > 0], initial=np.inf))
     ax.plot(ends, ends, color=GREY, linestyle="--", linewidth=1.0, label="Poisson, variance = mean")

@@ -10,20 +10,19 @@ import jax.numpy as jnp
 
 from sknbln._laplace import lowrank
 from sknbln._laplace.likelihood import log_likelihood_terms
-from sknbln._laplace.mode import Globals, find_mode, linearize
+from sknbln._laplace.mode import Globals, _first_solution, find_mode, lift, linearize, location
 
 
 def total_log_marginal(mean, loadings, noise, log_r, cells, zeta):
     """Sum over cells of the Laplace marginal, without the constants; differentiable in the globals."""
     params = Globals(mean, loadings, noise, jnp.exp(-log_r))
     fixed = jax.tree.map(jax.lax.stop_gradient, params)
-    at = jax.lax.stop_gradient(find_mode(cells, fixed, zeta).y)
-    step = linearize(cells, params, at)
-    there = linearize(cells, params, step.y)
-    likelihood = jnp.sum(log_likelihood_terms(cells.counts, step.y, there.terms), 1)
-    prior = jnp.sum(there.prior_precision * step.zeta**2, 1) + jnp.sum(
-        noise[None, :] * step.alpha**2, 1
-    )
+    mode, lin = find_mode(cells, fixed, zeta)
+    zeta, alpha = _first_solution(cells, params, jax.lax.stop_gradient(mode.y))
+    y = location(cells, params) + lift(params, lin.scales, zeta) + noise[None, :] * alpha
+    there = linearize(cells, params, y)
+    likelihood = jnp.sum(log_likelihood_terms(cells.counts, y, there.terms), 1)
+    prior = jnp.sum(there.prior_precision * zeta**2, 1) + jnp.sum(noise[None, :] * alpha**2, 1)
     log_det = jnp.sum(jnp.log(there.den), 1) + lowrank.log_det(there.L)
     return jnp.sum(cells.weight * (likelihood - 0.5 * (prior + log_det)))
 

@@ -1,0 +1,172 @@
+"""Predictive p-values and residuals: uniform under the model, and not otherwise."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln.datasets import make_nbln_counts, make_nbvcp_counts
+from sknbln.predictive import (
+    posterior_predictive,
+    predictive_check,
+    quantile_residuals,
+)
+
+from .reference import predictive, truth
+from .reference.predictive import ALPHA, N_GENES, RANK, STATISTICS, globals_, simulate
+
+
+@pytest.fixture
+def fits():
+    frame, models = predictive.fits()
+    return frame.copy(), models
+
+
+def test_statistics_are_numpy_s(fits):
+    frame, models = fits
+    X = frame.to_numpy()
+    options = dict(n_samples=4, random_state=0)
+    check = predictive_check(models["default"], frame, **options)
+    drawn = posterior_predictive(models["default"], frame, **options)
+    of = {
+        "mean": lambda u: u.mean(-2),
+        "variance": lambda u: u.var(-2, ddof=1),
+        "zero_fraction": lambda u: (u == 0).mean(-2),
+        "maximum": lambda u: u.max(-2),
+    }
+    for name, statistic in of.items():
+        observed, replicated = statistic(X), statistic(drawn)
+        np.testing.assert_allclose(check.observed[name], observed, rtol=1e-12)
+        np.testing.assert_allclose(check.predicted[name], replicated.mean(0), rtol=1e-12)
+        # ties to rounding: the sums are exact, NumPy's two-pass variance is not
+        ties = np.isclose(replicated, observed, rtol=1e-10)
+        above = ~ties & (replicated > observed)
+        p = (above.sum(0) + (ties.sum(0) + 1) / 2) / 5
+        np.testing.assert_allclose(check.p_values[name], p, rtol=1e-12)
+    assert all(type(v) is float and np.isfinite(v) for v in check.summary.values())
+    assert set(check.summary) == {f"{s}_{kind}" for s in STATISTICS for kind in ("outside", "ks")}
+
+
+def repeated_checks(level, n_repeats=10):
+    """p-values and residuals of fresh data under the truth: every repeat with a truth of its own."""
+    p, residuals = [], []
+    for seed in range(n_repeats):
+        rng = np.random.default_rng(seed)
+        parameters = globals_(seed, n_genes=30)
+        # given its total a row's composition says nothing of capture: the flat prior, exactly
+        totals = rng.integers(40, 200, 200) if level == "library_anchored" else None
+        X = simulate(*parameters, 200, rng, totals)
+        model = truth.nbln(*parameters)
+        check = predictive_check(model, X, level=level, n_samples=80, random_state=seed)
+        p.append([check.p_values[name] for name in STATISTICS])
+        if totals is not None:
+            residuals.append(quantile_residuals(model, X, n_samples=20, random_state=seed))
+    return np.concatenate(p, axis=1), residuals
+
+
+@pytest.mark.parametrize("level", ["marginal", "library_anchored"])
+def test_p_values_and_residuals_are_uniform_under_the_model(level):
+    """300 genes by Kolmogorov and Smirnov; their means are 1 and more, so that ties are few."""
+    p, residuals = repeated_checks(level)
+    for values in p:
+        assert stats.kstest(values, "uniform").pvalue > ALPHA
+    if level == "library_anchored":
+        q = np.ravel(residuals)
+        assert 0 < q.min() and q.max() < 1
+        assert stats.kstest(q, "uniform").pvalue > ALPHA
+        # entries of low counts, by one gene: exactly uniform too
+        assert stats.kstest(residuals[0][:, 0], "uniform").pvalue > ALPHA
+
+
+def test_residuals_are_uniform_for_genes_that_are_nearly_always_zero():
+    mean, W, d, r = globals_(n_genes=30)
+    mean[:10] = -5.0
+    rng = np.random.default_rng(0)
+    X = simulate(mean, W, d, r, 500, rng, rng.integers(20, 60, 500))
+    q = quantile_residuals(truth.nbln(mean, W, d, r), X, n_samples=10, random_state=0)
+    assert (X[:, :10] == 0).mean() > 0.98
+    for g in (0, 1, 20):
+        assert stats.kstest(q[:, g], "uniform").pvalue > ALPHA
+
+
+def test_a_poisson_log_normal_fit_to_overdispersed_counts_is_seen():
+    """r = 0.5: log-normal rates cannot have that many zeros and that variance; on unseen rows."""
+    X = make_nbvcp_counts(
+        n_cells=1420,
+        n_genes=N_GENES,
+        mean_range=(2.0, 20.0),
+        dispersion=(0.5, 0.0),
+        random_state=0,
+    ).data
+    train, test = X[:420], X[420:]
+    options = dict(batch_size=60, random_state=0)  # of a shape that is compiled already
+    right = NBVCPEstimator(**options).fit(train)
+    wrong = NBLNEstimator(
+        latent_dim=RANK, observation="poisson", informative_prior_estimator=right, **options
+    ).fit(train)
+    found = [predictive_check(m, test, random_state=0).summary for m in (right, wrong)]
+    # 8 genes: of independent uniform values 4 or more are outside once in 2,700
+    assert found[1]["zero_fraction_outside"] >= 0.5 > found[0]["zero_fraction_outside"]
+    q = [quantile_residuals(m, test, n_samples=50, random_state=0) for m in (right, wrong)]
+    distance = [stats.kstest(np.ravel(a), "uniform").statistic for a in q]
+    # Kolmogorov's critical distance of 8,000 values at level 1e-6 is 0.03
+    assert distance[1] > 2 * distance[0]
+    assert distance[1] > 0.05
+
+
+@pytest.mark.slow
+def test_held_out_p_values_of_a_large_fit_are_nearly_uniform():
+    """A fit to 6,000 rows against 300 new ones: what the fit does not know is a fifth of the noise."""
+    mean, W, d, r = globals_(0, n_genes=40)
+    mean = mean + 1.0
+    rng = np.random.default_rng(0)
+    X = simulate(mean, W, d, r, 6000, rng)
+    source = NBVCPEstimator(capture_efficiency=None, random_state=0).fit(X)
+    model = NBLNEstimator(
+        latent_dim=RANK,
+        capture_efficiency=None,
+        informative_prior_estimator=source,
+        informative_priors_freeze=("eta",),
+        informative_priors_tau=np.inf,
+        random_state=0,
+    ).fit(X)
+    for level in ("marginal", "library_anchored"):
+        p = {name: [] for name in STATISTICS}
+        for seed in range(5):
+            totals = rng.integers(200, 600, 300) if level == "library_anchored" else None
+            new = simulate(mean, W, d, r, 300, rng, totals)
+            check = predictive_check(model, new, level=level, random_state=seed)
+            for name in STATISTICS:
+                p[name].extend(check.p_values[name])
+        for name in STATISTICS:
+            values = np.array(p[name])
+            # 0.05 for the truth, with a standard error of 0.015 to 0.03: genes of a row are correlated
+            assert np.mean((values < 0.025) | (values > 0.975)) < 0.13
+            assert stats.kstest(values, "uniform").statistic < 0.15
+
+
+@pytest.mark.slow
+def test_library_anchored_p_values_of_cells_with_capture_are_nearly_uniform():
+    """Totals are not quite uninformative of compositions here; with 200 genes it matters little."""
+    outside = []
+    for seed in range(5):
+        sim = make_nbln_counts(n_cells=300, n_genes=200, random_state=seed)
+        model = truth.nbln(sim.mean, sim.loadings, sim.noise_variance, sim.dispersion)
+        summary = predictive_check(model, sim.data, random_state=seed).summary
+        outside.append([summary[f"{name}_outside"] for name in STATISTICS])
+    assert np.all(np.mean(outside, axis=0) < 0.1)  # 0.05 where exact
+
+
+def test_checks_of_selected_genes_are_those_of_all(fits):
+    frame, models = fits
+    model, options = models["default"], dict(n_samples=5, random_state=0)
+    everything = predictive_check(model, frame, **options)
+    some = predictive_check(model, frame, genes=[4, 2], **options)
+    np.testing.assert_array_equal(some.genes, [4, 2])
+    for part in ("p_values", "observed", "predicted"):
+        for name in STATISTICS:
+            np.testing.assert_array_equal(everything[part][name][[4, 2]], some[part][name])
+    residuals = quantile_residuals(model, frame, **options)
+    np.testing.assert_array_equal(
+        residuals[:, [4, 2]], quantile_residuals(model, frame, genes=[4, 2], **options)
+    )

@@ -150,10 +150,10 @@ def soft_priors(source, tau, n_samples, rng):
 def row_offsets(source, X, *, frozen, tau, capture_prior, found=None):
     """Location and scale of each row's capture offset in the NBLN model, two arrays (n_rows,).
 
-    One rule for training rows and new rows. ``found`` is the source's answer where it is at hand. Each row's offset has a one-dimensional posterior given
-    the source's globals. Frozen: its mode, scale 0. Otherwise: the product of that posterior, its
-    scale times `tau`, and the capture prior, so that `tau` spans from the freeze to the capture
-    prior alone. Rows whose posterior mode is at the bound 0 stay there.
+    One rule for training rows and new rows. Each row's offset has a one-dimensional posterior given
+    the source's globals, ``found`` where it is at hand. Frozen: its mode, scale 0. Otherwise: the
+    product of that posterior, its scale times `tau`, and the capture prior, so that `tau` spans from
+    the freeze to the capture prior alone. Rows whose posterior mode is at the bound 0 stay there.
     """
     found = source._offsets(X) if found is None else found
     if source.capture_prior_ is None or frozen:

@@ -92,8 +92,8 @@ class Curvature(NamedTuple):
 def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings):
     """Standard deviations of mu, W and log r at the fit, by one pass over the rows.
 
-    ``scores`` start the rows' modes, ``prior_*`` are the precisions of the priors. W and log r: from the outer products of the
-    cells' exact gradients, gene by gene, all of a gene's parameters together.
+    ``scores`` start the rows' modes, ``prior_*`` are the precisions of the priors. W and log r: from
+    the outer products of the cells' exact gradients, gene by gene, all of a gene's parameters together.
     """
     n_genes, k = params.loadings.shape
     products, information = gene_score_products(batches, *params.natural(), scores, free.log_r)

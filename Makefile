@@ -9,15 +9,15 @@ VENV ?= .venv
 VPYTHON := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-lowest test-pythons test-package lint
+.PHONY: help demo test test-slow test-lowest test-pythons test-package lint docs
 .DELETE_ON_ERROR:
 
 help:  ## Show this list
 	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
 
-demo: $(VENV)/.installed-plot  ## Install the package and run examples/quickstart.py
-	"$(VPYTHON)" examples/quickstart.py
+demo: $(VENV)/.installed-plot  ## Install the package and run examples/plot_quickstart.py
+	"$(VPYTHON)" examples/plot_quickstart.py
 
 test: $(VENV)/.installed-test  ## Run the tests, without the slow ones
 	"$(VPYTHON)" -m pytest
@@ -45,6 +45,9 @@ test-package:  ## Build sdist and wheel, install the wheel in a fresh environmen
 lint: $(VENV)/.installed-test  ## Check the style
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
+
+docs: $(VENV)/.installed-docs  ## Build docs/_build/html, examples included, warnings as errors
+	"$(VENV)/bin/sphinx-build" -W --keep-going -b html docs docs/_build/html
 
 # The stamps: nothing is installed again until pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(VPYTHON)

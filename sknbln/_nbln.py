@@ -91,20 +91,20 @@ class NBLNEstimator(
 
     Attributes
     ----------
-    components_ : ndarray of shape (latent_dim_, n_genes)
+    components_ : ndarray of shape (latent_dim, n_genes)
         W_perp', the loadings less their mean over genes, in their singular basis: rows orthogonal,
         norms descending, the entry of largest magnitude of each row positive. Invariant under the
         exchange of log-rate level and capture offset within a cell.
-    loadings_ : ndarray of shape (n_genes, latent_dim_)
+    loadings_ : ndarray of shape (n_genes, latent_dim)
         W itself in the same basis; depends on how the level of a cell is split between log-rate and
         capture.
-    components_standard_error_ : ndarray of shape (latent_dim_, n_genes)
+    components_standard_error_ : ndarray of shape (latent_dim, n_genes)
         Standard errors of the entries of `components_`, up to a common rotation: from the outer
         products of the cells' exact gradients, and the sampling of the scores.
-    explained_variance_ : ndarray of shape (latent_dim_,)
+    explained_variance_ : ndarray of shape (latent_dim,)
         Variance of the log-rates along each component, summed over genes: the squared norms of
         `components_`, nats squared.
-    explained_variance_ratio_ : ndarray of shape (latent_dim_,)
+    explained_variance_ratio_ : ndarray of shape (latent_dim,)
         The same by the trace of the compositional covariance ``P (W W' + diag d) P``.
     mean_ : ndarray of shape (n_genes,)
         Mean log-rates mu, nats.
@@ -135,7 +135,7 @@ class NBLNEstimator(
     newton_decrement_ : ndarray of shape (n_cells,)
         Newton decrement of each training row at the fit: the slope of the last step, nats. Below 1e-9
         where the row's mode was found.
-    objective_history_ : ndarray of shape (n_iter_ + 1,)
+    objective_history_ : ndarray of shape (n_iter + 1,)
         Log-posterior per cell, from the start on; never falls, except where a loadings prior is
         updated between stages of sweeps.
     n_iter_ : int
@@ -427,7 +427,7 @@ class NBLNEstimator(
 
         Returns
         -------
-        ndarray of shape (n_cells, latent_dim_)
+        ndarray of shape (n_cells, latent_dim)
             Standardized scores (a priori standard normal).
         """
         return self._solve(self._validated(X))["scores"]
@@ -442,9 +442,9 @@ class NBLNEstimator(
 
         Returns
         -------
-        mean : ndarray of shape (n_cells, latent_dim_)
+        mean : ndarray of shape (n_cells, latent_dim)
             What :meth:`transform` returns.
-        covariance : ndarray of shape (n_cells, latent_dim_, latent_dim_)
+        covariance : ndarray of shape (n_cells, latent_dim, latent_dim)
             Given the globals; a free capture offset is integrated.
         """
         found = self._solve(self._validated(X))
@@ -503,7 +503,7 @@ class NBLNEstimator(
 
         Returns
         -------
-        ndarray of shape (n_genes, latent_dim_)
+        ndarray of shape (n_genes, latent_dim)
         """
         check_is_fitted(self)
         return self.components_.T.copy()
@@ -522,7 +522,7 @@ class NBLNEstimator(
         -------
         dict
             ``compositional_norm`` Frobenius norm of W_perp; ``ones_norm`` norm of the all-ones part,
-            ``W - W_perp``; ``ratio`` the second by the first; ``ones_norm_per_factor`` (latent_dim_,).
+            ``W - W_perp``; ``ratio`` the second by the first; ``ones_norm_per_factor`` (latent_dim,).
         """
         check_is_fitted(self)
         ones = np.abs(self.loadings_.mean(0)) * np.sqrt(self.loadings_.shape[0])
@@ -565,7 +565,7 @@ class NBLNEstimator(
         -------
         dict
             ``"r"`` (n_genes,) unless the channel has no dispersion; ``"mu"`` (n_genes,) log-rates; ``"eta"``
-            (n_cells,) capture offsets and ``"z"`` (n_cells, latent_dim_) scores of the training rows. Frozen
+            (n_cells,) capture offsets and ``"z"`` (n_cells, latent_dim) scores of the training rows. Frozen
             parameters have the source's own posterior (under ``cascade="marginal"`` pushed through the
             coupling); free ones a Gaussian (log-normal for r) from the curvature of the profiled
             objective.

@@ -124,7 +124,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         ``dispersion_``. The capture probability is ``exp(-capture_offset_)``.
     capture_prior_ : tuple (log_M0, sigma_M) or None
         The capture prior that was used.
-    loss_curve_ : ndarray of shape (n_iter_,)
+    loss_curve_ : ndarray of shape (n_iter,)
         Minus the ELBO per step, nats per cell.
     n_iter_ : int
         Variational steps done.

@@ -9,9 +9,6 @@ embedding: 600 immune cells x 300 genes that come with the package.
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.decomposition import PCA
@@ -63,6 +60,10 @@ for name, embedding in contenders.items():
     print(f"  {name:<22s} {accuracy.mean():.3f} +- {accuracy.std() / np.sqrt(5):.3f}")
 
 # %%
+# The factors carry the cell types about as well as principal components of log counts do, no better: CD4+
+# and CD8+ T cells are hard to tell apart by the 300 most abundant genes. What the model adds is a
+# likelihood, uncertainties, and correlations that are not those of counting noise.
+#
 # A picture: the four leading factors, training and held-out cells alike.
 scores = model.transform(X)
 held_out = np.isin(np.arange(len(labels)), test)

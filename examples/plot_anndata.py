@@ -1,0 +1,85 @@
+"""
+From AnnData and back
+=====================
+
+The estimators take a matrix of raw counts and return arrays. In an ``AnnData`` object the matrix is
+``adata.X`` or a layer, and the arrays have their places: one row per cell in ``adata.obsm``, one row per gene
+in ``adata.varm``. From there scanpy's functions find them.
+
+``anndata`` is no requirement of this package. Where it is not installed this page runs all the same,
+with a stand-in that has the same places.
+"""
+
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln.datasets import load_immune_cells
+from sknbln.plotting import EmbeddingDisplay
+
+cells = load_immune_cells()
+obs = pd.DataFrame({"cell_type": cells.target}, index=[f"cell{i}" for i in range(600)])
+var = pd.DataFrame(index=cells.feature_names)
+try:
+    import anndata
+except ImportError:
+    print("anndata is not installed; a stand-in shows what goes where.")
+    adata = SimpleNamespace(X=cells.data, obs=obs, var=var, obsm={}, varm={}, uns={}, layers={})
+else:
+    adata = anndata.AnnData(cells.data, obs=obs, var=var)
+    print(adata)
+
+# %%
+# Most objects in use have *normalized* values in ``adata.X``, and the counts in a layer. The models need
+# the counts.
+adata.layers["counts"] = adata.X.copy()
+counts = adata.layers["counts"]
+
+# %%
+# Fit. A data frame of the counts would carry the genes' names into the fit (``feature_names_in_``) at
+# the price of a dense copy; with a matrix the order of ``adata.var_names`` is the order of the results.
+genes = NBVCPEstimator(random_state=0).fit(counts)
+model = NBLNEstimator(
+    latent_dim=8,
+    informative_prior_estimator=genes,
+    informative_priors_freeze=("eta",),
+    informative_priors_tau=np.inf,
+    random_state=0,
+).fit(counts)
+
+# %%
+# Hand over. Everything is a NumPy array already.
+adata.obsm["X_nbln"] = model.transform(counts)
+adata.varm["nbln"] = model.get_W_compositional()
+adata.obs["capture_probability"] = np.exp(-model.capture_offset_)
+adata.obs["nbln_score"] = model.score_samples(counts)
+adata.var["mean_log_rate"] = model.mean_
+adata.var["dispersion"] = model.dispersion_
+adata.uns["nbln"] = {"explained_variance_ratio": model.explained_variance_ratio_}
+for place in ("obs", "var", "obsm", "varm", "uns", "layers"):
+    print(f"{place:<7s}", ", ".join(getattr(adata, place)))
+
+# %%
+# From here on it is scanpy's::
+#
+#     sc.pp.neighbors(adata, use_rep="X_nbln")
+#     sc.tl.umap(adata)
+#     sc.tl.leiden(adata)
+#     sc.pl.umap(adata, color=["cell_type", "leiden", "capture_probability"])
+#
+# Components are ordered by how much they explain, as principal components are. Unlike those, scores
+# are standardized: a neighbour graph then counts every component alike. To weigh them by what they
+# explain, multiply.
+adata.obsm["X_nbln_weighted"] = adata.obsm["X_nbln"] * np.sqrt(model.explained_variance_)
+EmbeddingDisplay.from_estimator(model, counts, groups=adata.obs["cell_type"])
+plt.show()
+
+# %%
+# Macrophages lie apart; CD4+ and CD8+ T cells overlap on the first two components.
+#
+# New cells, in another object with the same genes in the same order, are embedded without a new fit:
+# ``new.obsm["X_nbln"] = model.transform(new.layers["counts"])``. Genes in another order are put right
+# by ``new[:, adata.var_names]``.

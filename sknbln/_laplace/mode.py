@@ -209,5 +209,6 @@ def find_mode(cells, params, zeta):
     y = loc + lift(params, scales, state.zeta) + d * state.alpha
     lin = linearize(cells, params, y)
     _, _, decrement = _direction(cells, params, lin, state.zeta, state.alpha)
+    decrement = jnp.where(cells.weight > 0, decrement, 0.0)  # padding is not solved
     converged = state.done & (decrement <= DECREMENT_TOL)
     return Mode(state.zeta, state.alpha, y, decrement, converged, state.n_iter), lin

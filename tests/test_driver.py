@@ -291,6 +291,23 @@ def test_memory_changes_the_path_only(monkeypatch):
     assert_allclose(with_memory.point.params.mean, without.point.params.mean, atol=1e-2)
 
 
+def test_first_steps_stay_out_of_the_memory(monkeypatch):
+    """Only steps after them are remembered, each with its change of the gradient and the metric's."""
+    evaluate, start = problem(10)
+    added, seen = [], []
+    monkeypatch.setattr(driver._Memory, "add", lambda self, *pair: added.append(pair))
+    outcome = run(evaluate, start, tol=0.0, max_iter=7, report=lambda i, p: seen.append(p))
+    assert outcome.n_iter == 7
+    assert len(added) == 7 - driver.PLAIN_SWEEPS
+    for (s, y, expected), before, after in zip(added[::-1], seen[-2::-1], seen[::-1], strict=False):
+        step = Parameters(*(b - a for a, b in zip(before.params, after.params, strict=True)))
+        assert_allclose(s, np.concatenate([b.ravel() for b in step]), rtol=1e-12, atol=1e-14)
+        change = [getattr(before.grad, n) - getattr(after.grad, n) for n in BLOCKS]
+        assert_allclose(y, np.concatenate([b.ravel() for b in change]), rtol=1e-12, atol=1e-12)
+        product = curvature_product(before.grad, step)
+        assert_allclose(expected, np.concatenate([b.ravel() for b in product]), rtol=1e-12)
+
+
 def test_a_start_that_is_not_finite_is_refused():
     evaluate, start = problem(11)
     with pytest.raises(FloatingPointError, match="not a finite number"):

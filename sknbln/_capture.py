@@ -105,24 +105,22 @@ def offset_posterior(X, mean, loadings, noise, phi, prior, batch_size=None):
     offset, scale = row_prior(prior, X)
     if prior is None:
         return OffsetPosterior(offset, scale, offset)
-    found = solve_rows(
-        RowBatches(X, offset, scale, batch_size=batch_size), mean, loadings, noise, phi
-    )
+    batches = RowBatches(X, offset, scale, batch_size=batch_size)
+    found = solve_rows(batches, mean, loadings, noise, phi)
     raw = found["offset"].copy()
     sd = np.sqrt(found["offset_variance"])
     rows = np.flatnonzero(raw < 0)
     if rows.size:
         gain, curvature, _ = _at_zero(
-            X[rows], offset[rows], scale[rows], mean, loadings, noise, phi, batch_size
+            batches.without_capture(rows), offset[rows], scale[rows], mean, loadings, noise, phi
         )
         raw[rows], sd[rows] = gain / curvature, 1 / np.sqrt(curvature)
     return OffsetPosterior(np.maximum(raw, 0.0), sd, raw)
 
 
-def _at_zero(X, offset, scale, mean, loadings, noise, phi, batch_size):
+def _at_zero(batches, offset, scale, mean, loadings, noise, phi):
     """Slope and curvature of log p(u, eta) at eta = 0, and log p(u | eta = 0)."""
-    zero = np.zeros(X.shape[0])
-    found = solve_rows(RowBatches(X, zero, zero, batch_size=batch_size), mean, loadings, noise, phi)
+    found = solve_rows(batches, mean, loadings, noise, phi)
     slope = np.minimum(found["offset_slope"] + offset / scale**2, 0.0)
     return slope, found["offset_curvature"] + scale**-2, found["log_marginal"]
 
@@ -136,9 +134,8 @@ def score_rows(X, mean, loadings, noise, r, prior, batch_size=None):
     """
     phi = 1.0 / r
     offset, scale = row_prior(prior, X)
-    found = solve_rows(
-        RowBatches(X, offset, scale, batch_size=batch_size), mean, loadings, noise, phi
-    )
+    batches = RowBatches(X, offset, scale, batch_size=batch_size)
+    found = solve_rows(batches, mean, loadings, noise, phi)
     value = found["log_marginal"]
     if prior is not None:
         raw, sd = found["offset"], np.sqrt(found["offset_variance"])
@@ -147,7 +144,7 @@ def score_rows(X, mean, loadings, noise, r, prior, batch_size=None):
         if rows.size:
             m, s = offset[rows], scale[rows]
             slope, curvature, at_zero = _at_zero(
-                X[rows], m, s, mean, loadings, noise, phi, batch_size
+                batches.without_capture(rows), m, s, mean, loadings, noise, phi
             )
             value[rows] = (
                 at_zero

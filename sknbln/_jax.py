@@ -5,6 +5,7 @@ changed, and no JAX array leaves this file's callers (a pickled float64 JAX arra
 float32).
 """
 
+import copy
 import functools
 import re
 import warnings
@@ -86,6 +87,14 @@ class RowBatches:
         bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
         self.rows = -(-rows // bucket) * bucket
         self.starts = range(0, n, self.rows)
+
+    def without_capture(self, rows):
+        """Some of the rows with their offset held at 0, in batches of the same shape."""
+        other = copy.copy(self)
+        other.X = self.X[rows]
+        other.capture = np.tile([0.0, 0.0, 1.0], (rows.size, 1))
+        other.starts = range(0, rows.size, self.rows)
+        return other
 
     def padded(self, a, value=0.0):
         """Rows of `a` filled up to the rows of a batch."""

@@ -34,7 +34,7 @@ from ._jax import float64
 MINIBATCH = 256
 WINDOW = 50
 _FARTHEST = 30.0
-_ELBO = Trace_ELBO()
+_ELBO = Trace_ELBO(sum_sites=False)
 _ADAM = optax.scale_by_adam()
 #: NumPyro's stack of effect handlers is one list for all threads: they trace one after the other
 _TRACING = threading.Lock()
@@ -113,7 +113,9 @@ def _step(params, average, state, key, learning_rate, decay, problem, start, bat
 
     def loss(p):
         with _TRACING:
-            return _ELBO.loss(key, p, model, guide, problem, start, *batch, has_capture)
+            sites = _ELBO.loss(key, p, model, guide, problem, start, *batch, has_capture)
+        # NumPyro's own sum runs over a set of names, in another order in every process
+        return sum(sites[name] for name in sorted(sites))
 
     value, grads = jax.value_and_grad(loss)(params)
     updates, state = _ADAM.update(grads, state, params)

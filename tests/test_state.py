@@ -276,7 +276,10 @@ SETTINGS = {
     ["x64 and debug_nans", *(pytest.param(n, marks=pytest.mark.slow) for n in [*SETTINGS][1:])],
 )
 def test_settings_of_the_whole_process_change_nothing(expected, name):
-    """A child process: such settings are in place before anything is compiled."""
+    """A child process: such settings are in place before anything is compiled.
+
+    Another process has another order of sets too: sums may not run over one.
+    """
     found = json.loads(run_child(CHILD.format(settings=SETTINGS[name])))
     assert found == {name: value.tobytes().hex() for name, value in expected.items()}
 

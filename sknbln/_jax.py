@@ -85,7 +85,7 @@ class RowBatches:
         rows = min(batch_size, max(n, 1))
         bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
         self.rows = -(-rows // bucket) * bucket
-        self.starts = range(0, n, self.rows)
+        self.starts = range(0, max(n, 1), self.rows)  # of no rows too, one batch of padding
 
     def padded(self, a, value=0.0):
         """Rows of `a` filled up to the rows of a batch."""

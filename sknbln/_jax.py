@@ -86,7 +86,7 @@ class RowBatches:
         rows = min(batch_size, max(n, 1))
         bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
         self.rows = -(-rows // bucket) * bucket
-        self.starts = range(0, n, self.rows)
+        self.starts = range(0, max(n, 1), self.rows)  # of no rows too, one batch of padding
 
     def without_capture(self, rows):
         """Some of the rows with their offset held at 0, in batches of the same shape."""

@@ -48,8 +48,14 @@ def precision_matrix(b, pairs, scales, prior_precision):
 
 
 def cholesky(M):
-    """Lower Cholesky factors of a stack of matrices."""
-    return jnp.linalg.cholesky(M)
+    """Lower Cholesky factors of a stack of matrices whose eigenvalues are 1 at least, but for rounding.
+
+    Where the rounding error of the largest eigenvalue could hide the smallest, it is added to all.
+    """
+    n = M.shape[-1]
+    error = 2 * n * jnp.finfo(M.dtype).eps * jnp.trace(M, axis1=1, axis2=2)
+    lift = jnp.where(error > 0.1, error, 0.0)
+    return jnp.linalg.cholesky(M + lift[:, None, None] * jnp.eye(n, dtype=M.dtype)[None])
 
 
 def solve(L, x):

@@ -23,6 +23,9 @@ LAST_STEP = 1e-9
 #: and has converged when the decrement after that step, which squares what is left, is below this
 DECREMENT_TOL = 1e-9
 MAX_NEWTON = 100
+#: no step changes a log-rate by more than this, nats: where the curvature is next to nothing, the quadratic
+#: model has its maximum thousands of nats away, and the way back is long
+FARTHEST = 10.0
 
 
 class Cells(NamedTuple):
@@ -148,6 +151,11 @@ def _first_point(cells, params, zeta):
     return jnp.where((cells.counts > 0) & (y < log_u - 3.0), log_u, y)
 
 
+def _within_reach(move):
+    """The share of a step that changes no log-rate by more than `FARTHEST`, (n_cells,)."""
+    return FARTHEST / jnp.maximum(jnp.max(jnp.abs(move), 1), FARTHEST)
+
+
 def find_mode(cells, params, zeta):
     """Damped Newton from the scores ``zeta`` (n_cells, k + 1), one `while_loop` for the batch.
 
@@ -160,7 +168,11 @@ def find_mode(cells, params, zeta):
     """
     d = params.noise[None, :]
     loc, scales = location(cells, params), lowrank.column_scale(cells.scale, zeta.shape[1] - 1)
-    zeta, alpha = _first_solution(cells, params, _first_point(cells, params, zeta))
+    start = zeta
+    zeta, alpha = _first_solution(cells, params, _first_point(cells, params, start))
+    move = lift(params, scales, zeta - start) + d * alpha
+    share = _within_reach(move)[:, None]
+    zeta, alpha = start + share * (zeta - start), share * alpha
     zero = jnp.zeros_like(cells.offset)
     state = _State(
         zeta,
@@ -186,6 +198,7 @@ def find_mode(cells, params, zeta):
         secant = state.step * state.slope / jnp.maximum(state.slope - slope, 1e-300)
         cut = jnp.clip(secant, 0.1 * state.step, 0.7 * state.step)
         dzeta, dalpha, next_slope = _direction(cells, params, lin, zeta, alpha)
+        full = _within_reach(lift(params, scales, dzeta) + d * dalpha)
         live = ~state.done
         moved = live & accept
         finished = moved & (next_slope <= LAST_STEP)
@@ -200,7 +213,7 @@ def find_mode(cells, params, zeta):
             pick(dzeta, state.dzeta),
             pick(dalpha, state.dalpha),
             jnp.where(moved, next_slope, state.slope),
-            jnp.where(moved, 1.0, jnp.where(live, cut, state.step)),
+            jnp.where(moved, full, jnp.where(live, cut, state.step)),
             state.done | finished,
             state.n_iter + 1,
         )

@@ -184,6 +184,12 @@ def resumed(start, previous):
     return start._replace(**found)
 
 
+def _sum(losses, shifts):
+    """On the host: adding to one loss at a time would wait for every step."""
+    n = min(len(losses), len(shifts))
+    return np.asarray(losses[:n], float) + np.asarray(shifts[:n], float)
+
+
 class Fit(NamedTuple):
     """What the loop found; `reason` is a sentence."""
 
@@ -213,7 +219,7 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
     average, state = params, _ADAM.init(params)
     batches = _minibatches(X, rng)
     key = jax.random.key(rng.randint(np.iinfo(np.int32).max))
-    losses, converged, interrupted = [], False, False
+    losses, shifts, converged, interrupted = [], [], False, False
     reason = f"n_steps={n_steps} steps were done"
     try:
         for step in range(n_steps):
@@ -232,9 +238,10 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
                 (rows, counts, weight),
             )
             chosen = baseline[rows[weight > 0]]
-            losses.append(loss + chosen.mean() - baseline.mean())
+            losses.append(loss)
+            shifts.append(chosen.mean() - baseline.mean())
             if (step + 1) % WINDOW == 0 and step + 1 >= 2 * WINDOW:
-                recent = np.asarray(losses[-2 * WINDOW :], float)
+                recent = _sum(losses[-2 * WINDOW :], shifts[-2 * WINDOW :])
                 before, last = recent[:WINDOW], recent[WINDOW:]
                 gain = before.mean() - last.mean()
                 noise = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / WINDOW)
@@ -261,4 +268,4 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
         found[name] = (loc + scale * shift, scale * np.exp(log_scale))
     if found["capture_offset"] is not None:
         found["capture_offset"] = tuple(a[:n_cells] for a in found["capture_offset"])
-    return Fit(Guide(**found), np.asarray(losses, float), converged, reason, interrupted)
+    return Fit(Guide(**found), _sum(losses, shifts), converged, reason, interrupted)

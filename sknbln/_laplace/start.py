@@ -13,6 +13,7 @@ import numpy as np
 from .likelihood import channel_terms
 
 _OVERSAMPLING = 8
+_COLUMN_BUCKET = 4
 _POWER_ITERATIONS = 4
 _LARGEST_SD = 2.0  # nats; a gene whose scores ask for more starts here
 
@@ -55,7 +56,8 @@ def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
     total, squares = sum_over_batches(information_sums)
     q = np.sqrt(np.maximum(squares / n_cells, 1e-12))
     noise = total / n_cells / q**2
-    columns = min(k + _OVERSAMPLING, n_genes)
+    # rounded up, so that a grid over k shares the compiled products
+    columns = min(_COLUMN_BUCKET * -(-k // _COLUMN_BUCKET) + _OVERSAMPLING, n_genes)
     basis = np.linalg.qr(rng.standard_normal((n_genes, columns)))[0]
     for _ in range(_POWER_ITERATIONS):
         basis = np.linalg.qr(sum_over_batches(score_product, q, basis))[0]

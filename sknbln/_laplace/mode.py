@@ -162,7 +162,8 @@ def find_mode(cells, params, zeta):
     A step is accepted when the slope along it has not turned below minus a quarter of what it was
     (the objective is concave, so along the step it rises while the slope is positive); otherwise
     the step is cut by the secant rule. The decision uses gradients only: no cancellation, no
-    logarithms. Cells stop one by one and do not influence each other.
+    logarithms. No step changes a log-rate by more than `FARTHEST`. Cells stop one by one and do not
+    influence each other.
 
     Returns the :class:`Mode` and the :class:`Linearization` there.
     """
@@ -198,7 +199,7 @@ def find_mode(cells, params, zeta):
         secant = state.step * state.slope / jnp.maximum(state.slope - slope, 1e-300)
         cut = jnp.clip(secant, 0.1 * state.step, 0.7 * state.step)
         dzeta, dalpha, next_slope = _direction(cells, params, lin, zeta, alpha)
-        full = _within_reach(lift(params, scales, dzeta) + d * dalpha)
+        full = _within_reach(lift(params, lin.scales, dzeta) + d * dalpha)
         live = ~state.done
         moved = live & accept
         finished = moved & (next_slope <= LAST_STEP)

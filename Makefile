@@ -14,7 +14,7 @@ VPYTHON := $(VENV)/bin/python
 
 help:  ## Show this list
 	@echo "make TARGET [PYTHON=$(PYTHON)] [VENV=$(VENV)]"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' Makefile | expand -t 16
 
 demo: $(VENV)/.installed-plot  ## Install the package and run examples/plot_quickstart.py
 	"$(VPYTHON)" examples/plot_quickstart.py

@@ -5,6 +5,6 @@ from ._nbln import NBLNEstimator
 from ._nbvcp import NBVCPEstimator
 
 __version__ = "0.1.0"
-__all__ = ["NBLNEstimator", "NBVCPEstimator", "datasets", "plotting", "predictive"]
+__all__ = ["NBLNEstimator", "NBVCPEstimator", "datasets", "exceptions", "plotting", "predictive"]
 
 _warn_about_jaxlib()

@@ -1,5 +1,7 @@
 """Exceptions and warnings of this library."""
 
+__all__ = ["FitInterrupted", "InconsistentVersionWarning"]
+
 
 class FitInterrupted(KeyboardInterrupt):
     """Ctrl-C during `fit`, after at least one complete sweep.

@@ -203,7 +203,7 @@ def test_threads_that_fit_at_the_same_time(counts):
 
 def test_threads_that_compile_at_the_same_time(counts):
     """NumPyro's stack of effect handlers is one for all threads: tracing needs a lock."""
-    widths = (7, 8, 9)
+    widths = (8, 9)
 
     def work(i):
         return vars(NBVCPEstimator(n_steps=20, tol=1e3, random_state=i).fit(counts[:, : widths[i]]))
@@ -342,6 +342,7 @@ def test_global_seeds_are_neither_used_nor_moved(counts, expected):
 # ------------------------------------------------------------------ other batches
 
 
+@pytest.mark.slow
 def test_batch_size_is_memory_only(counts, expected):
     """NBVCP's minibatches do not depend on it; what is left is the order of the sums."""
     batch_size = 7

@@ -122,7 +122,7 @@ def _first_solution(cells, params, y):
 
 
 def _direction(cells, params, lin, zeta, alpha):
-    """Newton direction at (zeta, alpha), where ``lin`` was made, and the slope along it.
+    """Newton direction at (zeta, alpha), where ``lin`` was made, the slope along it and its change of y.
 
     With ``e = (g - alpha) / den``, what is missing of the genes' own equations: ``M dzeta = F' (alpha + e)
     - P zeta`` and ``dalpha = e - b F dzeta``; the slope is ``dzeta' M dzeta + sum d den e^2``.
@@ -130,9 +130,10 @@ def _direction(cells, params, lin, zeta, alpha):
     e = (lin.terms.gradient - alpha) / lin.den
     rhs = _project(lin, params, alpha + e) - lin.prior_precision * zeta
     dzeta = lowrank.solve(lin.L, rhs)
-    dalpha = e - lin.b * lift(params, lin.scales, dzeta)
+    lifted = lift(params, lin.scales, dzeta)
+    dalpha = e - lin.b * lifted
     slope = jnp.sum(dzeta * rhs, 1) + jnp.sum(params.noise[None, :] * lin.den * e**2, 1)
-    return dzeta, dalpha, slope
+    return dzeta, dalpha, slope, lifted + params.noise[None, :] * dalpha
 
 
 def _first_point(cells, params, zeta):
@@ -198,8 +199,8 @@ def find_mode(cells, params, zeta):
         accept = slope >= -0.25 * state.slope
         secant = state.step * state.slope / jnp.maximum(state.slope - slope, 1e-300)
         cut = jnp.clip(secant, 0.1 * state.step, 0.7 * state.step)
-        dzeta, dalpha, next_slope = _direction(cells, params, lin, zeta, alpha)
-        full = _within_reach(lift(params, lin.scales, dzeta) + d * dalpha)
+        dzeta, dalpha, next_slope, move = _direction(cells, params, lin, zeta, alpha)
+        full = _within_reach(move)
         live = ~state.done
         moved = live & accept
         finished = moved & (next_slope <= LAST_STEP)
@@ -222,7 +223,7 @@ def find_mode(cells, params, zeta):
     state = jax.lax.while_loop(lambda s: jnp.any(~s.done) & (s.n_iter < MAX_NEWTON), body, state)
     y = loc + lift(params, scales, state.zeta) + d * state.alpha
     lin = linearize(cells, params, y)
-    _, _, decrement = _direction(cells, params, lin, state.zeta, state.alpha)
+    _, _, decrement, _ = _direction(cells, params, lin, state.zeta, state.alpha)
     decrement = jnp.where(cells.weight > 0, decrement, 0.0)  # padding is not solved
     converged = state.done & (decrement <= DECREMENT_TOL)
     return Mode(state.zeta, state.alpha, y, decrement, converged, state.n_iter), lin

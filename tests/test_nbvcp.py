@@ -320,8 +320,8 @@ def test_sample_posterior_of_given_rows(sim, model):
 def test_draws_have_the_covariance_of_the_joint_gaussian(sim, capture):
     """Means and offsets together, against the inverse of the dense information matrix at the fit.
 
-    The level of the means and that of the offsets are known through the prior alone, 0.5 / sqrt(n): ten
-    times less well than a mean-field posterior says.
+    The level of the means and that of the offsets are known through the prior alone, 0.5 / sqrt(n): the
+    genes' scales given the offsets would make that of the means half as large.
     """
     prior = (capture[0] + 1.0, capture[1])  # away from the bound
     model = NBVCPEstimator(capture_efficiency=prior, random_state=0).fit(sim.data)
@@ -344,7 +344,7 @@ def test_draws_have_the_covariance_of_the_joint_gaussian(sim, capture):
     for a, b in ((means, means), (offsets, offsets), (means, offsets)):
         assert a @ found @ b == pytest.approx(a @ expected @ b, rel=0.1)
     conditional = (model._guide.log_mean[1] ** 2).sum() / G**2
-    assert means @ found @ means > 5 * conditional
+    assert means @ found @ means > 3 * conditional
 
 
 def test_sample_posterior_defaults_and_seeds(without):

@@ -180,6 +180,7 @@ def restricted(source, genes):
     cut._guide = guide._replace(
         log_mean=tuple(a[genes] for a in guide.log_mean),
         log_dispersion=tuple(a[genes] for a in guide.log_dispersion),
+        common_shift=(guide.common_shift[0][genes], guide.common_shift[1]),
     )
     cut.n_features_in_ = len(genes)
     cut.feature_names_in_ = source.feature_names_in_[genes]

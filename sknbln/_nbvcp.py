@@ -142,8 +142,10 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     Notes
     -----
     The maximum a posteriori (capture offsets integrated by Laplace's method) is found first, in a few
-    passes; a mean-field guide started there is then fitted by NumPyro's stochastic variational
-    inference. Memory is that of one batch plus the sparse matrix.
+    passes; a Gaussian guide started there is then fitted by NumPyro's stochastic variational
+    inference. It is independent up to the common shift of all ``log m_g`` and ``eta_c``, which only the
+    priors hold: :meth:`sample_posterior` draws the two together. Memory is that of one batch plus the
+    sparse matrix.
 
     Examples
     --------
@@ -336,11 +338,24 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             x.log_r,
             1 / np.sqrt(np.maximum(grad.information_log_r, LOG_DISPERSION_PRIOR[1] ** -2)),
         )
+        shift = self._common_shift(grad)
         if prior is None:
-            return _svi.Guide(log_mean, log_r, None)
+            return _svi.Guide(log_mean, log_r, None, shift)
         mean, loadings, noise, phi = x.natural()
         offsets = _capture.offset_posterior(X, mean, loadings, noise, phi, prior, self.batch_size)
-        return _svi.Guide(log_mean, log_r, (offsets.raw_loc, offsets.scale))
+        return _svi.Guide(log_mean, log_r, (offsets.raw_loc, offsets.scale), shift)
+
+    def _common_shift(self, grad):
+        """Shares of the likelihood in each log m, and the standard deviation of their common shift.
+
+        The offsets, integrated, take ``kappa a a'`` of the information ``diag(D)`` of log m, ``a`` the
+        likelihood's part of D; ``information_shift`` says how much: ``1'D - kappa (1'a)^2``. Inverted,
+        that is ``1/D + sigma^2 (a/D)(a/D)'``.
+        """
+        total = grad.moments[:, 0]
+        share = _svi.likelihood_share(total**-0.5, LOG_MEAN_PRIOR_SCALE)
+        taken = max(total.sum() - grad.information_shift, 0.0) / (total @ share) ** 2
+        return share, np.sqrt(taken / (1.0 - taken * (share @ (total * share))))
 
     def _globals(self):
         """Arguments of the cell solver: no loadings, no noise beyond the counts'."""
@@ -424,17 +439,21 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     def _draw(self, n_samples, X, rng, *, offsets=True):
         """As :meth:`sample_posterior`, for validated counts; eta is None if `offsets` is False."""
         logs = self._log_draws(n_samples, rng)
+        guide = self._guide
         draws = Bunch(r=np.exp(logs["r"]), mu=np.exp(logs["mu"]), eta=None)
         if not offsets:
             return draws
         n_rows = self.capture_offset_.size if X is None else X.shape[0]
-        if self._guide.capture_offset is None:
+        if guide.capture_offset is None:
             draws["eta"] = np.zeros((n_samples, n_rows))
             return draws
-        loc, scale = self._guide.capture_offset
+        loc, scale = guide.capture_offset
         if X is not None:
             rows = self._offsets(X)
             loc, scale = rows.raw_loc, rows.scale
+        centre, sd = guide.log_mean
+        shift = _svi.shift_of(logs["mu"] - centre, sd, guide.common_shift[0])
+        loc = loc + shift[:, None] * _svi.likelihood_share(scale, self.capture_prior_.sigma)
         draws["eta"] = truncnorm.rvs(
             -loc / scale, np.inf, loc, scale, size=(n_samples, n_rows), random_state=rng
         )
@@ -448,10 +467,13 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     def _log_draws(self, n_samples, rng):
         """Posterior draws of log r and log mu, a dict of two arrays (n_samples, n_genes)."""
         guide = {"r": self._guide.log_dispersion, "mu": self._guide.log_mean}
-        return {
+        draws = {
             name: loc + scale * rng.standard_normal((n_samples, loc.size))
             for name, (loc, scale) in guide.items()
         }
+        share, sigma = self._guide.common_shift
+        draws["mu"] += sigma * share * rng.standard_normal((n_samples, 1))
+        return draws
 
 
 def _problem(X, prior, histogram):

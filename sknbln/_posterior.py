@@ -149,13 +149,13 @@ def distributions(model, scores, score_covariance, offsets):
         else:
             found["r"] = dist.LogNormal(np.log(model.dispersion_), model._curvature.log_r)
     if "mu" in model.frozen_params_:
-        loc, scale = guide.log_mean
         shift = np.diag(model.get_covariance()) / 2 if coupled else 0.0
-        found["mu"] = dist.Normal(loc - shift, scale)
+        found["mu"] = dist.Normal(guide.log_mean[0] - shift, guide.log_mean_scale)
     else:
         found["mu"] = dist.Normal(model.mean_, model._curvature.mean)
-    if offsets is None:
-        offsets = guide.capture_offset
+    if offsets is None and guide.capture_offset is not None:
+        prior_scale = model._source.capture_prior_.sigma
+        offsets = guide.capture_offset[0], guide.capture_offset_scale(prior_scale)
     if offsets is not None and np.all(offsets[1] > 0):
         found["eta"] = dist.TruncatedNormal(*offsets, low=0.0)
     else:

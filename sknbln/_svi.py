@@ -1,4 +1,4 @@
-r"""Variational posterior of the NBVCP model: the NumPyro model, its mean-field guide, the loop.
+r"""Variational posterior of the NBVCP model: the NumPyro model, its guide, the loop.
 
 The model is
 
@@ -12,8 +12,17 @@ distinct counts of each gene; only ``(u + r) log(1 + m e^{-eta} / r)`` is a sum 
 removes most of the noise and nearly all gamma functions; ``tests/test_svi.py`` compares it with
 NumPyro's own ``NegativeBinomial2``.
 
-The guide is independent: normal for log m and log r, normal truncated at 0 for eta. It moves in units
-of the standard deviations that the curvature at the maximum gives, so that one learning rate fits all.
+The guide is independent up to one direction. A common shift of all log m and all eta leaves the
+likelihood unchanged: only the priors hold it, so that its standard deviation ``sigma`` is large beside those
+of single parameters given the others. With ``f`` the likelihood's share of a parameter's precision,
+
+.. math:: \log m \sim N(l, \mathrm{diag}(s_g^2) + \sigma^2 f f'), \quad
+          \eta_c \mid \log m \sim \mathrm{TruncNormal}(l_c + f_c t, s_c, 0), \quad
+          t = \frac{\sum_g f_g (\log m_g - l_g) / s_g^2}{\sum_g f_g^2 / s_g^2}
+
+and log r is normal. That is the Gaussian posterior itself where the informations factorize over cells
+and genes. ``sigma`` and ``f`` come from the curvature at the maximum; locations and scales move, in units of
+the standard deviations that the curvature gives, so that one learning rate fits all.
 """
 
 import threading
@@ -56,11 +65,36 @@ class Problem(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """Mean-field posterior: locations and scales. The offset's is truncated at 0."""
+    """Posterior: locations, scales given the common shift, and that. The offset's is truncated at 0."""
 
     log_mean: tuple  # loc, scale, (n_genes,) each
     log_dispersion: tuple
     capture_offset: tuple | None  # loc, scale, (n_cells,) each; None without a capture model
+    common_shift: tuple  # share of the likelihood in each log m, (n_genes,), and sigma
+
+    @property
+    def log_mean_scale(self):
+        """Marginal standard deviations of log m, (n_genes,)."""
+        share, sigma = self.common_shift
+        return np.sqrt(self.log_mean[1] ** 2 + (sigma * share) ** 2)
+
+    def capture_offset_scale(self, prior_scale):
+        """Marginal standard deviations of the offsets before truncation, (n_cells,)."""
+        share, sigma = self.common_shift
+        variance = sigma**2 + 1.0 / np.sum((share / self.log_mean[1]) ** 2)
+        scale = self.capture_offset[1]
+        return np.sqrt(scale**2 + variance * likelihood_share(scale, prior_scale) ** 2)
+
+
+def likelihood_share(scale, prior_scale):
+    """Share of the likelihood in the precision of a normal posterior, between 0 and 1."""
+    return (1.0 - (scale / prior_scale) ** 2).clip(0.0)
+
+
+def shift_of(deviation, scale, share):
+    """The common shift that deviations of log m (..., n_genes) from their locations say, by least squares."""
+    weight = share / scale**2
+    return (deviation @ weight) / (share @ weight)
 
 
 def model(problem, start, rows, counts, weight, has_capture):
@@ -87,12 +121,17 @@ def model(problem, start, rows, counts, weight, has_capture):
 
 
 def guide(problem, start, rows, counts, weight, has_capture):
-    """Mean-field guide in standardized coordinates around ``start`` (a `Guide`)."""
-    for name in ("log_mean", "log_dispersion"):
-        loc, scale = _moved(name, getattr(start, name))
-        numpyro.sample(name, dist.Normal(loc, scale).to_event(1))
+    """The guide in standardized coordinates around ``start`` (a `Guide`)."""
+    mean, scale = _moved("log_mean", start.log_mean)
+    share, sigma = start.common_shift
+    normal = dist.LowRankMultivariateNormal(mean, (sigma * share)[:, None], scale**2)
+    log_mean = numpyro.sample("log_mean", normal)
+    shift = shift_of(log_mean - mean, scale, share)
+    loc, scale = _moved("log_dispersion", start.log_dispersion)
+    numpyro.sample("log_dispersion", dist.Normal(loc, scale).to_event(1))
     if has_capture:
         loc, scale = (p[rows] for p in _moved("capture_offset", start.capture_offset))
+        loc = loc + shift * likelihood_share(start.capture_offset[1], problem.row_prior[1])[rows]
         mini = weight.shape[0]
         factor = problem.n_cells / jnp.sum(weight)
         with numpyro.handlers.scale(scale=factor), numpyro.handlers.mask(mask=weight > 0):
@@ -211,11 +250,11 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
     """
     n_cells = X.shape[0]
     problem, start = _bucketed(problem, start)
+    moving = [name for name in Guide._fields[:3] if getattr(start, name) is not None]
     params = {}
-    for name, value in start._asdict().items():
-        if value is not None:
-            params[f"{name}_shift"] = np.zeros_like(value[0])
-            params[f"{name}_log_scale"] = np.zeros_like(value[0])
+    for name in moving:
+        zero = np.zeros_like(getattr(start, name)[0])
+        params |= {f"{name}_shift": zero, f"{name}_log_scale": zero}
     average, state = params, _ADAM.init(params)
     batches = _minibatches(X, rng)
     key = jax.random.key(rng.randint(np.iinfo(np.int32).max))
@@ -257,15 +296,16 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
     except KeyboardInterrupt:
         converged, interrupted, reason = False, True, "it was interrupted"
     found = {}
-    for name, value in start._asdict().items():
-        if value is None:
-            found[name] = None
-            continue
-        loc, scale = value
+    for name in moving:
+        loc, scale = getattr(start, name)
         shift, log_scale = (
             np.asarray(average[f"{name}_{what}"]) for what in ("shift", "log_scale")
         )
         found[name] = (loc + scale * shift, scale * np.exp(log_scale))
-    if found["capture_offset"] is not None:
+    if "capture_offset" in found:
         found["capture_offset"] = tuple(a[:n_cells] for a in found["capture_offset"])
+<<<<<<< HEAD
     return Fit(Guide(**found), _sum(losses, shifts), converged, reason, interrupted)
+=======
+    return Fit(start._replace(**found), np.asarray(losses, float), converged, reason, interrupted)
+>>>>>>> statistics

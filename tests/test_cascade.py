@@ -101,7 +101,7 @@ def test_marginal_without_r_couples_the_mean_only(counts, source):
 def test_soft_priors_are_the_moments_of_the_draws(source):
     priors = soft_priors(source, 2.0, 4000, np.random.RandomState(0))
     for prior, (loc, scale) in (
-        (priors.log_mean, source._guide.log_mean),
+        (priors.log_mean, (source._guide.log_mean[0], source._guide.log_mean_scale)),
         (priors.log_r, source._guide.log_dispersion),
     ):
         # 4,000 draws: 1.1 % error of a standard deviation

@@ -171,7 +171,10 @@ def start(n=N, capture=True):
     rng = np.random.default_rng(5)
     offset = (rng.uniform(-0.5, 1.5, n), rng.uniform(0.1, 0.4, n)) if capture else None
     return _svi.Guide(
-        (rng.uniform(0, 4, G), np.full(G, 0.2)), (rng.uniform(0, 2, G), np.full(G, 0.3)), offset
+        (rng.uniform(0, 4, G), np.full(G, 0.2)),
+        (rng.uniform(0, 2, G), np.full(G, 0.3)),
+        offset,
+        (rng.uniform(0.3, 1.0, G), 0.15),
     )
 
 
@@ -188,19 +191,23 @@ def test_guide_has_the_models_sites_and_its_densities(capture):
     draws = {k: np.asarray(v["value"]) for k, v in trace.items() if v["type"] == "sample"}
     latent = {k for k, v in sites.items() if v["type"] == "sample" and not v["is_observed"]}
     assert draws.keys() == latent
-    expected = sum(
-        stats.norm.logpdf(draws[name], *getattr(at, name)).sum()
-        for name in ("log_mean", "log_dispersion")
-    )
+    share, sigma = at.common_shift
+    mean, scale = at.log_mean
+    covariance = np.diag(scale**2) + sigma**2 * np.outer(share, share)
+    expected = stats.multivariate_normal.logpdf(draws["log_mean"], mean, covariance)
+    expected += stats.norm.logpdf(draws["log_dispersion"], *at.log_dispersion).sum()
     if capture:
+        # the offsets follow the common shift that log m shows
+        shift = np.sum(share * (draws["log_mean"] - mean)) / np.sum(share**2)  # scales are equal
         loc, scale = at.capture_offset
+        loc = loc + shift * (1 - (scale / fixed.row_prior[1]) ** 2)
         assert np.all(draws["capture_offset"] >= 0)
         expected += stats.truncnorm.logpdf(
             draws["capture_offset"], -loc / scale, np.inf, loc, scale
         ).sum()
     params = {
         f"{name}_{what}": np.zeros(a[0].size)
-        for name, a in at._asdict().items()
+        for name, a in list(at._asdict().items())[:3]
         if a is not None
         for what in ("shift", "log_scale")
     }
@@ -220,9 +227,31 @@ def test_guide_moves_in_units_of_the_start():
         trace = handlers.trace(_svi.guide).get_trace(
             fixed, at, *batch(X.toarray(), np.arange(N)), False
         )
-    base = trace["log_mean"]["fn"].base_dist
-    assert_allclose(base.loc, at.log_mean[0] + 2 * at.log_mean[1])
-    assert_allclose(base.scale, 3 * at.log_mean[1])
+        found = trace["log_mean"]["fn"]
+        loc, variance = np.asarray(found.loc), np.asarray(found.variance)
+    share, sigma = at.common_shift
+    assert_allclose(loc, at.log_mean[0] + 2 * at.log_mean[1])
+    assert_allclose(variance, (3 * at.log_mean[1]) ** 2 + (sigma * share) ** 2)
+
+
+def test_marginal_scales_of_the_guide():
+    """Against draws: of log m from its normal, of the offsets given log m, none near the bound."""
+    at, rng = start(), np.random.default_rng(0)
+    share, sigma = at.common_shift
+    at = at._replace(
+        log_mean=(at.log_mean[0], np.linspace(0.1, 0.3, G)),
+        capture_offset=(np.full(3, 9.0), np.array([0.1, 0.3, 0.5])),
+    )
+    deviation = at.log_mean[1] * rng.standard_normal((40_000, G))
+    deviation += sigma * share * rng.standard_normal((40_000, 1))
+    shift = _svi.shift_of(deviation, at.log_mean[1], share)
+    scale = at.capture_offset[1]
+    eta = shift[:, None] * _svi.likelihood_share(scale, 0.5)
+    eta = eta + scale * rng.standard_normal(eta.shape)
+    # five standard errors of a standard deviation of 40,000 draws
+    assert_allclose(at.log_mean_scale, deviation.std(0), rtol=0.018)
+    assert_allclose(at.capture_offset_scale(0.5), eta.std(0), rtol=0.018)
+    assert at.capture_offset_scale(0.5)[2] == 0.5  # the prior's own: the likelihood has no share
 
 
 # ------------------------------------------------------------------ minibatches
@@ -297,7 +326,8 @@ def test_elbo_rises_with_capture():
     first, last = found.losses[:20].mean(), found.losses[-50:].mean()
     assert first - last > 1.0
     assert np.all(np.isfinite(found.losses))
-    for name, value in found.guide._asdict().items():
+    assert found.guide.common_shift is at.common_shift
+    for name, value in list(found.guide._asdict().items())[:3]:
         assert np.all(np.isfinite(value[0])) and np.all(value[1] > 0)
         assert np.any(value[0] != getattr(at, name)[0])
 

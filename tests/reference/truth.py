@@ -11,7 +11,7 @@ from sknbln._svi import Guide
 def nbvcp(mean, r, *, capture_prior=None, library_size=(), **params):
     """An `NBVCPEstimator` as fitted, with the given globals; every posterior is a point."""
     model = NBVCPEstimator(**params)
-    none, n_rows = np.zeros(len(mean)), len(library_size)
+    point, n_rows = np.full(len(mean), 1e-9), len(library_size)
     offsets = None
     model.capture_prior_ = None if capture_prior is None else CapturePrior(*capture_prior)
     model.capture_offset_ = np.zeros(n_rows)
@@ -22,7 +22,9 @@ def nbvcp(mean, r, *, capture_prior=None, library_size=(), **params):
     model.mean_, model.dispersion_ = np.array(mean, float), np.array(r, float)
     model.n_features_in_ = len(mean)
     model._library_size = np.asarray(library_size, float)
-    model._guide = Guide((np.log(mean), none), (np.log(r), none), offsets)
+    model._guide = Guide(
+        (np.log(mean), point), (np.log(r), point), offsets, (np.ones(len(mean)), 0.0)
+    )
     return model
 
 

@@ -304,8 +304,4 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
         found[name] = (loc + scale * shift, scale * np.exp(log_scale))
     if "capture_offset" in found:
         found["capture_offset"] = tuple(a[:n_cells] for a in found["capture_offset"])
-<<<<<<< HEAD
-    return Fit(Guide(**found), _sum(losses, shifts), converged, reason, interrupted)
-=======
-    return Fit(start._replace(**found), np.asarray(losses, float), converged, reason, interrupted)
->>>>>>> statistics
+    return Fit(start._replace(**found), _sum(losses, shifts), converged, reason, interrupted)

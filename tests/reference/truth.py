@@ -7,18 +7,21 @@ from sknbln._capture import CapturePrior
 from sknbln._posterior import Curvature
 from sknbln._svi import Guide
 
+#: standard deviation of a posterior that is a point: below rounding, and its square is not 0
+POINT = 1e-17
+
 
 def nbvcp(mean, r, *, capture_prior=None, library_size=(), **params):
     """An `NBVCPEstimator` as fitted, with the given globals; every posterior is a point."""
     model = NBVCPEstimator(**params)
-    point, n_rows = np.full(len(mean), 1e-9), len(library_size)
+    point, n_rows = np.full(len(mean), POINT), len(library_size)
     offsets = None
     model.capture_prior_ = None if capture_prior is None else CapturePrior(*capture_prior)
     model.capture_offset_ = np.zeros(n_rows)
     if capture_prior is not None:
         loc = capture_prior[0] - np.log(library_size)
         model.capture_offset_ = np.maximum(loc, 0.0)
-        offsets = (loc, np.full(n_rows, 1e-9))
+        offsets = (loc, np.full(n_rows, POINT))
     model.mean_, model.dispersion_ = np.array(mean, float), np.array(r, float)
     model.n_features_in_ = len(mean)
     model._library_size = np.asarray(library_size, float)

@@ -18,14 +18,16 @@ import jax.numpy as jnp
 from . import lowrank
 from .likelihood import channel_terms
 
-#: a cell takes its last step when its Newton decrement (twice the expected gain, nats) is below this
-LAST_STEP = 1e-9
-#: and has converged when the decrement after that step, which squares what is left, is below this
+#: a cell takes its last step when the Newton decrement (twice the expected gain, nats) is sure to be below
+#: this after it
+LAST_STEP = 1e-18
+#: and has converged when the decrement that is found there is below this
 DECREMENT_TOL = 1e-9
 MAX_NEWTON = 100
 #: no step changes a log-rate by more than this, nats: where the curvature is next to nothing, the quadratic
 #: model has its maximum thousands of nats away, and the way back is long
 FARTHEST = 10.0
+GENE_STEPS = 2  # of each gene given the scores, before the first step of all
 
 
 class Cells(NamedTuple):
@@ -137,24 +139,35 @@ def _direction(cells, params, lin, zeta, alpha):
 
 
 def _first_point(cells, params, zeta):
-    """Where to expand first: at the given scores, but never below an observed count.
+    """Where to expand first: near each gene's own mode given the scores.
 
-    From below, Newton on an exponential overshoots; from above it takes unit steps. So a count
-    that the scores do not explain starts at its own logarithm.
+    Given the scores the genes are independent: a step of each costs less than one of all together.
     """
     k = params.loadings.shape[1]
     F = lowrank.with_capture(params.loadings)
-    y = location(cells, params) + (zeta * lowrank.column_scale(cells.scale, k)) @ F.T
-    terms = channel_terms(cells.counts, y, params.phi[None, :])
-    d = params.noise[None, :]
-    y = y + jnp.clip(d * terms.gradient / (1.0 + d * terms.curvature), -2.0, 2.0)
-    log_u = jnp.log(jnp.maximum(cells.counts, 1e-300))
-    return jnp.where((cells.counts > 0) & (y < log_u - 3.0), log_u, y)
+    centre = location(cells, params) + (zeta * lowrank.column_scale(cells.scale, k)) @ F.T
+    d, y = params.noise[None, :], centre
+    for _ in range(GENE_STEPS):
+        terms = channel_terms(cells.counts, y, params.phi[None, :])
+        step = (d * terms.gradient - (y - centre)) / (1.0 + d * terms.curvature)
+        y = y + jnp.clip(step, -2.0, 2.0)
+    return y
 
 
-def _within_reach(move):
-    """The share of a step that changes no log-rate by more than `FARTHEST`, (n_cells,)."""
-    return FARTHEST / jnp.maximum(jnp.max(jnp.abs(move), 1), FARTHEST)
+def _reach(move):
+    """The largest change of a log-rate by a step, and the share of it that stays below `FARTHEST`."""
+    largest = jnp.max(jnp.abs(move), 1)
+    return largest, FARTHEST / jnp.maximum(largest, FARTHEST)
+
+
+def _left_after(decrement, largest):
+    """An upper bound of the decrement after a full Newton step.
+
+    The curvature's derivative is at most the curvature itself. So what a step of ``m`` nats leaves of a gene's
+    gradient is at most ``a m^2 e^m / 2``, and of the decrement at most ``(m e^{1.5 m} / 2)^2``.
+    """
+    m = jnp.minimum(largest, FARTHEST)
+    return decrement * (0.5 * m * jnp.exp(1.5 * m)) ** 2
 
 
 def find_mode(cells, params, zeta):
@@ -173,7 +186,7 @@ def find_mode(cells, params, zeta):
     start = zeta
     zeta, alpha = _first_solution(cells, params, _first_point(cells, params, start))
     move = lift(params, scales, zeta - start) + d * alpha
-    share = _within_reach(move)[:, None]
+    share = _reach(move)[1][:, None]
     zeta, alpha = start + share * (zeta - start), share * alpha
     zero = jnp.zeros_like(cells.offset)
     state = _State(
@@ -200,10 +213,10 @@ def find_mode(cells, params, zeta):
         secant = state.step * state.slope / jnp.maximum(state.slope - slope, 1e-300)
         cut = jnp.clip(secant, 0.1 * state.step, 0.7 * state.step)
         dzeta, dalpha, next_slope, move = _direction(cells, params, lin, zeta, alpha)
-        full = _within_reach(move)
+        largest, full = _reach(move)
         live = ~state.done
         moved = live & accept
-        finished = moved & (next_slope <= LAST_STEP)
+        finished = moved & (_left_after(next_slope, largest) <= LAST_STEP)
         last = jnp.where(finished, 1.0, 0.0)[:, None]
 
         def pick(a, b):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_solve
 
+LOG_BLOCK = 8
 
 def triangle(n):
     """Row and column indices of the upper triangle of an n x n matrix, and the way back.
@@ -73,6 +74,16 @@ def inverse(L):
 def log_det(L):
     """``log det M`` for a stack, given the Cholesky factors."""
     return 2.0 * jnp.sum(jnp.log(jnp.diagonal(L, axis1=1, axis2=2)), 1)
+
+
+def sum_of_logs(x):
+    """``sum_g log x`` of each row, for entries of 1 at least and far from overflow.
+
+    A logarithm costs several times a product, so it is taken of products of `LOG_BLOCK` entries.
+    """
+    short = -x.shape[1] % LOG_BLOCK
+    padded = jnp.pad(x, ((0, 0), (0, short)), constant_values=1.0)
+    return jnp.sum(jnp.log(jnp.prod(padded.reshape(x.shape[0], -1, LOG_BLOCK), 2)), 1)
 
 
 def quadratic_diagonal(C, pairs):

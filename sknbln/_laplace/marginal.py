@@ -65,7 +65,7 @@ def _log_marginal(cells, params, mode, lin):
     d = params.noise[None, :]
     likelihood = jnp.sum(log_likelihood_terms(cells.counts, mode.y, lin.terms), 1)
     prior = jnp.sum(lin.prior_precision * mode.zeta**2, 1) + jnp.sum(d * mode.alpha**2, 1)
-    return likelihood - 0.5 * (prior + jnp.sum(jnp.log(lin.den), 1) + lowrank.log_det(lin.L))
+    return likelihood - 0.5 * (prior + lowrank.sum_of_logs(lin.den) + lowrank.log_det(lin.L))
 
 
 def _offset_curvature(params, lin):

@@ -100,13 +100,21 @@ class RowBatches:
         """Rows of `a` filled up to the rows of a batch."""
         return np.concatenate([a, np.full((self.rows - a.shape[0], *a.shape[1:]), value)], 0)
 
+    def block(self, rows):
+        """A slice of the rows as CSR that shares their memory."""
+        X, start = self.X, self.X.indptr[rows.start]
+        inside = slice(start, X.indptr[rows.stop])
+        indptr = X.indptr[rows.start : rows.stop + 1] - start
+        shape = rows.stop - rows.start, X.shape[1]
+        return type(X)((X.data[inside], X.indices[inside], indptr), shape=shape, copy=False)
+
     def __iter__(self):
         """Yield (slice of rows, `Cells`)."""
         n = self.X.shape[0]
         for start in self.starts:
             rows = slice(start, min(start + self.rows, n))
             counts = np.zeros((self.rows, self.X.shape[1]))
-            self.X[rows].toarray(out=counts[: rows.stop - start])
+            self.block(rows).toarray(out=counts[: rows.stop - start])
             offset, scale, precision = self.capture[rows].T
             padded = self.padded(offset), self.padded(scale), self.padded(precision, 1.0)
             yield rows, Cells(counts, *padded, self.padded(np.ones(rows.stop - start)))

@@ -157,6 +157,10 @@ def log_factorial(u):
     return gammaln(np.asarray(u, float) + 1.0)
 
 
+#: as many multiplicities are counted in one array, 8 bytes each
+_COUNTED_KEYS = 2**22
+
+
 class CountHistogram:
     """Distinct non-zero counts of every gene with their multiplicities.
 
@@ -170,13 +174,19 @@ class CountHistogram:
 
     def __init__(self, X):
         self.n_genes = X.shape[1]
-        # one integer key for gene and count: sorting it is several times faster than a lexical sort
         values, code = X.data, X.data
         if values.size == 0 or values.max() >= 2**31 or np.any(values != np.floor(values)):
             values, code = np.unique(X.data, return_inverse=True)
         code = code.astype(np.int64)
         width = int(code.max(initial=0)) + 1
-        key, self.times = np.unique(X.indices * np.int64(width) + code, return_counts=True)
+        # one integer key for gene and count; where there are few possible keys, counting beats sorting
+        key = X.indices * np.int64(width) + code
+        if self.n_genes * width <= max(_COUNTED_KEYS, key.size):
+            times = np.bincount(key, minlength=1)
+            key = np.flatnonzero(times)
+            self.times = times[key]
+        else:
+            key, self.times = np.unique(key, return_counts=True)
         self.gene, code = (key // width).astype(np.intp), key % width
         self.count = code.astype(float) if values is X.data else values[code]
         self.times = self.times.astype(float)

@@ -23,7 +23,7 @@ _NO_CAPTURE = 500.0  # nats
 
 
 class RowPosterior(NamedTuple):
-    """Gaussian posterior of training rows: scores in the basis of the components, and offset."""
+    """Gaussian posterior of rows: scores in the basis of the components, and offset."""
 
     scores: np.ndarray  # (n_cells, k)
     score_covariance: np.ndarray  # (n_cells, k, k)
@@ -31,11 +31,11 @@ class RowPosterior(NamedTuple):
     offset_scale: np.ndarray  # (n_cells,)
 
 
-def row_posterior(rows, rotation):
+def row_posterior(rows):
     """From the cell solver's answer."""
     return RowPosterior(
-        rows["scores"] @ rotation,
-        rotation.T @ rows["score_covariance"] @ rotation,
+        rows["scores"],
+        rows["score_covariance"],
         rows["offset"],
         np.sqrt(rows["offset_variance"]),
     )
@@ -163,7 +163,7 @@ class NBLNProblem:
         return np.sum(x.loadings**2, 1) + x.noise
 
     def curvature(self, params):
-        """Standard deviations of mu, W and log r."""
+        """Standard deviations of mu, W and log r, and the rows' solutions."""
         objective = self.objective
         return curvature(
             self.batches,

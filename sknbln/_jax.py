@@ -144,49 +144,56 @@ def solve_rows(batches, mean, loadings, noise, phi, start=None):
     for rows, cells in batches:
         if start is not None:
             zeta = batches.padded(start[rows])
-        result = jax.tree.map(np.asarray, solve_cells(cells, params, zeta))
-        offset, scale = cells.offset, cells.scale
-        covariance = result.covariance
-        found = dict(
-            log_marginal=result.log_marginal,
-            scores=result.zeta[:, :k],
-            score_covariance=covariance[:, :k, :k],
-            offset=offset - scale * result.zeta[:, -1],
-            offset_variance=scale**2 * covariance[:, -1, -1],
-            score_offset_covariance=-scale[:, None] * covariance[:, :k, -1],
-            offset_slope=result.offset_slope,
-            offset_curvature=result.offset_curvature,
-            converged=result.converged,
-            decrement=result.decrement,
-        )
-        for name, value in found.items():
-            if name not in out:
-                out[name] = np.empty((batches.X.shape[0], *value.shape[1:]), value.dtype)
-            out[name][rows] = value[: rows.stop - rows.start]
+        _fill(out, rows, cells, solve_cells(cells, params, zeta), k, batches.X.shape[0])
     return out
+
+
+def _fill(out, rows, cells, result, k, n_cells):
+    """Write a batch's `CellResults` to its rows of the arrays that `solve_rows` returns."""
+    result = jax.tree.map(np.asarray, result)
+    offset, scale = cells.offset, cells.scale
+    covariance = result.covariance
+    found = dict(
+        log_marginal=result.log_marginal,
+        scores=result.zeta[:, :k],
+        score_covariance=covariance[:, :k, :k],
+        offset=offset - scale * result.zeta[:, -1],
+        offset_variance=scale**2 * covariance[:, -1, -1],
+        score_offset_covariance=-scale[:, None] * covariance[:, :k, -1],
+        offset_slope=result.offset_slope,
+        offset_curvature=result.offset_curvature,
+        converged=result.converged,
+        decrement=result.decrement,
+    )
+    for name, value in found.items():
+        if name not in out:
+            out[name] = np.empty((n_cells, *value.shape[1:]), value.dtype)
+        out[name][rows] = value[: rows.stop - rows.start]
 
 
 @float64
 def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispersion):
-    """Outer products of each gene's scores in (mu, w, log d, log r), and ``sum_c b``.
+    """Outer products of each gene's scores in (mu, w, log d, log r), ``sum_c b``, and the rows.
 
-    Shapes (n_genes, k + 3, k + 3) and (n_genes,). Where log r is not free, its scores lack the part
-    that does not depend on the log-rates.
+    Shapes (n_genes, k + 3, k + 3) and (n_genes,), and what `solve_rows` returns. Where log r is not free, its
+    scores lack the part that does not depend on the log-rates.
     """
     params = _globals(mean, loadings, noise, phi)
+    k, padded = loadings.shape[1], params.loadings.shape[1]
     r = 1.0 / phi if free_dispersion else None
-    total = None
+    total, out = None, {}
     for rows, cells in batches:
         constants = np.zeros_like(cells.counts)
         if free_dispersion:
             at, genes = np.nonzero(cells.counts)
             constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
         zeta = batches.padded(start[rows])
-        part = jax.tree.map(np.asarray, score_products(cells, params, zeta, constants))
-        total = part if total is None else jax.tree.map(np.add, total, part)
-    k, padded = loadings.shape[1], params.loadings.shape[1]
+        *part, result = score_products(cells, params, zeta, constants)
+        part = [np.asarray(a) for a in part]
+        total = part if total is None else [np.add(a, b) for a, b in zip(total, part, strict=True)]
+        _fill(out, rows, cells, result, k, batches.X.shape[0])
     keep = np.r_[0 : k + 1, padded + 1, padded + 2]
-    return total[0][:, keep][:, :, keep], total[1]
+    return total[0][:, keep][:, :, keep], total[1], out
 
 
 def sum_over_batches(batches, mean, phi):

@@ -301,7 +301,6 @@ class NBLNEstimator(
         outcome, column_scales = problem.run()
         params = problem.parameters(outcome.point.params)
         sweeper = problem.objective.sweep
-        rows = solve_rows(problem.batches, *params.natural(), sweeper.scores)
         self._coordinates = outcome.point.params
         self._coordinate_variance = problem.coordinate_variance(outcome.point.params)
         self.informative_prior_estimator_ = source
@@ -316,7 +315,7 @@ class NBLNEstimator(
         rotation = singular_basis(params.loadings)
         self.loadings_ = params.loadings @ rotation
         sweeper.rotate(rotation)
-        self._curvature = problem.curvature(params._replace(loadings=self.loadings_))
+        self._curvature, rows = problem.curvature(params._replace(loadings=self.loadings_))
         self.components_standard_error_ = np.ascontiguousarray(self._curvature.loadings.T)
         self.components_ = np.ascontiguousarray(compositional(self.loadings_).T)
         self.explained_variance_ = np.sum(self.components_**2, axis=1)
@@ -326,7 +325,7 @@ class NBLNEstimator(
         self.w_prior_diagnostics_ = self._prior_diagnostics(strategy, column_scales)
         self.latent_dim_ = self.components_.shape[0]
         self._n_features_out = self.latent_dim_
-        self._rows = row_posterior(rows, rotation)
+        self._rows = row_posterior(rows)
         self.objective_history_ = np.asarray(outcome.history)
         self.n_iter_ = outcome.n_iter
         self.converged_ = bool(outcome.converged and outcome.point.n_unconverged == 0)
@@ -599,7 +598,7 @@ class NBLNEstimator(
             rows = self._rows
             if X is not None:
                 found = self._solve(X)
-                rows = row_posterior(found, np.eye(self.latent_dim_))
+                rows = row_posterior(found)
             offsets = rows.offset, rows.offset_scale
         n_samples = checked_n_samples(
             self.informative_priors_n_samples if n_samples is None else n_samples

@@ -90,13 +90,15 @@ class Curvature(NamedTuple):
 
 
 def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings):
-    """Standard deviations of mu, W and log r at the fit, by one pass over the rows.
+    """Standard deviations of mu, W and log r at the fit, and the rows' solutions, by one pass over the rows.
 
     ``scores`` start the rows' modes, ``prior_*`` are the precisions of the priors. W and log r: from
     the outer products of the cells' exact gradients, gene by gene, all of a gene's parameters together.
     """
     n_genes, k = params.loadings.shape
-    products, information = gene_score_products(batches, *params.natural(), scores, free.log_r)
+    products, information, rows = gene_score_products(
+        batches, *params.natural(), scores, free.log_r
+    )
     mean_sd, log_r_sd = np.zeros(n_genes), np.zeros(n_genes)
     if free.mean:
         variance = mean_covariance_diagonal(
@@ -122,7 +124,7 @@ def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r
     # varies by 1/2n in the length of a column and by 1/4n from each column into the others.
     squares = params.loadings**2
     shared = (squares + squares.sum(1, keepdims=True)) / (4 * batches.X.shape[0])
-    return Curvature(mean_sd, np.sqrt(sd[:, 1 : k + 1] ** 2 + shared), log_r_sd)
+    return Curvature(mean_sd, np.sqrt(sd[:, 1 : k + 1] ** 2 + shared), log_r_sd), rows
 
 
 def _share(r_source, variance):

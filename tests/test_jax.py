@@ -254,7 +254,9 @@ def test_score_products_are_sums_over_cells_of_their_gradients(free_dispersion):
     for start in (sweeper.scores, 0 * sweeper.scores):
         for batch_size in (None, 3):
             batches = RowBatches(X, offset, scale, precision, batch_size=batch_size)
-            found, b = gene_score_products(batches, *params, start, free_dispersion)
+            found, b, solved = gene_score_products(batches, *params, start, free_dispersion)
+            for name, value in solve_rows(batches, *params).items():
+                assert_allclose(solved[name], value, rtol=1e-8, atol=1e-8, err_msg=name)
             assert found.shape == (small.N_GENES, K + 3, K + 3)
             assert_allclose(found, products, rtol=1e-8, atol=1e-8)
             assert_allclose(b, information, rtol=1e-9)
@@ -265,7 +267,7 @@ def test_score_products_of_poisson_counts_are_finite():
     params = params._replace(phi=np.zeros(small.N_GENES))
     start = np.zeros((small.N_CELLS, padded_rank(K) + 1))
     batches = RowBatches(X, offset, scale, precision)
-    products, _ = gene_score_products(batches, *params, start, False)
+    products, *_ = gene_score_products(batches, *params, start, False)
     assert np.all(np.isfinite(products))
     assert_allclose(products[:, -1], 0.0, atol=1e-12 * np.abs(products).max())
 
@@ -281,7 +283,7 @@ def test_what_leaves_is_float64_numpy_and_the_users_mode_is_kept():
         *solve_rows(batches, *params).values(),
         *jax.tree.leaves(Sweeper(batches, K)(*params)),
         *sum_over_batches(batches, params.mean, params.phi)(information_sums),
-        *gene_score_products(batches, *params, Sweeper(batches, K).scores, True),
+        *jax.tree.leaves(gene_score_products(batches, *params, Sweeper(batches, K).scores, True)),
     ]
     for a in out:
         assert isinstance(a, (np.ndarray, np.generic))

@@ -209,7 +209,7 @@ def score_products(cells, params, zeta, constant_scores):
     """Sums over cells of outer products of each gene's scores in (mu, w_1..w_k, log d, log r).
 
     ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Returns the
-    products, (n_genes, k + 3, k + 3), and ``sum_c b``, (n_genes,).
+    products, (n_genes, k + 3, k + 3), ``sum_c b``, (n_genes,), and the :class:`CellResults`.
     """
     k = params.loadings.shape[1]
     mode, lin = find_mode(cells, params, zeta)
@@ -230,7 +230,8 @@ def score_products(cells, params, zeta, constant_scores):
     # the barrier keeps XLA from contracting the strided axis in place, which is twice as slow
     by_gene = jax.lax.optimization_barrier(jnp.transpose(stacked, (2, 0, 1)))
     products = by_gene @ jnp.swapaxes(by_gene, 1, 2)
-    return products, jnp.sum(cells.weight[:, None] * lin.b, 0)
+    information = jnp.sum(cells.weight[:, None] * lin.b, 0)
+    return products, information, _cell_results(cells, params, mode, lin)
 
 
 __all__ = [

@@ -97,8 +97,8 @@ class OffsetPosterior(NamedTuple):
     raw_loc: np.ndarray  # of the Gaussian before truncation; negative where the bound is active
 
 
-def offset_posterior(X, mean, loadings, noise, phi, prior, batch_size=None):
-    """Posterior of each row's capture offset given the globals.
+def offset_posterior(X, mean, loadings, noise, phi, prior, batch_size=None, found=None):
+    """Posterior of each row's capture offset given the globals; ``found`` are the rows' solutions if known.
 
     Returns an `OffsetPosterior` of zeros where there is no capture model.
     """
@@ -106,7 +106,8 @@ def offset_posterior(X, mean, loadings, noise, phi, prior, batch_size=None):
     if prior is None:
         return OffsetPosterior(offset, scale, offset)
     batches = RowBatches(X, offset, scale, batch_size=batch_size)
-    found = solve_rows(batches, mean, loadings, noise, phi)
+    if found is None:
+        found = solve_rows(batches, mean, loadings, noise, phi)
     raw = found["offset"].copy()
     sd = np.sqrt(found["offset_variance"])
     rows = np.flatnonzero(raw < 0)

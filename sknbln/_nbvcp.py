@@ -234,15 +234,19 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         histogram = CountHistogram(X)
         problem = _problem(X, prior, histogram)
         previous = self._previous(X.shape[1])
-        outcome, point = self._maximum(X, problem, histogram, previous)
-        start = self._curvature_guide(X, prior, point)
+        outcome, scores = self._maximum(X, problem, histogram, previous)
+        point = outcome.point
+        batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size)
+        rows = solve_rows(batches, *point.params.natural(), scores)
+        start = self._curvature_guide(X, prior, point, rows)
         if previous is not None:
             start = _svi.resumed(start, previous)
         found = _svi.fit(
             X,
             problem,
             start,
-            self._baseline(X, problem, point.params),
+            # the parts of the log-likelihood that are estimated from minibatches
+            rows["log_marginal"] - X @ point.params.mean,
             n_steps=0 if outcome.interrupted else self.n_steps,
             learning_rate=self.learning_rate,
             tol=self.tol,
@@ -291,7 +295,10 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         return report
 
     def _maximum(self, X, problem, histogram, previous=None):
-        """Maximum of the posterior of log m and log r, the offsets integrated by Laplace."""
+        """Maximum of the posterior of log m and log r, the offsets integrated by Laplace.
+
+        Returns the driver's outcome, and the rows' scores as a start.
+        """
         n_cells, n_genes = X.shape
         offset, scale = (a.copy() for a in problem.row_prior)
         priors = [
@@ -323,14 +330,9 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             if outcome.interrupted or not below.any():
                 break
             offset[below] = scale[below] = 0.0
-        return outcome, outcome.point
+        return outcome, sweeper.scores
 
-    def _baseline(self, X, problem, x):
-        """Row parts of the log-likelihood that the variational fit estimates from minibatches."""
-        batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size)
-        return solve_rows(batches, *x.natural())["log_marginal"] - X @ x.mean
-
-    def _curvature_guide(self, X, prior, point):
+    def _curvature_guide(self, X, prior, point, rows):
         """Normal posterior by the curvature at the maximum, one parameter at a time."""
         x, grad = point.params, point.grad
         log_mean = x.mean, 1 / np.sqrt(grad.moments[:, 0])
@@ -342,7 +344,9 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         if prior is None:
             return _svi.Guide(log_mean, log_r, None, shift)
         mean, loadings, noise, phi = x.natural()
-        offsets = _capture.offset_posterior(X, mean, loadings, noise, phi, prior, self.batch_size)
+        offsets = _capture.offset_posterior(
+            X, mean, loadings, noise, phi, prior, self.batch_size, rows
+        )
         return _svi.Guide(log_mean, log_r, (offsets.raw_loc, offsets.scale), shift)
 
     def _common_shift(self, grad):

@@ -102,18 +102,18 @@ def model(problem, start, rows, counts, weight, has_capture):
     log_mean = numpyro.sample("log_mean", dist.Normal(*problem.mean_prior).to_event(1))
     log_r = numpyro.sample("log_dispersion", dist.Normal(*problem.dispersion_prior).to_event(1))
     scale = problem.n_cells / jnp.sum(weight)
-    y = jnp.broadcast_to(log_mean[None, :], counts.shape)
     linear = jnp.sum(problem.column_totals * log_mean)
+    capture = jnp.ones_like(weight)
     if has_capture:
         loc, sd = (p[rows] for p in problem.row_prior)
         with numpyro.handlers.scale(scale=scale), numpyro.handlers.mask(mask=weight > 0):
             with numpyro.plate("cells", rows.shape[0]):
                 eta = numpyro.sample("capture_offset", dist.TruncatedNormal(loc, sd, low=0.0))
-        y = y - eta[:, None]
+        capture = jnp.exp(-eta)
         linear = linear - scale * jnp.sum(weight * problem.row_totals[rows] * eta)
     r = jnp.exp(log_r)
-    softplus = jax.nn.softplus(y - log_r[None, :])
-    batch = scale * jnp.sum(weight[:, None] * (counts + r[None, :]) * softplus)
+    odds = capture[:, None] * jnp.exp(log_mean - log_r)[None, :]
+    batch = scale * jnp.sum(weight[:, None] * (counts + r[None, :]) * jnp.log1p(odds))
     size = r[problem.gene]
     rising = gammaln(problem.count + size) - gammaln(size) - problem.count * log_r[problem.gene]
     constants = jnp.sum(problem.times * rising) - problem.log_factorials

@@ -156,7 +156,8 @@ def test_maximum_with_every_cell_at_the_bound_is_that_without_capture(sim):
     X, totals = csr(sim.data.toarray()), []
     for prior in (CapturePrior(np.log(sim.data.sum(axis=1).min()) - 2.0, 0.05), None):
         histogram = CountHistogram(X)
-        _, point = NBVCPEstimator()._maximum(X, _nbvcp._problem(X, prior, histogram), histogram)
+        problem = _nbvcp._problem(X, prior, histogram)
+        point = NBVCPEstimator()._maximum(X, problem, histogram)[0].point
         totals.append(point.params)
     # the weak prior of log m, of scale 4, is centred elsewhere
     assert_allclose(totals[0].mean, totals[1].mean, atol=0.01)

@@ -296,8 +296,8 @@ def fit(perturb=0.0, scale=1.0, **options):
     """Without capture, from the estimator's own start, moved by `perturb` standard deviations."""
     X, fixed = problem(False)
     model = _nbvcp.NBVCPEstimator()
-    _, point = model._maximum(X, fixed, CountHistogram(X))
-    at = model._curvature_guide(X, None, point)
+    point = model._maximum(X, fixed, CountHistogram(X))[0].point
+    at = model._curvature_guide(X, None, point, None)
     moved = at._replace(
         log_mean=(at.log_mean[0] + perturb * at.log_mean[1], scale * at.log_mean[1]),
         log_dispersion=(

@@ -84,7 +84,6 @@ models = {
         informative_priors_freeze=("eta",),
         informative_priors_tau=np.inf,
         loadings_prior="ard",
-        tol=0.01,
         random_state=0,
         **options,
     ).fit(X[train])

@@ -335,7 +335,11 @@ def test_convergence_draws_the_history_and_the_decrements(model):
     np.testing.assert_allclose(y, history[-1] - history[:-1])
     assert x.tolist() == list(range(model.n_iter_))
     np.testing.assert_allclose(line(left, "gain").get_ydata(), np.diff(history))
-    np.testing.assert_allclose(line(left, "tol").get_ydata(), model.tol)
+    # the line is where the fit stopped: its last two gains are below, no two in a row before
+    smallest = line(left, "tol = 1e-05 of the objective").get_ydata()[0]
+    below = np.diff(history) < smallest
+    assert below[-2:].all() and not np.any(below[:-2] & below[1:-1])
+    assert smallest == pytest.approx(1e-5 * abs(history[-1]), rel=1e-3)
     assert left.get_title() == f"NBLNEstimator: converged after {model.n_iter_} sweeps"
     decrement = right.lines[0].get_ydata()
     np.testing.assert_allclose(decrement, np.sort(np.maximum(model.newton_decrement_, 1e-16)))
@@ -350,6 +354,7 @@ def test_convergence_says_what_did_not_converge():
     assert left.get_title() == "NOT converged after 2 sweeps"
     np.testing.assert_allclose(line(left, "fall").get_data(), [[2], [0.2]])
     np.testing.assert_allclose(line(left, "distance").get_ydata(), [0.8, 0.2])
+    np.testing.assert_allclose(line(left, "tol").get_ydata(), 1e-3 * 2.2)
     assert right.get_title() == "mode not found: 1 of 3 rows"
 
 

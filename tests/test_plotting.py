@@ -139,6 +139,8 @@ def test_draws_on_the_callers_axes(name, model, counts):
     # drawn again elsewhere, from the same numbers
     again = display.plot()
     assert again is display and display.figure_ is not figure
+    elsewhere = plt.figure().subplots(*SHAPE.get(name, (1, 1)))
+    assert display.plot(elsewhere).figure_ is plt.gcf()  # the first argument, as in scikit-learn
 
 
 @every_display

@@ -126,7 +126,7 @@ class CalibrationDisplay:
         check = predictive_check(estimator, X, **options)
         return cls(residuals, check.observed, check.predicted).plot(ax=ax)
 
-    def plot(self, *, ax=None):
+    def plot(self, ax=None):
         """Draw.
 
         Parameters

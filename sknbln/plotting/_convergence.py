@@ -103,7 +103,7 @@ class ConvergenceDisplay:
             display = cls(estimator.loss_curve_, estimator.converged_, name=name)
         return display.plot(ax=ax)
 
-    def plot(self, *, ax=None):
+    def plot(self, ax=None):
         """Draw.
 
         Parameters

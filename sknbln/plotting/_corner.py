@@ -138,7 +138,7 @@ class CompositionalCornerDisplay:
         names = gene_names(estimator)[genes]
         return cls(found.model, found.cells, found.pseudobulk, names).plot(ax=ax)
 
-    def plot(self, *, ax=None):
+    def plot(self, ax=None):
         """Draw.
 
         Parameters

@@ -153,16 +153,16 @@ class PPCDisplay:
         ]
         return cls(panels, level=level).plot(n_cols=n_cols, ax=ax)
 
-    def plot(self, *, n_cols=None, ax=None):
+    def plot(self, ax=None, *, n_cols=None):
         """Draw.
 
         Parameters
         ----------
-        n_cols : int or None, default=None
-            Columns of the grid; None for one as square as may be.
         ax : Figure, Axes, array of Axes or None, default=None
             None for a new figure; a figure, to which axes are added; one axes, which is divided; or
-            an array of as many axes as the grid has.
+            an array of as many axes as there are genes, or more.
+        n_cols : int or None, default=None
+            Columns of the grid; None for one as square as may be.
 
         Returns
         -------

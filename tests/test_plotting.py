@@ -205,7 +205,7 @@ def test_unknown_genes(model, counts, display):
 def test_genes_without_names_are_named_by_position(counts):
     model = NBVCPEstimator(random_state=0).fit(counts.to_numpy())
     display = PPCDisplay.from_estimator(model, counts.to_numpy(), genes=[7], n_samples=2)
-    assert display.axes_[0, 0].get_title().startswith("gene 7 (mean")
+    assert display.axes_[0, 0].get_title().startswith("gene 7\nmean ")
 
 
 def test_grids_take_a_figure_one_axes_or_as_many_as_needed(model):
@@ -492,7 +492,7 @@ def test_ppc_draws_the_histograms_of_counts_and_replicates(model, counts):
         low, high = np.quantile(predicted, [0.25, 0.75], axis=0)
         np.testing.assert_allclose((narrow.baseline, narrow.values), (low, high), atol=1e-12)
         np.testing.assert_allclose(median.values, np.median(predicted, axis=0))
-        assert ax.get_title() == f"{panel.name} (mean {observed.mean():.3g})"
+        assert ax.get_title() == f"{panel.name}\nmean {observed.mean():.3g}"
         assert ax.get_xticklabels()[-1].get_text() == f"≥{edges[-2]:.0f}"
     (legend,) = display.figure_.legends
     assert [text.get_text() for text in legend.get_texts()] == [

@@ -174,7 +174,7 @@ class PPCDisplay:
         n_cols = int(np.ceil(np.sqrt(n))) if n_cols is None else min(n_cols, n)
         n_rows = -(-n // n_cols)
         narrow = n_cols < 3
-        size = (max(2.6 * n_cols + 0.4, 4.8), 2.1 * n_rows + (1.3 if narrow else 0.9))
+        size = (max(2.6 * n_cols + 0.4, 4.8), 2.2 * n_rows + (1.3 if narrow else 0.9))
         found = grid_of_axes(plt, ax, n_rows, n_cols, size, n_panels=n)
         self.figure_, self.axes_ = figure, axes = found
         for each, panel in zip(axes.flat, self.panels, strict=False):
@@ -255,7 +255,7 @@ def _draw_panel(ax, panel):
     ax.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
     ax.set_ylim(bottom=0)
     _set_ticks(ax, starts, width, centres[-1])
-    ax.set_title(f"{panel.name} (mean {panel.mean:.3g})", fontsize="medium")
+    ax.set_title(f"{panel.name}\nmean {panel.mean:.3g}", fontsize="small")
     tidy(ax)
 
 
@@ -264,7 +264,7 @@ def _set_ticks(ax, starts, width, overflow):
     from matplotlib.ticker import MaxNLocator
 
     ticks = MaxNLocator(4, integer=True).tick_values(0, starts[-1])
-    ticks = ticks[(ticks >= 0) & (ticks < 0.8 * starts[-1])]
+    ticks = ticks[(ticks >= 0) & (ticks < 0.7 * starts[-1])]
     labels = [_short(tick) for tick in ticks]
     ax.set_xticks([*ticks, overflow], [*labels, f"≥{_short(starts[-1])}"])
 

@@ -225,6 +225,31 @@ def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
     assert abs(spread.std() - 1) < 0.3
 
 
+def test_counts_of_a_coupled_model_have_the_marginal_law_of_each_source_s_draw():
+    """Sigma and r share 1 + 1/r of the source anew in every replicate; mean m is kept."""
+    mean, W, d, r = globals_()
+    n_samples, n_rows, share = 6, 20_000, np.full(N_GENES, 0.3)
+    model = truth.nbln(mean, W, d, r, cascade="marginal", library_size=np.ones(n_rows))
+    model._coordinate_variance = share
+    guide = model._source._guide
+    wide = np.full(N_GENES, 0.8)
+    model._source._guide = guide._replace(log_dispersion=(np.log(r), wide))
+    drawn = model._source.sample_posterior(n_samples, random_state=3)
+    u = model.posterior_predictive(level="marginal", n_samples=n_samples, random_state=3)
+    t = np.log1p(1 / drawn.r)
+    scale = np.sqrt((t - t * np.exp(-share / t)) / (np.sum(W**2, 1) + d))
+    for s in range(n_samples):
+        expected, counts = drawn.mu[s], u[s].astype(float)
+        assert np.all(np.abs(standardized(counts, expected)) < Z_MAX)
+        covariance = np.outer(expected, expected) * np.expm1(
+            (W @ W.T) * np.outer(scale[s], scale[s])
+        )
+        np.fill_diagonal(covariance, expected + expected**2 / drawn.r[s])
+        centred = counts - expected
+        products = centred[:, :, None] * centred[:, None, :]
+        assert np.all(np.abs(standardized(products, covariance)) < Z_MAX)
+
+
 def test_posterior_draws_of_named_rows(fits):
     """Validated rows are handed on without their names: no warning about it."""
     frame, models = fits

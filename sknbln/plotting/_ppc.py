@@ -23,6 +23,8 @@ from ._common import (
 #: bins at most; the last one is open
 _MOST_BINS = 24
 _LEVELS = (0.9, 0.5)
+#: room for a letter of a tick's label, of the axis
+_LETTER = 0.035
 
 
 class PPCDisplay:
@@ -263,10 +265,12 @@ def _set_ticks(ax, starts, width, overflow):
     """A few whole numbers, and the open bin."""
     from matplotlib.ticker import MaxNLocator
 
+    last = f"≥{_short(starts[-1])}"
     ticks = MaxNLocator(4, integer=True).tick_values(0, starts[-1])
-    ticks = ticks[(ticks >= 0) & (ticks < 0.7 * starts[-1])]
-    labels = [_short(tick) for tick in ticks]
-    ax.set_xticks([*ticks, overflow], [*labels, f"≥{_short(starts[-1])}"])
+    labels = {tick: _short(tick) for tick in ticks if tick >= 0}
+    room = {tick: _LETTER * overflow * len(label + last) for tick, label in labels.items()}
+    labels = {tick: label for tick, label in labels.items() if overflow - tick > room[tick]}
+    ax.set_xticks([*labels, overflow], [*labels.values(), last])
 
 
 def _short(count):

@@ -59,12 +59,12 @@ for name, fit in {"independent genes": genes, **models}.items():
 
 # %%
 # By score the factor models predict held-out cells far better than independent genes, and still no model
-# passes. With free dispersions a quarter of the genes has the wrong mean among the new cells, and a third the
-# wrong variance, mostly too large. What is checked here are *margins* over one population of cells, and three
-# cell types are no normal distribution: for a gene that is on in a quarter of the cells the model
-# takes a log-normal margin of the right width, whose tail is too heavy. The literal cascade counts
-# dispersion twice, and so expects too many zeros. Take the structure from here, and no tail
-# probabilities.
+# passes. With free dispersions more than a quarter of the genes has the wrong mean among the new cells, and
+# nearly four in ten the wrong variance, which the model mostly takes for larger than it is. What is
+# checked here are *margins* over one population of cells, and three cell types are no normal
+# distribution: for a gene that is on in a quarter of the cells the model takes a log-normal margin of
+# the right width, whose tail is too heavy. The literal cascade counts dispersion twice, and so
+# expects too many zeros. Take the structure from here, and no tail probabilities.
 
 # %%
 # Count by count: randomized quantile residuals, and the variance that each gene has in data and
@@ -127,6 +127,6 @@ for i in np.argsort(-np.abs(refits[:, *upper]).min(axis=0))[:8]:
     )
 
 # %%
-# All of these are parts of known complexes, MHC class II and the ribosome. The standard errors leave out the
-# uncertainty of the source, which was not refitted, and what resampling cannot see: that the
-# model's margins are wrong for some genes.
+# All of these are parts of known complexes: MHC class II, complement C1q and the ribosome. The
+# standard errors leave out the uncertainty of the source, which was not refitted, and what resampling
+# cannot see: that the model's margins are wrong for some genes.

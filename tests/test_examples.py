@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,16 +16,27 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(path, tmp_path, monkeypatch):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # what an example writes, it writes here
     monkeypatch.setattr(plt, "show", lambda: None)  # with a display Agg would warn
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-        assert plt.get_fignums()
-    finally:
-        plt.close("all")
+    yield lambda path: runpy.run_path(str(path), run_name="__main__")
+    plt.close("all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path, run):
+    run(path)
+    assert plt.get_fignums()
+
+
+@pytest.mark.slow
+def test_hand_over_runs_without_anndata(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "anndata", None)
+    adata = run(ROOT / "examples" / "plot_anndata.py")["adata"]
+    assert "anndata is not installed" in capsys.readouterr().out
+    assert adata.obsm["X_nbln"].shape == (600, 8)
 
 
 def test_examples_are_in_the_gallery():

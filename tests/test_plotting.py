@@ -139,6 +139,8 @@ def test_draws_on_the_callers_axes(name, model, counts):
     # drawn again elsewhere, from the same numbers
     again = display.plot()
     assert again is display and display.figure_ is not figure
+    elsewhere = plt.figure().subplots(*SHAPE.get(name, (1, 1)))
+    assert display.plot(elsewhere).figure_ is plt.gcf()  # the first argument, as in scikit-learn
 
 
 @every_display
@@ -203,7 +205,7 @@ def test_unknown_genes(model, counts, display):
 def test_genes_without_names_are_named_by_position(counts):
     model = NBVCPEstimator(random_state=0).fit(counts.to_numpy())
     display = PPCDisplay.from_estimator(model, counts.to_numpy(), genes=[7], n_samples=2)
-    assert display.axes_[0, 0].get_title().startswith("gene 7 (mean")
+    assert display.axes_[0, 0].get_title().startswith("gene 7\nmean ")
 
 
 def test_grids_take_a_figure_one_axes_or_as_many_as_needed(model):
@@ -335,7 +337,11 @@ def test_convergence_draws_the_history_and_the_decrements(model):
     np.testing.assert_allclose(y, history[-1] - history[:-1])
     assert x.tolist() == list(range(model.n_iter_))
     np.testing.assert_allclose(line(left, "gain").get_ydata(), np.diff(history))
-    np.testing.assert_allclose(line(left, "tol").get_ydata(), model.tol)
+    # the line is where the fit stopped: its last two gains are below, no two in a row before
+    smallest = line(left, "tol = 1e-05 of the objective").get_ydata()[0]
+    below = np.diff(history) < smallest
+    assert below[-2:].all() and not np.any(below[:-2] & below[1:-1])
+    assert smallest == pytest.approx(1e-5 * abs(history[-1]), rel=1e-3)
     assert left.get_title() == f"NBLNEstimator: converged after {model.n_iter_} sweeps"
     decrement = right.lines[0].get_ydata()
     np.testing.assert_allclose(decrement, np.sort(np.maximum(model.newton_decrement_, 1e-16)))
@@ -350,6 +356,7 @@ def test_convergence_says_what_did_not_converge():
     assert left.get_title() == "NOT converged after 2 sweeps"
     np.testing.assert_allclose(line(left, "fall").get_data(), [[2], [0.2]])
     np.testing.assert_allclose(line(left, "distance").get_ydata(), [0.8, 0.2])
+    np.testing.assert_allclose(line(left, "tol").get_ydata(), 1e-3 * 2.2)
     assert right.get_title() == "mode not found: 1 of 3 rows"
 
 
@@ -485,7 +492,7 @@ def test_ppc_draws_the_histograms_of_counts_and_replicates(model, counts):
         low, high = np.quantile(predicted, [0.25, 0.75], axis=0)
         np.testing.assert_allclose((narrow.baseline, narrow.values), (low, high), atol=1e-12)
         np.testing.assert_allclose(median.values, np.median(predicted, axis=0))
-        assert ax.get_title() == f"{panel.name} (mean {observed.mean():.3g})"
+        assert ax.get_title() == f"{panel.name}\nmean {observed.mean():.3g}"
         assert ax.get_xticklabels()[-1].get_text() == f"≥{edges[-2]:.0f}"
     (legend,) = display.figure_.legends
     assert [text.get_text() for text in legend.get_texts()] == [

@@ -183,6 +183,34 @@ def test_every_replicate_has_a_draw_of_the_source_s_posterior(fits):
     assert np.std(np.log(expected), axis=0).min() > 0.5
 
 
+def test_what_is_frozen_has_in_each_replicate_the_source_s_draw():
+    """Next to no Sigma: a replicate's counts are NB with r, mu and eta of that draw."""
+    n_genes, n_samples = 400, 60
+    mean, point = np.full(n_genes, 2.0), np.full(n_genes, 1e-18)
+    X = np.random.default_rng(0).poisson(np.exp(mean - 0.7), (6, n_genes))
+    model = truth.nbln(
+        mean,
+        1e-9 * np.ones((n_genes, 1)),
+        point,
+        np.full(n_genes, 2.0),
+        capture_prior=(np.log(X.sum(1).mean()) + 0.7, 0.3),
+        library_size=X.sum(1),
+    )
+    source, wide = model._source, np.full(n_genes, 0.8)
+    source._guide = source._guide._replace(
+        log_mean=(mean, wide), log_dispersion=(np.full(n_genes, np.log(2.0)), wide)
+    )
+    drawn = source.sample_posterior(n_samples, X, random_state=3)
+    u = model.posterior_predictive(X, level="per_cell", n_samples=n_samples, random_state=3)
+    expected = drawn.mu[:, None, :] * np.exp(-drawn.eta[:, :, None])
+    residual = (u - expected) / np.sqrt(expected + expected**2 / drawn.r[:, None, :])
+    for axis in (0, 1, 2):  # r and mu by gene, eta by row
+        sums = residual.sum(axis) / np.sqrt(residual.shape[axis])
+        assert np.abs(standardized(np.ravel(sums) ** 2, 1.0)) < Z_MAX
+    assert np.abs(standardized(np.ravel(residual) ** 2, 1.0)) < Z_MAX
+    assert drawn.eta.std(0).min() > 0.02
+
+
 def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
     """Sigma takes each draw's share: (1 + 1/r) exp(Sigma_gg) is the source's 1 + 1/r of that draw."""
     _, models = fits
@@ -195,6 +223,31 @@ def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
     kept = draws.log_mean + variance / 2
     spread = (kept - model.mean_ - np.diag(model.get_covariance()) / 2) / model._curvature.mean
     assert abs(spread.std() - 1) < 0.3
+
+
+def test_counts_of_a_coupled_model_have_the_marginal_law_of_each_source_s_draw():
+    """Sigma and r share 1 + 1/r of the source anew in every replicate; mean m is kept."""
+    mean, W, d, r = globals_()
+    n_samples, n_rows, share = 6, 20_000, np.full(N_GENES, 0.3)
+    model = truth.nbln(mean, W, d, r, cascade="marginal", library_size=np.ones(n_rows))
+    model._coordinate_variance = share
+    guide = model._source._guide
+    wide = np.full(N_GENES, 0.8)
+    model._source._guide = guide._replace(log_dispersion=(np.log(r), wide))
+    drawn = model._source.sample_posterior(n_samples, random_state=3)
+    u = model.posterior_predictive(level="marginal", n_samples=n_samples, random_state=3)
+    t = np.log1p(1 / drawn.r)
+    scale = np.sqrt((t - t * np.exp(-share / t)) / (np.sum(W**2, 1) + d))
+    for s in range(n_samples):
+        expected, counts = drawn.mu[s], u[s].astype(float)
+        assert np.all(np.abs(standardized(counts, expected)) < Z_MAX)
+        covariance = np.outer(expected, expected) * np.expm1(
+            (W @ W.T) * np.outer(scale[s], scale[s])
+        )
+        np.fill_diagonal(covariance, expected + expected**2 / drawn.r[s])
+        centred = counts - expected
+        products = centred[:, :, None] * centred[:, None, :]
+        assert np.all(np.abs(standardized(products, covariance)) < Z_MAX)
 
 
 def test_posterior_draws_of_named_rows(fits):

@@ -43,8 +43,24 @@ def test_statistics_are_numpy_s(fits):
         above = ~ties & (replicated > observed)
         p = (above.sum(0) + (ties.sum(0) + 1) / 2) / 5
         np.testing.assert_allclose(check.p_values[name], p, rtol=1e-12)
-    assert all(type(v) is float and np.isfinite(v) for v in check.summary.values())
+    assert all(type(v) is float for v in check.summary.values())
     assert set(check.summary) == {f"{s}_{kind}" for s in STATISTICS for kind in ("outside", "ks")}
+
+
+def test_summary_is_of_the_p_values(fits):
+    frame, models = fits
+    X = frame.copy()
+    X.iloc[:, :3] *= 2  # genes that the model does not fit
+    check = predictive_check(models["default"], X, n_samples=100, random_state=0)
+    for name in STATISTICS:
+        p = np.sort(check.p_values[name])
+        outside = np.mean((p < 0.025) | (p > 0.975))
+        assert check.summary[f"{name}_outside"] == outside
+        steps = np.arange(p.size + 1) / p.size
+        distance = max((steps[1:] - p).max(), (p - steps[:-1]).max())
+        assert check.summary[f"{name}_ks"] == pytest.approx(distance)
+    found = np.concatenate(list(check.p_values.values()))
+    assert np.any((found > 0.025) & (found < 0.05)) and np.any(found < 0.025)
 
 
 def repeated_checks(level, n_repeats=10):

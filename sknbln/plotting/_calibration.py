@@ -126,7 +126,7 @@ class CalibrationDisplay:
         check = predictive_check(estimator, X, **options)
         return cls(residuals, check.observed, check.predicted).plot(ax=ax)
 
-    def plot(self, *, ax=None):
+    def plot(self, ax=None):
         """Draw.
 
         Parameters
@@ -151,7 +151,8 @@ class CalibrationDisplay:
     def _draw_residuals(self, ax):
         residuals = np.asarray(self.residuals)
         n_cells, n_genes = residuals.shape
-        grid = np.linspace(0, 1, _GRID + 1)
+        # steps of whole cells: between them a fraction of cells cannot follow q
+        grid = np.unique(np.round(np.linspace(0, n_cells, _GRID + 1))) / n_cells
         below = np.stack([np.searchsorted(np.sort(q), grid, side="right") for q in residuals.T])
         low, high = _simultaneous_band(n_cells, grid)
         self.fraction_outside_ = float(np.mean(np.any((below < low) | (below > high), axis=1)))
@@ -203,7 +204,8 @@ def _draw_variances(ax, observed, predicted):
         some = (what.mean > 0) & (what.variance > 0)
         mean, variance = what.mean[some], what.variance[some]
         style = dict(color=colour, marker=marker)
-        points = dict(s=float(np.clip(2000 / max(mean.size, 1), 4, 20)), alpha=0.4, linewidths=0)
+        few = 200 / max(mean.size, 1)
+        points = dict(s=np.clip(10 * few, 4, 20), alpha=np.clip(few, 0.4, 0.9), linewidths=0)
         ax.scatter(mean, variance, label=f"{name}, each gene", **points, **style)
         x, y = _running_median(mean, variance)
         if len(x):

@@ -16,7 +16,7 @@ from ._common import (
     tidy,
 )
 
-#: decrements below this are rounding; they are drawn here
+#: decrements below this are rounding; they are drawn as this
 _SMALLEST_DECREMENT = 1e-16
 #: steps of the running mean of the noisy ELBO
 _WINDOW = 25
@@ -26,10 +26,10 @@ class ConvergenceDisplay:
     """Course of the objective of a fit and, for NBLN, the Newton decrements of its rows.
 
     For `NBLNEstimator`, left: the distance of the objective (log-posterior per cell) from its last value, and
-    what each sweep gained, on a logarithmic axis with the tolerance; a fall is drawn as such (it
-    occurs where a loadings prior is updated). Right: the sorted Newton decrements of the training
-    rows, with the limit below which a row's mode counts as found. For `NBVCPEstimator`: minus the
-    ELBO per step, which is noisy, with its running mean.
+    what each sweep gained, on a logarithmic axis with the gain below which two sweeps in a row end the
+    fit; a fall is drawn as such (it occurs where a loadings prior is updated). Right: the sorted Newton
+    decrements of the training rows, with the limit below which a row's mode counts as found. For
+    `NBVCPEstimator`: minus the ELBO per step, which is noisy, with its running mean.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ class ConvergenceDisplay:
     newton_decrement : ndarray of shape (n_cells,) or None, default=None
         Newton decrements of the training rows, nats. None where `objective` is a loss curve.
     tol : float or None, default=None
-        Tolerance of the gain per sweep, nats per cell.
+        Tolerance of the gain per sweep, a fraction of the objective's magnitude.
     name : str, default=""
         Name of the estimator, for the title.
 
@@ -103,7 +103,7 @@ class ConvergenceDisplay:
             display = cls(estimator.loss_curve_, estimator.converged_, name=name)
         return display.plot(ax=ax)
 
-    def plot(self, *, ax=None):
+    def plot(self, ax=None):
         """Draw.
 
         Parameters
@@ -149,7 +149,10 @@ def _draw_sweeps(ax, objective, tol):
         label = "fall (loadings prior updated)"
         ax.plot(sweep[1:][fall], -change[fall], "v", label=label, **style)
     if tol:
-        ax.axhline(tol, color=GREY, linestyle="--", linewidth=1.2, label=f"tol = {tol:g}")
+        # as the fit takes it: of a magnitude of one nat at least
+        smallest = tol * max(abs(objective[-1]), 1.0)
+        label = f"tol = {tol:g} of the objective"
+        ax.axhline(smallest, color=GREY, linestyle="--", linewidth=1.2, label=label)
     ax.set_yscale("log")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="sweep", ylabel="objective (nats per cell)")
@@ -160,12 +163,13 @@ def _draw_decrements(ax, decrement):
     """Sorted Newton decrements against the fraction of rows."""
     ordered = np.sort(np.maximum(decrement, _SMALLEST_DECREMENT))
     fraction = np.arange(1, ordered.size + 1) / ordered.size
-    ax.plot(fraction, ordered, color=BLUE, drawstyle="steps-mid")
+    style = dict(color=BLUE, drawstyle="steps-mid")
+    ax.plot(fraction, ordered, label=f"rows, sorted ({_SMALLEST_DECREMENT:g} or more)", **style)
     label = f"limit {DECREMENT_TOL:g}"
     ax.axhline(DECREMENT_TOL, color=GREY, linestyle="--", linewidth=1.2, label=label)
     above = int(np.sum(decrement > DECREMENT_TOL))
     ax.set_yscale("log")
-    ax.set(xlim=(0, 1), ylim=(_SMALLEST_DECREMENT, None))
+    ax.set(xlim=(0, 1), ylim=(_SMALLEST_DECREMENT / 3, None))
     ax.set_title(f"mode not found: {above} of {ordered.size} rows", fontsize="medium")
     ax.set(xlabel="fraction of rows", ylabel="Newton decrement (nats)")
     legend_inside(ax)

@@ -138,7 +138,7 @@ class CompositionalCornerDisplay:
         names = gene_names(estimator)[genes]
         return cls(found.model, found.cells, found.pseudobulk, names).plot(ax=ax)
 
-    def plot(self, *, ax=None):
+    def plot(self, ax=None):
         """Draw.
 
         Parameters
@@ -173,9 +173,9 @@ class CompositionalCornerDisplay:
             if row < n - 1:
                 each.tick_params(labelbottom=False)
             else:
-                each.set_xlabel(f"{self.names[col]}\nlog10 share")
+                each.set_xlabel(f"{self.names[col]}\nlog10 share", fontsize="small")
             if col == 0 and row > 0:
-                each.set_ylabel(f"{self.names[row]}\nlog10 share")
+                each.set_ylabel(f"{self.names[row]}\nlog10 share", fontsize="small")
             elif col > 0:
                 each.tick_params(labelleft=False)
         _draw_legend(figure, axes, outside=ax is None and n == 2)

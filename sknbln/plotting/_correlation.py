@@ -142,11 +142,13 @@ class CorrelationDisplay:
             genes=shown[chosen],
         ).plot(vmax=vmax, cmap=cmap, colorbar=colorbar, ax=ax)
 
-    def plot(self, *, vmax=None, cmap="RdBu_r", colorbar=True, ax=None):
+    def plot(self, ax=None, *, vmax=None, cmap="RdBu_r", colorbar=True):
         """Draw.
 
         Parameters
         ----------
+        ax : matplotlib Axes or None, default=None
+            Where to draw; None for a new figure.
         vmax : float or None, default=None
             The colours run from -vmax to vmax. None: the next of 0.1, 0.2, 0.3, 0.5, 0.7 and 1 above the
             99 % quantile of the off-diagonals' magnitudes.
@@ -154,8 +156,6 @@ class CorrelationDisplay:
             A diverging map.
         colorbar : bool, default=True
             Whether the scale of the colours is drawn.
-        ax : matplotlib Axes or None, default=None
-            Where to draw; None for a new figure.
 
         Returns
         -------

@@ -148,11 +148,13 @@ class EmbeddingDisplay:
         )
         return display.plot(ellipses=ellipses, point_size=point_size, cmap=cmap, ax=ax)
 
-    def plot(self, *, ellipses=False, point_size=None, cmap="viridis", ax=None):
+    def plot(self, ax=None, *, ellipses=False, point_size=None, cmap="viridis"):
         """Draw.
 
         Parameters
         ----------
+        ax : matplotlib Axes or None, default=None
+            Where to draw; None for a new figure.
         ellipses : bool or int, default=False
             For how many cells, at even steps through the rows, the region that holds 90 % of the posterior
             of the two scores is drawn; True is 100.
@@ -160,8 +162,6 @@ class EmbeddingDisplay:
             Area of a point in points squared; None takes one by the number of cells.
         cmap : str or matplotlib Colormap, default="viridis"
             For a number per cell.
-        ax : matplotlib Axes or None, default=None
-            Where to draw; None for a new figure.
 
         Returns
         -------

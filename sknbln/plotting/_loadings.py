@@ -113,7 +113,7 @@ class LoadingsSpectrumDisplay:
             prior=found["strategy_type"],
         ).plot(ax=ax)
 
-    def plot(self, *, ax=None):
+    def plot(self, ax=None):
         """Draw.
 
         Parameters

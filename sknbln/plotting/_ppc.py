@@ -23,6 +23,8 @@ from ._common import (
 #: bins at most; the last one is open
 _MOST_BINS = 24
 _LEVELS = (0.9, 0.5)
+#: room for a letter of a tick's label, of the axis
+_LETTER = 0.035
 
 
 class PPCDisplay:
@@ -153,16 +155,16 @@ class PPCDisplay:
         ]
         return cls(panels, level=level).plot(n_cols=n_cols, ax=ax)
 
-    def plot(self, *, n_cols=None, ax=None):
+    def plot(self, ax=None, *, n_cols=None):
         """Draw.
 
         Parameters
         ----------
-        n_cols : int or None, default=None
-            Columns of the grid; None for one as square as may be.
         ax : Figure, Axes, array of Axes or None, default=None
             None for a new figure; a figure, to which axes are added; one axes, which is divided; or
-            an array of as many axes as the grid has.
+            an array of as many axes as there are genes, or more.
+        n_cols : int or None, default=None
+            Columns of the grid; None for one as square as may be.
 
         Returns
         -------
@@ -174,7 +176,7 @@ class PPCDisplay:
         n_cols = int(np.ceil(np.sqrt(n))) if n_cols is None else min(n_cols, n)
         n_rows = -(-n // n_cols)
         narrow = n_cols < 3
-        size = (max(2.6 * n_cols + 0.4, 4.8), 2.1 * n_rows + (1.3 if narrow else 0.9))
+        size = (max(2.6 * n_cols + 0.4, 4.8), 2.2 * n_rows + (1.3 if narrow else 0.9))
         found = grid_of_axes(plt, ax, n_rows, n_cols, size, n_panels=n)
         self.figure_, self.axes_ = figure, axes = found
         for each, panel in zip(axes.flat, self.panels, strict=False):
@@ -255,7 +257,7 @@ def _draw_panel(ax, panel):
     ax.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
     ax.set_ylim(bottom=0)
     _set_ticks(ax, starts, width, centres[-1])
-    ax.set_title(f"{panel.name} (mean {panel.mean:.3g})", fontsize="medium")
+    ax.set_title(f"{panel.name}\nmean {panel.mean:.3g}", fontsize="small")
     tidy(ax)
 
 
@@ -263,10 +265,12 @@ def _set_ticks(ax, starts, width, overflow):
     """A few whole numbers, and the open bin."""
     from matplotlib.ticker import MaxNLocator
 
+    last = f"≥{_short(starts[-1])}"
     ticks = MaxNLocator(4, integer=True).tick_values(0, starts[-1])
-    ticks = ticks[(ticks >= 0) & (ticks < 0.8 * starts[-1])]
-    labels = [_short(tick) for tick in ticks]
-    ax.set_xticks([*ticks, overflow], [*labels, f"≥{_short(starts[-1])}"])
+    labels = {tick: _short(tick) for tick in ticks if tick >= 0}
+    room = {tick: _LETTER * overflow * len(label + last) for tick, label in labels.items()}
+    labels = {tick: label for tick, label in labels.items() if overflow - tick > room[tick]}
+    ax.set_xticks([*labels, overflow], [*labels.values(), last])
 
 
 def _short(count):

@@ -21,9 +21,11 @@ def posterior_predictive(
 ):
     r"""Draw counts from a fitted model: replicates of the rows of X.
 
-    Each replicate takes one joint draw of the parameters from the posterior (`sample_posterior`: what
-    is frozen comes from the source's own posterior), then draws the counts, with ``NB(mean, r) =
-    Poisson(mean * gamma)``, ``gamma ~ Gamma(r, 1/r)`` (1 for Poisson channels):
+    Each replicate takes one joint draw of r, mu and eta from the posterior (`sample_posterior`: what is
+    frozen comes from the source's own posterior; W and d are the fitted ones, under
+    ``cascade="marginal"`` scaled to the share that the draw of r leaves to Sigma), then draws the
+    counts, with ``NB(mean, r) = Poisson(mean * gamma)``, ``gamma ~ Gamma(r, 1/r)`` (1 for Poisson
+    channels):
 
     ``"marginal"``
         Everything is fresh: ``x ~ N(mu, Sigma)``, ``eta_c ~ TruncNormal(log M0 - log L_c, sigma_M, low=0)``,

@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 from . import _capture, _cascade, _posterior
 from ._fitting import NBLNProblem, loadings_strategy, row_capture, row_posterior
 from ._jax import RowBatches, solve_rows
+from ._laplace.driver import magnitude
 from ._laplace.shrinkage import TYPES, compositional, effective_rank, singular_basis
 from ._nbvcp import CountModelMixin, NBVCPEstimator
 from ._state import whole_or_nothing
@@ -73,7 +74,7 @@ class NBLNEstimator(
         As in `NBVCPEstimator`; ``"auto"`` takes the source's capture prior.
     max_iter : int, default=200
         Sweeps over the data at most.
-    tol : float, default=1e-5
+    tol : float, default=1e-4
         The fit stops when two sweeps in a row each raise the log-posterior by less than this fraction
         of its magnitude.
     batch_size : int or None, default=None
@@ -205,7 +206,7 @@ class NBLNEstimator(
         loadings_prior="none",
         capture_efficiency="auto",
         max_iter=200,
-        tol=1e-5,
+        tol=1e-4,
         batch_size=None,
         memory=None,
         random_state=None,
@@ -381,9 +382,10 @@ class NBLNEstimator(
 
     def _warn_unless_converged(self, outcome, n_cells):
         if not outcome.converged:
+            share = outcome.gain / magnitude(outcome.point.value, n_cells)
             warnings.warn(
-                f"NBLNEstimator did not converge: {outcome.reason}; the last one gained {outcome.gain:.2g} "
-                f"nats per cell, tol={self.tol:g}. Increase max_iter or tol.",
+                f"NBLNEstimator did not converge: {outcome.reason}; the last one gained {share:.2g} of the "
+                f"log-posterior's magnitude, tol={self.tol:g}. Increase max_iter or tol.",
                 ConvergenceWarning,
                 stacklevel=user_stacklevel(),
             )

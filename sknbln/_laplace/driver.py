@@ -70,6 +70,11 @@ class Outcome(NamedTuple):
         )
 
 
+def magnitude(value, n_cells):
+    """Of an objective, nats per cell: what `tol` is a fraction of; at least 1."""
+    return max(abs(value) / n_cells, 1.0)
+
+
 def direction_from(grad, free):
     """The preconditioned gradient as a `Parameters` step."""
     mean, loadings = regression_step(grad, free.mean, free.loadings)
@@ -189,12 +194,12 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
         if trial is None and memory.pairs:
             memory = _Memory()
             trial, step = _trial(evaluate, point, memory, free)
-        magnitude = max(abs(point.value) / n_cells, 1.0)
+        size = magnitude(point.value, n_cells)
         if trial is None:
             promised = step / n_cells
             yield Outcome(
                 point,
-                promised < tol * magnitude,
+                promised < tol * size,
                 f"no damped step raises the objective (the full one promised {promised:.2g} nats per cell)",
                 history,
                 iteration,
@@ -213,7 +218,7 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
         gain = (trial.value - point.value) / n_cells
         point = trial
         history.append(point.value / n_cells)
-        small = small + 1 if gain < tol * magnitude else 0
+        small = small + 1 if gain < tol * size else 0
         reason = f"the last two sweeps gained less than tol={tol:g} of the objective"
         yield Outcome(point, small == 2, reason if small == 2 else enough, history, iteration, gain)
         if report is not None:

@@ -11,6 +11,7 @@ from jax.scipy.linalg import cho_solve
 
 LOG_BLOCK = 8
 
+
 def triangle(n):
     """Row and column indices of the upper triangle of an n x n matrix, and the way back.
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .._laplace.driver import magnitude
 from .._laplace.mode import DECREMENT_TOL
 from .._nbln import NBLNEstimator
 from ._common import (
@@ -150,7 +151,7 @@ def _draw_sweeps(ax, objective, tol):
         ax.plot(sweep[1:][fall], -change[fall], "v", label=label, **style)
     if tol:
         # as the fit takes it: of a magnitude of one nat at least
-        smallest = tol * max(abs(objective[-1]), 1.0)
+        smallest = tol * magnitude(objective[-1], 1)
         label = f"tol = {tol:g} of the objective"
         ax.axhline(smallest, color=GREY, linestyle="--", linewidth=1.2, label=label)
     ax.set_yscale("log")

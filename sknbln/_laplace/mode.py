@@ -163,8 +163,8 @@ def _reach(move):
 def _left_after(decrement, largest):
     """An upper bound of the decrement after a full Newton step.
 
-    The curvature's derivative is at most the curvature itself. So what a step of ``m`` nats leaves of a gene's
-    gradient is at most ``a m^2 e^m / 2``, and of the decrement at most ``(m e^{1.5 m} / 2)^2``.
+    The curvature's derivative is at most the curvature itself. So what a step of ``m`` nats leaves of
+    a gene's gradient is at most ``a m^2 e^m / 2``, and of the decrement at most ``(m e^{1.5 m} / 2)^2``.
     """
     m = jnp.minimum(largest, FARTHEST)
     return decrement * (0.5 * m * jnp.exp(1.5 * m)) ** 2

@@ -14,6 +14,9 @@ from ._validation import user_stacklevel
 #: prior total mRNA of a cell, counts
 ORGANISMS = {"human": 200_000.0, "mouse": 200_000.0, "yeast": 60_000.0, "ecoli": 3_000.0}
 _DEFAULT_SIGMA = 0.5
+#: the largest |log M0|, and the range of sigma: far beyond, offsets leave the range of floating point
+_LARGEST_LOG_M0 = 50.0
+_SIGMA_RANGE = (1e-8, 1e8)
 
 
 class CapturePrior(NamedTuple):
@@ -39,7 +42,7 @@ def resolve(capture_efficiency, X):
     Raises
     ------
     ValueError
-        For an unknown name or a pair that is not (log_M0, sigma_M) with sigma_M > 0.
+        For an unknown name or a pair that is not (log_M0, sigma_M) with sigma_M > 0, or far out of range.
     """
     if capture_efficiency is None:
         return None
@@ -62,6 +65,13 @@ def resolve(capture_efficiency, X):
         raise ValueError(
             f"capture_efficiency={capture_efficiency!r}: expected two finite numbers (log_M0, sigma_M) "
             "with sigma_M > 0, e.g. (np.log(1e5), 0.5)."
+        )
+    low, high = _SIGMA_RANGE
+    if abs(pair[0]) > _LARGEST_LOG_M0 or not low <= pair[1] <= high:
+        raise ValueError(
+            f"capture_efficiency={capture_efficiency!r}: expected log_M0 between {-_LARGEST_LOG_M0:g} and "
+            f"{_LARGEST_LOG_M0:g}, the logarithm of a number of molecules, and sigma_M between {low:g} and "
+            f"{high:g} nats."
         )
     return CapturePrior(float(pair[0]), float(pair[1]))
 

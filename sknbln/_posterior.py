@@ -12,9 +12,10 @@ covariance ``I/n``:
 .. math:: V = \mathrm{diag}(1 / \textstyle\sum_c b_{cg}) + W W' / n, \qquad
           \mathrm{Cov}(\mu) = (V^{-1} + \Lambda)^{-1}
 
-with ``Lambda`` the precision of the soft prior. It is positive by construction. For log r, its own
-curvature less what it shares with log d and mu is found from the outer products of the cells' exact
-gradients.
+with ``Lambda`` the precision of the soft prior. It is positive by construction. To that comes what mu_g
+shares with the gene's other free parameters (its marginal mean, ``mu_g + Sigma_gg/2``, is known better than
+mu_g), and for log r its own curvature less what it shares with log d and mu: both from the outer products
+of the cells' exact gradients.
 """
 
 from typing import NamedTuple
@@ -100,24 +101,29 @@ def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r
         batches, *params.natural(), scores, free.log_r
     )
     mean_sd, log_r_sd = np.zeros(n_genes), np.zeros(n_genes)
-    if free.mean:
-        variance = mean_covariance_diagonal(
-            information, params.loadings, batches.X.shape[0], prior_mean
-        )
-        mean_sd = np.sqrt(variance)
     free_blocks = [free.mean, *[True] * k, free.log_noise, free.log_r]
     keep = np.flatnonzero(free_blocks)
-    precision = np.zeros((n_genes, k + 3))
-    precision[:, 0] = prior_mean
-    precision[:, 1 : k + 1] = prior_loadings
-    precision[:, k + 2] = prior_log_r
+    precision = np.full((n_genes, k + 3), 1e-6)  # a little information keeps the matrix regular
+    precision[:, 0] += prior_mean
+    precision[:, 1 : k + 1] += prior_loadings
+    precision[:, k + 1] = 0.0
+    precision[:, k + 2] += prior_log_r
     J = products[:, keep][:, :, keep]
     diagonal = np.einsum("gii->gi", J)
-    # a variance at its floor has no score: a little information keeps the matrix regular
-    diagonal += precision[:, keep] + 1e-6
-    covariance = np.linalg.inv(J)
-    sd = np.zeros((n_genes, k + 3))
-    sd[:, keep] = np.sqrt(np.maximum(np.einsum("gii->gi", covariance), 0.0))
+    diagonal += precision[:, keep]
+    alone = 1.0 / np.maximum(diagonal, 1e-100)  # variances given the gene's other parameters
+    # In units of those, of log d too: at the floor of d its score is tiny, but d is not known.
+    unit = np.sqrt(alone)
+    J = J * unit[:, :, None] * unit[:, None, :] + 1e-9 * np.eye(keep.size)
+    variance = np.zeros((n_genes, k + 3))
+    variance[:, keep] = np.maximum(np.einsum("gii->gi", np.linalg.inv(J)), 0.0) * alone
+    sd = np.sqrt(variance)
+    if free.mean:
+        given = mean_covariance_diagonal(
+            information, params.loadings, batches.X.shape[0], prior_mean
+        )
+        # mu goes down as the gene's Sigma_gg goes up: the marginal mean is what the data know
+        mean_sd = np.sqrt(given + np.maximum(variance[:, 0] - alone[:, 0], 0.0))
     if free.log_r:
         log_r_sd = sd[:, k + 2]
     # What the genes share: W takes up the square root of the scores' sample covariance, which

@@ -91,12 +91,12 @@ def _refuse_kinds(name, X):
             f"Masked entries in data passed to {name}: found {np.ma.count_masked(X)} of {X.size}, and there "
             "is no model of missing counts. Drop those rows or genes, or fill the mask with counts."
         )
-    frame = hasattr(X, "dtypes") and hasattr(X, "iloc")
+    frame = hasattr(X, "dtypes") and hasattr(X, "iloc") and X.ndim == 2
     dtypes = X.dtypes if frame else [getattr(X, "dtype", None)]
     for j, dtype in enumerate(dtypes):
         kind = getattr(dtype, "kind", None)
         if kind == "c":
-            raise ValueError(f"Complex data not supported: {name} expects counts. {_RAW}")
+            _refuse_complex(name)
         if kind in ("m", "M"):
             where = f" in column {j}" if frame else ""
             raise ValueError(
@@ -104,13 +104,19 @@ def _refuse_kinds(name, X):
                 "Leave out columns that are no counts."
             )
         if kind in ("O", "S", "U", "T") and not sp.issparse(X):
-            _refuse_text(name, np.asarray(X.iloc[:, j])[:, None] if frame else X, j)
+            _refuse_objects(name, np.asarray(X.iloc[:, j])[:, None] if frame else X, j)
 
 
-def _refuse_text(name, values, first_column):
+def _refuse_complex(name):
+    raise ValueError(f"Complex data not supported: {name} expects counts. {_RAW}")
+
+
+def _refuse_objects(name, values, first_column):
     if values.ndim != 2:  # refused below
         return
     for (row, column), value in np.ndenumerate(values):
+        if isinstance(value, (complex, np.complexfloating)):
+            _refuse_complex(name)
         if isinstance(value, (str, bytes)):
             raise ValueError(
                 f"Text in data passed to {name}: expected counts, found {str(value)!r} at row {row}, column "

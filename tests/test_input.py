@@ -14,6 +14,7 @@ import pytest
 import scipy.sparse as sp
 from numpy.testing import assert_array_equal
 from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils._param_validation import Interval, generate_invalid_param_val, make_constraint
 
 from sknbln import NBLNEstimator, NBVCPEstimator
@@ -220,6 +221,7 @@ REFUSED = {
         "Text in data .* 'a' at row 0, column 0",
     ),
     "numbers as text": (lambda X: X.astype(int).astype(str), "Text in data"),
+    "complex objects": (lambda X: changed(X.astype(object), 2 + 1j), "Complex data not supported"),
     "lists of text": (lambda X: [["1", "2"], ["3", "4"]], "Text in data .* '1'"),
     "bytes": (lambda X: X.astype(int).astype("S"), "Text in data"),
     "one text among objects": (
@@ -241,6 +243,7 @@ REFUSED = {
     ),
     "0-D": (lambda X: np.array(3.0), "Expected 2D array"),
     "1-D": (lambda X: X[0], "Expected 2D array, got 1D array"),
+    "1-D Series": (lambda X: pd.Series(X[0]), "Expected (a )?2"),
     "1-D text": (lambda X: np.array(["a", "b"]), "could not convert|Expected 2D"),
     "1-D sparse": (lambda X: sp.coo_array(X[0]), "Expected 2D"),
     "3-D": (lambda X: X[None], "dim 3"),
@@ -422,6 +425,28 @@ def test_parameters_out_of_range_are_refused(counts, estimator, name, value):
 def test_capture_efficiency_is_a_pair_of_numbers(counts, estimator, pair):
     with pytest.raises(ValueError, match="expected two finite numbers"):
         estimator(capture_efficiency=pair).fit(counts)
+
+
+@pytest.mark.parametrize("pair", [(51, 1), (-51, 1), (5, 1e-9), (5, 1e9), (1e300, 1), (5, 1e-300)])
+@pytest.mark.parametrize("estimator", [NBVCPEstimator, NBLNEstimator])
+def test_capture_efficiency_far_out_of_range_is_refused(counts, estimator, pair):
+    with pytest.raises(ValueError, match=r"expected log_M0 between -50 and 50.* sigma_M between"):
+        estimator(capture_efficiency=pair).fit(counts)
+
+
+@pytest.mark.filterwarnings("ignore:.*more counts than the prior total:UserWarning")
+@pytest.mark.parametrize("pair", [(-50, 1e-8), (-50, 1e8), (50, 1e-8), (50, 1e8)])
+def test_capture_efficiency_at_the_ends_of_its_range_gives_finite_numbers(counts, pair):
+    X = counts.copy()
+    X[0] *= 1e7  # the offset of the largest library is the farthest from the bound
+    model = NBVCPEstimator(capture_efficiency=pair, n_steps=20, tol=1e3, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(X)
+    for name, value in vars(model).items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            assert np.all(np.isfinite(value)), name
+    assert np.all(np.isfinite(model.score_samples(X)))
 
 
 @pytest.mark.parametrize(

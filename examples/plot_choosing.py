@@ -24,7 +24,7 @@ folds = KFold(3, shuffle=True, random_state=0)
 # The grid is a list: each entry is a family of settings. The source of the cascade is given
 # unfitted, so that it is fitted on the training rows of each fold; ``memory`` keeps that fit for
 # all candidates of the fold. A fit stops when its sweeps gain less than the fraction ``tol`` of the
-# log-posterior: with the default 0.06 nats per cell here, where settings differ by whole nats.
+# log-posterior: 0.06 nats per cell here, where settings differ by whole nats.
 free = {"informative_priors_freeze": [("eta",)], "informative_priors_tau": [np.inf]}
 families = {
     "default: r and eta frozen": {"latent_dim": [2, 4, 8, 16]},
@@ -35,6 +35,7 @@ with TemporaryDirectory() as cache:
     model = NBLNEstimator(
         informative_prior_estimator=NBVCPEstimator(random_state=0),
         memory=cache,
+        tol=1e-4,
         random_state=0,
     )
     search = GridSearchCV(model, list(families.values()), cv=folds, refit=False).fit(X)

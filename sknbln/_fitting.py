@@ -188,13 +188,18 @@ class NBLNProblem:
 
         options = dict(
             n_cells=n_cells,
-            tol=estimator.tol,
+            tol=estimator.tol_,
             max_iter=estimator.max_iter,
             report=report if estimator.verbose else None,
         )
         if self.strategy.type == "none":
             return ascend(self.objective, self.start, self.free, **options), None
         return ascend_with_prior(self.objective, self.strategy, self.start, self.free, **options)
+
+
+def default_tol(strategy):
+    """Tolerance of a fit whose `tol` is None."""
+    return 1e-4 if strategy.type == "none" else 1e-6
 
 
 def loadings_strategy(loadings_prior):

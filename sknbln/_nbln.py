@@ -17,7 +17,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _cascade, _posterior
-from ._fitting import NBLNProblem, loadings_strategy, row_capture, row_posterior
+from ._fitting import NBLNProblem, default_tol, loadings_strategy, row_capture, row_posterior
 from ._jax import RowBatches, solve_rows
 from ._laplace.driver import magnitude
 from ._laplace.shrinkage import TYPES, compositional, effective_rank, singular_basis
@@ -74,9 +74,10 @@ class NBLNEstimator(
         As in `NBVCPEstimator`; ``"auto"`` takes the source's capture prior.
     max_iter : int, default=200
         Sweeps over the data at most.
-    tol : float, default=1e-4
+    tol : float or None, default=None
         The fit stops when two sweeps in a row each raise the log-posterior by less than this fraction
-        of its magnitude.
+        of its magnitude. None takes 1e-4, and 1e-6 with a `loadings_prior`: under a prior the lengths of
+        columns settle slowly, and standard errors of a fit that stopped on the way are too small.
     batch_size : int or None, default=None
         Rows that are made dense at a time, about; it sets memory and no result.
     memory : str, joblib.Memory or None, default=None
@@ -136,6 +137,8 @@ class NBLNEstimator(
     newton_decrement_ : ndarray of shape (n_cells,)
         Newton decrement of each training row at the fit: the slope of the last step, nats. Below 1e-9
         where the row's mode was found.
+    tol_ : float
+        The tolerance that was used.
     objective_history_ : ndarray of shape (n_iter + 1,)
         Log-posterior per cell, from the start on; never falls, except where a loadings prior is
         updated between stages of sweeps.
@@ -185,7 +188,7 @@ class NBLNEstimator(
         "loadings_prior": [StrOptions(set(TYPES)), dict],
         "capture_efficiency": NBVCPEstimator._parameter_constraints["capture_efficiency"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "tol": [Interval(Real, 0, None, closed="left")],
+        "tol": [Interval(Real, 0, None, closed="left"), None],
         "batch_size": [Interval(Integral, 1, None, closed="left"), None],
         "memory": [str, HasMethods(["cache"]), None],
         "random_state": ["random_state"],
@@ -206,7 +209,7 @@ class NBLNEstimator(
         loadings_prior="none",
         capture_efficiency="auto",
         max_iter=200,
-        tol=1e-4,
+        tol=None,
         batch_size=None,
         memory=None,
         random_state=None,
@@ -298,6 +301,7 @@ class NBLNEstimator(
         else:
             capture_prior = _capture.resolve(self.capture_efficiency, X)
 
+        self.tol_ = default_tol(strategy) if self.tol is None else self.tol
         problem = NBLNProblem(self, matched, frozen, capture_prior, strategy, X, rng, previous)
         outcome, column_scales = problem.run()
         params = problem.parameters(outcome.point.params)
@@ -385,7 +389,7 @@ class NBLNEstimator(
             share = outcome.gain / magnitude(outcome.point.value, n_cells)
             warnings.warn(
                 f"NBLNEstimator did not converge: {outcome.reason}; the last one gained {share:.2g} of the "
-                f"log-posterior's magnitude, tol={self.tol:g}. Increase max_iter or tol.",
+                f"log-posterior's magnitude, tol={self.tol_:g}. Increase max_iter or tol.",
                 ConvergenceWarning,
                 stacklevel=user_stacklevel(),
             )

@@ -97,7 +97,7 @@ class ConvergenceDisplay:
                 estimator.objective_history_,
                 estimator.converged_,
                 newton_decrement=estimator.newton_decrement_,
-                tol=estimator.tol,
+                tol=estimator.tol_,
                 name=name,
             )
         else:

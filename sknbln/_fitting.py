@@ -197,9 +197,11 @@ class NBLNProblem:
         return ascend_with_prior(self.objective, self.strategy, self.start, self.free, **options)
 
 
-def default_tol(strategy):
-    """Tolerance of a fit whose `tol` is None."""
-    return 1e-4 if strategy.type == "none" else 1e-6
+def default_tol(strategy, cascade):
+    """Tolerance of a fit whose `tol` is None: smaller where late sweeps still matter."""
+    if strategy.type != "none":
+        return 1e-6
+    return 1e-5 if cascade == "marginal" else 1e-4
 
 
 def loadings_strategy(loadings_prior):

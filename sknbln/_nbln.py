@@ -76,8 +76,9 @@ class NBLNEstimator(
         Sweeps over the data at most.
     tol : float or None, default=None
         The fit stops when two sweeps in a row each raise the log-posterior by less than this fraction
-        of its magnitude. None takes 1e-4, and 1e-6 with a `loadings_prior`: under a prior the lengths of
-        columns settle slowly, and standard errors of a fit that stopped on the way are too small.
+        of its magnitude. None takes 1e-4; 1e-5 with ``cascade="marginal"``, whose late sweeps still raise
+        held-out scores; and 1e-6 with a `loadings_prior`, under which the lengths of columns settle slowly:
+        standard errors of a fit that stopped on the way are too small.
     batch_size : int or None, default=None
         Rows that are made dense at a time, about; it sets memory and no result.
     memory : str, joblib.Memory or None, default=None
@@ -301,7 +302,7 @@ class NBLNEstimator(
         else:
             capture_prior = _capture.resolve(self.capture_efficiency, X)
 
-        self.tol_ = default_tol(strategy) if self.tol is None else self.tol
+        self.tol_ = default_tol(strategy, self.cascade) if self.tol is None else self.tol
         problem = NBLNProblem(self, matched, frozen, capture_prior, strategy, X, rng, previous)
         outcome, column_scales = problem.run()
         params = problem.parameters(outcome.point.params)

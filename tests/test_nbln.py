@@ -1,10 +1,13 @@
 """NBLNEstimator: recovery of the truth, channels, covariance, posteriors, diagnostics."""
 
+import warnings
+
 import jax
 import numpy as np
 import pytest
 from scipy.special import gammaln
 from scipy.stats import nbinom
+from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln._capture import CapturePrior, score_rows
@@ -342,3 +345,21 @@ def test_curvature_of_mu_matches_a_parametric_bootstrap():
         )
     ratio = model._curvature.mean / np.std(refits, axis=0, ddof=1)
     assert 0.8 < np.median(ratio) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1e-4),
+        ({"cascade": "marginal"}, 1e-5),
+        ({"loadings_prior": "ard", "cascade": "marginal"}, 1e-6),
+        ({"loadings_prior": "ard", "tol": 0.01}, 0.01),
+    ],
+    ids=str,
+)
+def test_tolerance_is_the_settings_unless_given(options, expected):
+    X = make_nbln_counts(n_cells=60, n_genes=12, n_factors=1, random_state=0).data
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = NBLNEstimator(1, random_state=0, **options).fit(X)
+    assert model.tol_ == expected

@@ -219,7 +219,7 @@ def score_products(cells, params, zeta, constant_scores):
     v = mode.alpha + lin.b * lift(params, lin.scales, mode.zeta)
     regression = jnp.einsum("cij,gj->icg", second[:, :k, :] * lin.scales[:, None, :], F)
     z, xi = mode.zeta[:, :k].T[:, :, None], scores.xi[:, :k].T[:, :, None]
-    loadings = (v + scores.beta) * z + mode.alpha * xi - lin.b * regression
+    loadings = (v + scores.beta)[None] * z + mode.alpha[None] * xi - lin.b[None] * regression
     others = [
         scores.mean,
         params.noise[None, :] * scores.noise,

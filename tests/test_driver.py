@@ -11,13 +11,16 @@ from sknbln._jax import RowBatches, Sweeper
 from sknbln._laplace import driver
 from sknbln._laplace.driver import Free, ascend
 from sknbln._laplace.likelihood import CountHistogram
+from sknbln._laplace.lowrank import triangle
 from sknbln._laplace.objective import MarginalCoupling, Objective
 from sknbln._laplace.sweeps import (
     LOG_DISPERSION_RANGE,
     NOISE_RANGE,
     NOISE_UNIT,
+    Columns,
     GaussianPrior,
     Parameters,
+    column_step,
     curvature_product,
     least_squares_matrix,
     regression_step,
@@ -234,7 +237,12 @@ def scaled(evaluate, factor, constant=0.0):
 
     def function(x):
         point = evaluate(x)
-        grad = point.grad._replace(**{n: factor * g for n, g in point.grad._asdict().items()})
+        columns = point.grad.columns
+        columns = columns._replace(
+            information=factor * columns.information, assumed=factor * columns.assumed
+        )
+        blocks = {n: factor * g for n, g in point.grad._asdict().items() if n != "columns"}
+        grad = point.grad._replace(**blocks, columns=columns)
         return point._replace(value=factor * point.value + constant, grad=grad)
 
     return function
@@ -304,7 +312,7 @@ def test_first_steps_stay_out_of_the_memory(monkeypatch):
         assert_allclose(s, np.concatenate([b.ravel() for b in step]), rtol=1e-12, atol=1e-14)
         change = [getattr(before.grad, n) - getattr(after.grad, n) for n in BLOCKS]
         assert_allclose(y, np.concatenate([b.ravel() for b in change]), rtol=1e-12, atol=1e-12)
-        product = curvature_product(before.grad, step)
+        product = curvature_product(before.grad, step, ALL)
         assert_allclose(expected, np.concatenate([b.ravel() for b in product]), rtol=1e-12)
 
 
@@ -451,6 +459,73 @@ def test_shift_step_completes_newtons_step_of_a_common_shift():
     assert shift_step(grad._replace(information_shift=assumed)) == 0.0
 
 
+def columns_at(loadings, precision=0.0, n_cells=50):
+    weight = n_cells * np.random.default_rng(3).uniform(0.2, 3.0, loadings.shape[0])
+    return Columns.at(loadings, weight, n_cells, precision), weight
+
+
+def test_information_of_columns_is_that_of_a_factor_model():
+    """What is known of W (I + S), against Fisher's information of a Gaussian factor model."""
+    rng = np.random.default_rng(4)
+    n, W = 50, rng.standard_normal((60, 3)) * [2.0, 1.0, 0.6]
+    columns, weight = columns_at(W, n_cells=n)
+    precision = np.diag(weight / n)  # of each gene's working response
+    inverse = np.linalg.inv(W @ W.T + np.linalg.inv(precision))
+    for i in range(3):
+        for j in range(i + 1):
+            S = np.zeros((3, 3))
+            S[i, j] = S[j, i] = 1.0
+            change = columns.lift(S)
+            slope = columns.loadings @ columns.basis.T @ change.T
+            slope = slope + slope.T  # of the covariance
+            fisher = n / 2 * np.trace(inverse @ slope @ inverse @ slope)
+            assert_allclose(np.sum(S**2 * columns.information), fisher, rtol=1e-8)
+            assert_allclose(
+                np.sum(S**2 * columns.assumed), np.sum(weight[:, None] * change**2), rtol=1e-8
+            )
+
+
+def test_columns_of_noise_and_of_nothing_take_the_regressions_step():
+    rng = np.random.default_rng(5)
+    W = np.c_[1e-3 * rng.standard_normal((12, 2)), np.zeros(12)]
+    grad = gradients()._replace(columns=columns_at(W)[0], loadings=rng.standard_normal((12, 3)))
+    assert_allclose(column_step(grad), 0.0, atol=1e-30)
+    nothing = np.zeros((12, 0))
+    grad = grad._replace(columns=columns_at(nothing)[0], loadings=nothing)
+    assert column_step(grad).shape == (12, 0)
+
+
+def test_prior_of_the_columns_is_part_of_their_information():
+    rng = np.random.default_rng(6)
+    W = rng.standard_normal((12, 3))
+    weight = np.ones(12)
+    precision = np.array([0.5, 2.0, 30.0])
+    free, held = (Columns.at(W, weight, 12, p) for p in (0.0, precision))
+    more = held.information - free.information
+    assert_allclose(more, held.assumed - free.assumed, rtol=1e-12)
+    pull = held.basis.T**2 @ precision
+    assert_allclose(np.diag(more), pull * np.sum(held.loadings**2, 0), rtol=1e-12)
+
+
+def test_column_step_climbs():
+    """A rise by any gradient, and Newton's step along W S for a gradient of that kind alone."""
+    rng = np.random.default_rng(7)
+    W = rng.standard_normal((12, 3))
+    columns, weight = columns_at(W)
+    grad = gradients()._replace(columns=columns)
+    for _ in range(20):
+        grad = grad._replace(loadings=rng.standard_normal((12, 3)))
+        assert np.sum(column_step(grad) * grad.loadings) >= 0
+    # the gradient of a quadratic function of S alone, as the regression sees it
+    S = rng.standard_normal((3, 3))
+    S += S.T
+    change = columns.lift(S)
+    regression = change.copy()  # A^{-1} times the gradient below
+    grad = grad._replace(loadings=weight[:, None] * change)
+    total = regression + column_step(grad)
+    assert_allclose(total, columns.lift(S * columns.assumed / columns.information), rtol=1e-10)
+
+
 def test_scale_step_is_newtons_inside_its_bounds():
     assert_allclose(scale_step(np.array([0.5, -0.2]), np.array([2.0, 4.0])), [0.25, -0.05])
     wild = scale_step(np.array([1e9, -1e9, 0.0]), np.array([1e-12, -5.0, 0.0]))
@@ -463,13 +538,15 @@ def test_scale_step_is_newtons_inside_its_bounds():
 def test_curvature_product_is_what_the_steps_invert(free):
     """Each block's step maps the product back to the direction it was made of."""
     grad = gradients()
+    # the columns' own part, below, is inverted exactly only where the regressions are alike
+    grad = grad._replace(columns=grad.columns._replace(information=grad.columns.assumed))
     rng = np.random.default_rng(0)
     blocks = (grad.mean, grad.loadings, grad.log_noise, grad.log_r)
     # small steps of scales: they are cut at one nat
     direction = Parameters(
         *(0.1 * f * rng.standard_normal(b.shape) for b, f in zip(blocks, free, strict=True))
     )
-    product = curvature_product(grad, direction)
+    product = curvature_product(grad, direction, free)
     back = regression_step(
         grad._replace(mean=product.mean, loadings=product.loadings), free.mean, free.loadings
     )
@@ -484,10 +561,33 @@ def test_curvature_product_is_what_the_steps_invert(free):
         assert_allclose(getattr(product, name)[newton], (information * step)[newton], rtol=1e-14)
         # the step of the gradient, where it is not cut, is mapped to the gradient
         step = scale_step(gradient, information)
-        mapped = curvature_product(grad, direction._replace(**{name: step}))
+        mapped = curvature_product(grad, direction._replace(**{name: step}), free)
         inside = np.abs(step) < 1.0
         assert inside.any()
         assert_allclose(getattr(mapped, name)[inside], gradient[inside], rtol=1e-12)
+
+
+def test_curvature_product_inverts_the_columns_step():
+    """Where each gene's matrix is its weight times the identity, as when scores are well known."""
+    rng = np.random.default_rng(8)
+    W = rng.standard_normal((small.N_GENES, K))
+    columns, weight = columns_at(W)
+    i, j, _ = triangle(K)
+    moments = np.concatenate([np.ones(1), np.zeros(K), (i == j).astype(float)])
+    grad = gradients()._replace(moments=weight[:, None] * moments, columns=columns)
+    step = Parameters(
+        *(np.zeros_like(b) for b in (grad.mean, grad.loadings, grad.log_noise, grad.log_r))
+    )
+    step = step._replace(loadings=rng.standard_normal(W.shape))
+    product = curvature_product(grad, step, ALL)
+    assert np.all(product.mean == 0)
+    assert np.sum(product.loadings * step.loadings) > 0
+    regression = product.loadings / weight[:, None]
+    back = regression + column_step(grad._replace(loadings=product.loadings))
+    assert_allclose(back, step.loadings, rtol=1e-10, atol=1e-12)
+    # of loadings that are not free there is no part
+    held = curvature_product(grad, step, ALL._replace(loadings=False))
+    assert_allclose(held.loadings, weight[:, None] * step.loadings, rtol=1e-12)
 
 
 def test_scales_stay_in_their_ranges():

@@ -12,6 +12,7 @@ import numpy as np
 from .sweeps import (
     Gradients,
     Parameters,
+    column_step,
     curvature_product,
     regression_step,
     scale_step,
@@ -80,6 +81,8 @@ def direction_from(grad, free):
     mean, loadings = regression_step(grad, free.mean, free.loadings)
     if free.mean:
         mean = mean + shift_step(grad)
+    if free.loadings:
+        loadings = loadings + column_step(grad)
     zero = np.zeros_like(grad.log_noise)
     noise = scale_step(grad.log_noise, grad.information_log_noise) if free.log_noise else zero
     log_r = scale_step(grad.log_r, grad.information_log_r) if free.log_r else zero
@@ -211,7 +214,7 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
                 step,
                 _flat(_blocks(point.grad), free_flags) - _flat(_blocks(trial.grad), free_flags),
                 _flat(
-                    curvature_product(point.grad, _unflat(step, point.params, free_flags)),
+                    curvature_product(point.grad, _unflat(step, point.params, free_flags), free),
                     free_flags,
                 ),
             )

@@ -173,7 +173,7 @@ class CountHistogram:
     """
 
     def __init__(self, X):
-        self.n_genes = X.shape[1]
+        self.n_cells, self.n_genes = X.shape
         values, code = X.data, X.data
         if values.size == 0 or values.max() >= 2**31 or np.any(values != np.floor(values)):
             values, code = np.unique(X.data, return_inverse=True)

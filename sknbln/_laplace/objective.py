@@ -17,7 +17,7 @@ import numpy as np
 
 from .driver import Point
 from .lowrank import triangle
-from .sweeps import NOISE_UNIT, GaussianPrior, Gradients, Parameters
+from .sweeps import NOISE_UNIT, Columns, GaussianPrior, Gradients, Parameters
 
 #: 1/r of a gene whose whole overdispersion is explained by Sigma: not 0, to stay finite
 SMALLEST_OVERDISPERSION = 1e-280
@@ -206,6 +206,9 @@ class Objective:
             np.sum(params.noise)
         )
         grad = self.coupling.pull_back(x, params, natural)
+        columns = Columns.at(
+            x.loadings, sums.genes.moments[:, 0], self.histogram.n_cells, self.penalty.precision
+        )
         moments = sums.genes.moments.copy()
         slope = params.noise + NOISE_UNIT  # of d in its coordinate
         moments[:, 0] += self.prior_mean.precision
@@ -222,6 +225,7 @@ class Objective:
                 slope**2 * sums.genes.information_noise + NOISE_RATE * slope,
                 information_log_r + self.prior_log_r.precision + self.weak_log_r.precision,
                 float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
+                columns,
             ),
             int(sums.n_unconverged),
             sums.genes.moments,

@@ -87,6 +87,45 @@ class GaussianPrior(NamedTuple):
         return np.where(self.precision > 0, x, self.loc) - self.loc
 
 
+class Columns(NamedTuple):
+    """What is known of a common change of all loadings, ``W (I + S)`` with S symmetric.
+
+    A regression on the scores takes them as known, and so lengthens a column, or turns two towards each
+    other, by far too little: it assumes the information ``sum_g b_g w_g w_g' = n H``. The n cells have
+    ``2 n tr(R S R S)``, ``R = H (I + H)^{-1}`` the reliability of the scores. In the basis in which H is
+    diagonal every entry of S has a number of its own. (Parameter expansion of the EM algorithm, Liu, Rubin
+    & Wu 1998, takes such a step for its own reasons.)
+    """
+
+    loadings: np.ndarray  # (n_genes, k) in the basis
+    basis: np.ndarray  # (k, k)
+    information: np.ndarray  # (k, k) of each entry of S
+    assumed: np.ndarray  # (k, k) the same by the regression; nowhere less
+
+    @classmethod
+    def at(cls, loadings, weight, n_cells, precision):
+        """From the sums of b over cells, and the precision (k,) of the prior of the columns."""
+        h, basis = np.linalg.eigh(loadings.T @ (weight[:, None] * loadings) / n_cells)
+        h = np.maximum(h, 0.0)
+        # a column of noise is no longer than its genes' regressions want it
+        reliability = np.maximum(h / (1.0 + h), 0.5)
+        rotated = loadings @ basis
+        pull = np.outer(basis.T**2 @ np.broadcast_to(precision, h.shape), np.sum(rotated**2, 0))
+        prior = (pull + pull.T) / 2.0
+        assumed = n_cells * (h[:, None] + h[None, :]) / 2.0 + prior
+        information = 2.0 * n_cells * np.outer(reliability, reliability) + prior
+        return cls(rotated, basis, np.minimum(information, assumed), assumed)
+
+    def project(self, change):
+        """The symmetric matrix of inner products of changes of the loadings with ``W S``."""
+        T = self.loadings.T @ (change @ self.basis)
+        return (T + T.T) / 2.0
+
+    def lift(self, S):
+        """``W S``, (n_genes, k)."""
+        return self.loadings @ S @ self.basis.T
+
+
 class Gradients(NamedTuple):
     """Gradient of the log-posterior in `Parameters`, with what preconditions it."""
 
@@ -98,6 +137,7 @@ class Gradients(NamedTuple):
     information_log_noise: np.ndarray
     information_log_r: np.ndarray
     information_shift: float
+    columns: Columns
 
 
 def least_squares_matrix(moments, k):
@@ -134,7 +174,20 @@ def shift_step(grad):
     information, assumed = grad.information_shift, float(grad.moments[:, 0].sum())
     if not 0 < information < assumed:
         return 0.0
-    return float(np.sum(grad.mean)) / information * (1.0 - information / assumed)
+    return float(np.sum(grad.mean)) * _beyond(information, assumed)
+
+
+def column_step(grad):
+    """Newton step of a common change of all loadings, beyond what the regression takes of it."""
+    columns = grad.columns
+    S = columns.project(grad.loadings) * _beyond(columns.information, columns.assumed)
+    return columns.lift(S)
+
+
+def _beyond(information, assumed):
+    """Inverse information less the inverse of what was assumed."""
+    safe = np.maximum(information, 1e-300)
+    return np.where(information > 0, (1.0 - information / np.maximum(assumed, safe)) / safe, 0.0)
 
 
 def _bounded(information, gradient):
@@ -147,13 +200,24 @@ def scale_step(gradient, information):
     return np.clip(step, -_MAX_LOG_STEP, _MAX_LOG_STEP)
 
 
-def curvature_product(grad, step):
-    """The matrix that the steps invert, times a step, block by block."""
+def curvature_product(grad, step, free):
+    """The matrix that the steps of what is ``free`` invert, times a step."""
     A = least_squares_matrix(grad.moments, step.loadings.shape[1])
-    product = A @ np.concatenate([step.mean[:, None], step.loadings], 1)[:, :, None]
+
+    def regression(mean, loadings):
+        product = A @ np.concatenate([mean[:, None], loadings], 1)[:, :, None]
+        return product[:, 0, 0], product[:, 1:, 0]
+
+    mean, loadings = regression(step.mean, step.loadings)
+    if free.loadings:  # less what the regression assumes too much: Woodbury's identity
+        columns = grad.columns
+        excess = columns.assumed - columns.information
+        S = columns.project(loadings) * excess / np.maximum(columns.assumed, 1e-100) ** 2
+        too_much = regression(np.zeros_like(mean), columns.lift(S))
+        mean, loadings = mean - too_much[0], loadings - too_much[1]
     return Parameters(
-        product[:, 0, 0],
-        product[:, 1:, 0],
+        mean,
+        loadings,
         _bounded(grad.information_log_noise, grad.log_noise) * step.log_noise,
         _bounded(grad.information_log_r, grad.log_r) * step.log_r,
     )

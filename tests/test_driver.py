@@ -599,3 +599,14 @@ def test_scales_stay_in_their_ranges():
     assert_allclose(moved.log_noise, NOISE_RANGE[1])
     assert_allclose(moved.log_r, LOG_DISPERSION_RANGE[0])
     assert_allclose(moved.mean, x.mean + 1)
+
+
+@pytest.mark.parametrize("dispersion", [True, False])
+def test_coupled_loadings_take_the_regressions_step(dispersion):
+    """Their common change moves means and dispersions too, of which its information knows nothing."""
+    evaluate, start = problem(15, MarginalCoupling(dispersion))
+    x = start._replace(loadings=3.0 * start.loadings)
+    grad = evaluate(x).grad
+    assert_array_equal(column_step(grad), 0.0)
+    free = problem(15)[0](x).grad
+    assert np.any(column_step(free) != 0)

@@ -68,6 +68,10 @@ class Identity:
             grad.mean, grad.loadings, (params.noise + NOISE_UNIT) * grad.noise, grad.log_r
         )
 
+    def columns(self, columns):
+        """What is known of a common change of the loadings in the coordinates."""
+        return columns
+
 
 class MarginalCoupling:
     """Marginal mean, and where `couple_dispersion` marginal overdispersion, are the coordinates."""
@@ -130,6 +134,10 @@ class MarginalCoupling:
             (x.noise + NOISE_UNIT) * (c * grad.noise + by_S),
             np.zeros_like(grad.log_r) if self.couple_dispersion else grad.log_r,
         )
+
+    def columns(self, columns):
+        """Only what the regression assumes: the mean and dispersion of every gene change too."""
+        return columns._replace(information=columns.assumed)
 
 
 class Objective:
@@ -225,7 +233,7 @@ class Objective:
                 slope**2 * sums.genes.information_noise + NOISE_RATE * slope,
                 information_log_r + self.prior_log_r.precision + self.weak_log_r.precision,
                 float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
-                columns,
+                self.coupling.columns(columns),
             ),
             int(sums.n_unconverged),
             sums.genes.moments,

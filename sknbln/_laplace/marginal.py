@@ -26,6 +26,8 @@ from . import lowrank
 from .likelihood import dispersion_terms, log_likelihood_terms, third_derivative
 from .mode import Globals, find_mode, lift
 
+GENE_BLOCK = 64
+
 
 class CellResults(NamedTuple):
     """What the solver says of each cell of a batch."""
@@ -204,6 +206,12 @@ def _gene_sums(cells, params, mode, lin):
     )
 
 
+def _gene_blocks(a):
+    """Rows of ``a``, one a gene, filled up with zeros: (n_blocks, GENE_BLOCK, ...)."""
+    short = -a.shape[0] % GENE_BLOCK
+    return jnp.pad(a, ((0, short), (0, 0))).reshape(-1, GENE_BLOCK, a.shape[1])
+
+
 @jax.jit
 def score_products(cells, params, zeta, constant_scores):
     """Sums over cells of outer products of each gene's scores in (mu, w_1..w_k, log d, log r).
@@ -211,25 +219,37 @@ def score_products(cells, params, zeta, constant_scores):
     ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Returns the
     products, (n_genes, k + 3, k + 3), ``sum_c b``, (n_genes,), and the :class:`CellResults`.
     """
-    k = params.loadings.shape[1]
+    n_genes, k = params.loadings.shape
     mode, lin = find_mode(cells, params, zeta)
     scores = _gene_scores(cells, params, mode, lin)
     second = mode.zeta[:, :, None] * mode.zeta[:, None, :] + scores.covariance
-    F = lowrank.with_capture(params.loadings)
+    second = (second[:, :k, :] * lin.scales[:, None, :]).reshape(-1, k + 1)
+    z, xi = mode.zeta[:, :k, None], scores.xi[:, :k, None]
     v = mode.alpha + lin.b * lift(params, lin.scales, mode.zeta)
-    regression = jnp.einsum("cij,gj->icg", second[:, :k, :] * lin.scales[:, None, :], F)
-    z, xi = mode.zeta[:, :k].T[:, :, None], scores.xi[:, :k].T[:, :, None]
-    loadings = (v + scores.beta)[None] * z + mode.alpha[None] * xi - lin.b[None] * regression
-    others = [
+
+    def products(block):
+        mean, v_beta, alpha, b, noise, log_r, F = block
+        regression = (second @ F.T).reshape(-1, k, F.shape[0])
+        loadings = v_beta[:, None, :] * z + alpha[:, None, :] * xi - b[:, None, :] * regression
+        others = mean[:, None, :], noise[:, None, :], log_r[:, None, :]
+        stacked = jnp.concatenate([others[0], loadings, *others[1:]], 1)
+        # the barrier keeps XLA from contracting the strided axis in place, which is twice as slow
+        by_gene = jax.lax.optimization_barrier(jnp.transpose(stacked, (2, 1, 0)))
+        return by_gene @ jnp.swapaxes(by_gene, 1, 2)
+
+    parts = (
         scores.mean,
+        v + scores.beta,
+        mode.alpha,
+        lin.b,
         params.noise[None, :] * scores.noise,
         scores.log_r + constant_scores,
-    ]
-    stacked = jnp.concatenate([others[0][None], loadings, jnp.stack(others[1:])])
-    stacked = stacked * cells.weight[None, :, None]
-    # the barrier keeps XLA from contracting the strided axis in place, which is twice as slow
-    by_gene = jax.lax.optimization_barrier(jnp.transpose(stacked, (2, 0, 1)))
-    products = by_gene @ jnp.swapaxes(by_gene, 1, 2)
+    )
+    # a block of genes at a time: what it needs stays in the processor's caches
+    weight = cells.weight[:, None]
+    blocks = [_gene_blocks((weight * a).T).swapaxes(1, 2) for a in parts]
+    F = _gene_blocks(lowrank.with_capture(params.loadings))
+    products = jax.lax.map(products, (*blocks, F)).reshape(-1, k + 3, k + 3)[:n_genes]
     information = jnp.sum(cells.weight[:, None] * lin.b, 0)
     return products, information, _cell_results(cells, params, mode, lin)
 

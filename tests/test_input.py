@@ -388,8 +388,13 @@ def out_of_range(constraints):
             yield "3"
             if made.left is not None:
                 yield made.left - 1
-            if made.closed in ("right", "neither"):
-                yield made.left
+                if made.closed in ("right", "neither"):
+                    yield made.left
+            if made.right is not None:
+                yield np.nextafter(made.right, np.inf)
+                yield np.inf
+                if made.closed in ("left", "neither"):
+                    yield made.right
             if made.type is Integral:
                 yield 2.5
                 yield np.inf
@@ -416,6 +421,20 @@ def test_every_parameter_has_constraints():
 def test_parameters_out_of_range_are_refused(counts, estimator, name, value):
     with pytest.raises(ValueError, match=f"The {name!r} parameter of {estimator.__name__} must be"):
         estimator(**{name: value}).fit(counts)
+
+
+def test_the_largest_learning_rate_gives_finite_numbers(counts):
+    largest = NBVCPEstimator._parameter_constraints["learning_rate"][0].right
+    model = NBVCPEstimator(learning_rate=largest, tol=0, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(counts)
+    for name, value in vars(model).items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            assert np.all(np.isfinite(value)), name
+    assert np.all(np.isfinite(model.score_samples(counts)))
+    for name, value in model.sample_posterior(20).items():
+        assert np.all(np.isfinite(value)), name
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class NBLNEstimator(
         ``sigma``, 1); ``"horseshoe_columnwise"`` (``tau_scale`` 1, ``lambda_min`` 1e-3);
         ``"neg_columnwise"`` (``alpha`` 1, ``beta`` 1, ``lambda_min`` 1e-3); ``"ard"``, empirical-Bayes
         scales that take columns of noise to zero and leave real columns at their length. A dict
-        ``{"type": ..., hyper-parameters}`` sets hyper-parameters.
+        ``{"type": ..., hyper-parameters}`` sets hyper-parameters, from 1e-8 to 1e8 each.
     capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
         As in `NBVCPEstimator`; ``"auto"`` takes the source's capture prior.
     max_iter : int, default=200

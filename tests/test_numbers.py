@@ -5,6 +5,8 @@ compilation serves them.
 """
 
 import importlib.util
+import inspect
+import itertools
 from pathlib import Path
 
 import jax
@@ -19,10 +21,12 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln import _jax as jax_module
+from sknbln._fitting import HYPER_PARAMETER_RANGE
 from sknbln._jax import RowBatches, Sweeper, solve_rows
 from sknbln._laplace import lowrank
 from sknbln._laplace import mode as mode_module
 from sknbln._laplace.mode import MAX_NEWTON, Cells, Globals
+from sknbln._laplace.shrinkage import TYPES
 
 from .reference import direct, small
 from .reference.importance import nb_log_pmf
@@ -244,6 +248,31 @@ def test_hard_counts_fit(hard, options):
     )
     assert not any("mode of" in said for said in found.unconverged)
     assert np.all(model.newton_decrement_ <= mode_module.DECREMENT_TOL)
+
+
+def extreme_priors():
+    """Every type of loadings prior with each hyper-parameter at either end of what is allowed."""
+    for name, strategy in TYPES.items():
+        keys = inspect.signature(strategy).parameters
+        for ends in itertools.product(HYPER_PARAMETER_RANGE, repeat=len(keys)):
+            if keys:
+                yield {"type": name, **dict(zip(keys, ends, strict=True))}
+
+
+@pytest.fixture(scope="module")
+def ordinary():
+    """Ordinary counts, and their source."""
+    X = drawn(5.0)
+    return X, assert_whole(NBVCPEstimator(random_state=0), X)[0]
+
+
+@pytest.mark.parametrize("prior", list(extreme_priors()), ids=str)
+def test_hyper_parameters_at_the_ends_of_their_range_fit(ordinary, prior):
+    X, source = ordinary
+    model = NBLNEstimator(
+        2, informative_prior_estimator=source, loadings_prior=prior, max_iter=30, random_state=0
+    )
+    assert_whole(model, X)
 
 
 @settings(max_examples=10, deadline=None)

@@ -141,6 +141,19 @@ def test_ard_counts_the_posterior_variance_of_known_columns_only():
         ({"tau_scale": 1.0}, "expected a type out of"),
         ({"type": "gaussian", "tau_scale": 1.0}, "has no hyper-parameter 'tau_scale'"),
         ({"type": "horseshoe_columnwise", "tau_scale": -1.0}, "positive finite"),
+        ({"type": "gaussian", "sigma": "1"}, "sigma='1', expected a positive finite number"),
+        ({"type": "gaussian", "sigma": np.nan}, "sigma=nan, expected a positive finite number"),
+        ({"type": "gaussian", "sigma": 10**400}, "expected a positive finite number"),
+        ({"type": "gaussian", "sigma": 1e-300}, r"sigma=1e-300, .* between 1e-08 and 1e\+08"),
+        ({"type": "gaussian", "sigma": 1e300}, r"sigma=1e\+300, .* between 1e-08 and 1e\+08"),
+        (
+            {"type": "horseshoe_columnwise", "tau_scale": 1e200, "lambda_min": 1e-200},
+            r"tau_scale=1e\+200, .* between 1e-08 and 1e\+08",
+        ),
+        (
+            {"type": "horseshoe_columnwise", "tau_scale": 1e-200},
+            r"tau_scale=1e-200, .* between 1e-08 and 1e\+08",
+        ),
     ],
 )
 def test_bad_priors_say_what_is_known(prior, message):

@@ -145,7 +145,7 @@ class HorseshoeColumnwise(NoPrior):
         for _ in range(_SCALE_ROUNDS):
             before = self.tau
             v = self.column_variance(S, dof, before)
-            limits = np.log(self.lambda_min), np.log(1e3 * self.tau_scale)
+            limits = np.log(self.lambda_min), np.log(max(1e3 * self.tau_scale, self.lambda_min))
             found = minimize_scalar(minus_log_density, bounds=limits, args=(v,), method="bounded")
             self.tau = float(np.exp(found.x))
             if abs(np.log(self.tau / before)) < 1e-6:

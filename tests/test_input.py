@@ -5,6 +5,7 @@ test_nbln.py); latent_dim above the number of rows (test_nbln.py); names of free
 from a source (test_cascade.py); hyper-parameters of loadings priors (test_shrinkage.py).
 """
 
+import pickle
 import warnings
 from numbers import Integral
 
@@ -198,6 +199,29 @@ def test_nothing_of_the_callers_is_modified(counts, nbvcp, nbln, make):
     assert bytes_of(X) == before
 
 
+def test_parameters_are_not_modified(counts, nbvcp):
+    """What is mutable among them: a dict, lists and the source."""
+    prior = {"type": "horseshoe_columnwise", "tau_scale": 0.5}
+    freeze, pair = ["eta", "r"], [9.0, 0.5]
+    source = pickle.dumps(nbvcp)
+    model = NBLNEstimator(
+        2,
+        informative_prior_estimator=nbvcp,
+        informative_priors_freeze=freeze,
+        loadings_prior=prior,
+        capture_efficiency=pair,
+        random_state=0,
+    )
+    given = model.get_params(deep=False)
+    model.fit(counts).transform(counts)
+    model.sample_posterior(2, counts)
+    for name, value in model.get_params(deep=False).items():
+        assert value is given[name], name
+    assert prior == {"type": "horseshoe_columnwise", "tau_scale": 0.5}
+    assert (freeze, pair) == (["eta", "r"], [9.0, 0.5])
+    assert pickle.dumps(nbvcp) == source
+
+
 # ------------------------------------------------------------------ what is refused
 
 REFUSED = {
@@ -388,6 +412,7 @@ def out_of_range(constraints):
             yield "3"
             if made.left is not None:
                 yield made.left - 1
+                yield -5
                 if made.closed in ("right", "neither"):
                     yield made.left
             if made.right is not None:

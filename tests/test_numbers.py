@@ -4,6 +4,7 @@ The checks of whole fits are those of benchmarks/divergence.py. Nearly all fits 
 compilation serves them.
 """
 
+import importlib
 import importlib.util
 import inspect
 import itertools
@@ -363,12 +364,39 @@ def test_the_design_has_every_pair_of_freeze_level_and_prior():
     assert len(pairs) == 4 * 2 * len(divergence.PRIORS)
 
 
+def test_every_ascent_is_looked_at(monkeypatch):
+    """An NBVCP and an NBLN fit with and without a prior whose histories fall are found wrong."""
+    X = drawn(5.0)
+    source = NBVCPEstimator(random_state=0).fit(X)
+    options = dict(informative_prior_estimator=source, max_iter=8, tol=1.0, random_state=0)
+    for name, model in (
+        ("_nbvcp", NBVCPEstimator(random_state=0)),
+        ("_fitting", NBLNEstimator(1, **options)),
+        ("_laplace.shrinkage", NBLNEstimator(1, loadings_prior="ard", **options)),
+    ):
+        place = importlib.import_module(f"sknbln.{name}")
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "ascend", falling(place.ascend))
+            wrong = divergence.checked(model, X)[1].wrong
+        assert wrong == ("the objective fell by 1 nats per cell",)
+
+
+def falling(ascend):
+    """`ascend` whose history ends one nat lower."""
+
+    def fallen(*args, **kwargs):
+        outcome = ascend(*args, **kwargs)
+        return outcome._replace(history=[*outcome.history, outcome.history[-1] - 1.0])
+
+    return fallen
+
+
 def test_the_checks_see_what_is_wrong():
     stages = divergence.Stages()
     stages.histories = [[-2.0, -1.0], [-3.0, -2.5, -2.6]]
-    assert stages.falls(None) == pytest.approx(0.1)
+    assert stages.falls() == pytest.approx(0.1)
     stages.histories = [[-2.0, -1.0], [-3.0, -2.5]]
-    assert stages.falls(None) == 0.0
+    assert stages.falls() == 0.0
 
     class Broken:
         value_ = np.array([1.0, np.nan])

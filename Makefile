@@ -2,9 +2,11 @@
 #
 # PYTHON  the interpreter that makes the virtual environment (3.11 or newer)
 # VENV    where the virtual environment is made
+# PYTHONS versions that `make test-pythons` tries; PYTHONS=3.13 for one of them
 
 PYTHON ?= python3
 VENV ?= .venv
+PYTHONS ?= 3.11 3.12 3.13
 
 VPYTHON := $(VENV)/bin/python
 
@@ -31,12 +33,13 @@ test-slow: $(VENV)/.installed-test  ## Run the slow tests
 test-lowest:  ## Run the tests with the lowest version of every dependency
 	$(MAKE) test VENV="$(VENV)-lowest" LOWEST=1
 
-test-pythons:  ## Run the tests under each Python 3.11, 3.12, 3.13 that is found (PATH, pyenv)
-	@failed=; for version in 3.11 3.12 3.13; do \
+test-pythons:  ## Run the tests under each of PYTHONS that is found (PATH, pyenv)
+	@failed=; found=; for version in $(PYTHONS); do \
 	  python="$$(.ci/find_python $$version)" || { echo "Python $$version: not found"; continue; }; \
-	  echo "Python $$version: $$python"; \
+	  echo "Python $$version: $$python"; found=1; \
 	  $(MAKE) test PYTHON="$$python" VENV="$(VENV)-$$version" || failed="$$failed $$version"; \
 	done; \
+	if [ -z "$$found" ]; then echo "error: no Python out of $(PYTHONS) was found." >&2; exit 1; fi; \
 	if [ -n "$$failed" ]; then echo "error: the tests failed under Python$$failed." >&2; exit 1; fi
 
 test-package:  ## Build sdist and wheel, install the wheel in a fresh environment, use it

@@ -20,6 +20,8 @@ from ._posterior import curvature
 
 _START_NOISE = 0.05
 _NO_CAPTURE = 500.0  # nats
+#: hyper-parameters of a loadings prior lie between these, and their squares far from overflow
+HYPER_PARAMETER_RANGE = (1e-8, 1e8)
 
 
 class RowPosterior(NamedTuple):
@@ -210,7 +212,7 @@ def loadings_strategy(loadings_prior):
     Raises
     ------
     ValueError
-        For an unknown type or hyper-parameter.
+        For an unknown type or hyper-parameter, and for a value that is no number from 1e-8 to 1e8.
     """
     given = {"type": loadings_prior} if isinstance(loadings_prior, str) else dict(loadings_prior)
     name = given.pop("type", None)
@@ -225,6 +227,10 @@ def loadings_strategy(loadings_prior):
             raise ValueError(
                 f"loadings_prior: {name!r} has no hyper-parameter {key!r}; it has {sorted(known)}."
             )
-        if not isinstance(value, Real) or not np.isfinite(value) or value <= 0:
-            raise ValueError(f"loadings_prior: {key}={value!r}, expected a positive finite number.")
+        least, most = HYPER_PARAMETER_RANGE
+        if not isinstance(value, Real) or not least <= value <= most:
+            raise ValueError(
+                f"loadings_prior: {key}={value!r}, expected a positive finite number between {least:g} "
+                f"and {most:g}."
+            )
     return TYPES[name](**given)

@@ -68,8 +68,8 @@ class NBLNEstimator(
         Prior of the columns of W_perp, ``N(0, lambda_k^2)`` each: ``"none"``; ``"gaussian"`` (fixed
         ``sigma``, 1); ``"horseshoe_columnwise"`` (``tau_scale`` 1, ``lambda_min`` 1e-3);
         ``"neg_columnwise"`` (``alpha`` 1, ``beta`` 1, ``lambda_min`` 1e-3); ``"ard"``, empirical-Bayes
-        scales that take columns of noise to zero and leave real columns at their length. A dict
-        ``{"type": ..., hyper-parameters}`` sets hyper-parameters.
+        scales, 1e-3 at least, that take columns of noise to zero and leave real columns at their length.
+        A dict ``{"type": ..., hyper-parameters}`` sets hyper-parameters, from 1e-8 to 1e8 each.
     capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
         As in `NBVCPEstimator`; ``"auto"`` takes the source's capture prior.
     max_iter : int, default=200

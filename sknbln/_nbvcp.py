@@ -97,7 +97,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     n_steps : int, default=1000
         Steps of stochastic variational inference at most.
     learning_rate : float, default=0.02
-        Of Adam, in units of posterior standard deviations.
+        Of Adam, in units of posterior standard deviations; above 0, at most 1.
     tol : float, default=1e-3
         The variational fit stops when 50 steps raise the smoothed ELBO by less than this, in nats per
         cell, or by less than its noise.
@@ -160,7 +160,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     _parameter_constraints: dict = {
         "capture_efficiency": [StrOptions({"auto", *_capture.ORGANISMS}), tuple, list, None],
         "n_steps": [Interval(Integral, 1, None, closed="left")],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "learning_rate": [Interval(Real, 0, 1, closed="right")],
         "tol": [Interval(Real, 0, None, closed="left")],
         "n_posterior_samples": [Interval(Integral, 1, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left"), None],

@@ -5,6 +5,7 @@ test_nbln.py); latent_dim above the number of rows (test_nbln.py); names of free
 from a source (test_cascade.py); hyper-parameters of loadings priors (test_shrinkage.py).
 """
 
+import pickle
 import warnings
 from numbers import Integral
 
@@ -198,6 +199,29 @@ def test_nothing_of_the_callers_is_modified(counts, nbvcp, nbln, make):
     assert bytes_of(X) == before
 
 
+def test_parameters_are_not_modified(counts, nbvcp):
+    """What is mutable among them: a dict, lists and the source."""
+    prior = {"type": "horseshoe_columnwise", "tau_scale": 0.5}
+    freeze, pair = ["eta", "r"], [9.0, 0.5]
+    source = pickle.dumps(nbvcp)
+    model = NBLNEstimator(
+        2,
+        informative_prior_estimator=nbvcp,
+        informative_priors_freeze=freeze,
+        loadings_prior=prior,
+        capture_efficiency=pair,
+        random_state=0,
+    )
+    given = model.get_params(deep=False)
+    model.fit(counts).transform(counts)
+    model.sample_posterior(2, counts)
+    for name, value in model.get_params(deep=False).items():
+        assert value is given[name], name
+    assert prior == {"type": "horseshoe_columnwise", "tau_scale": 0.5}
+    assert (freeze, pair) == (["eta", "r"], [9.0, 0.5])
+    assert pickle.dumps(nbvcp) == source
+
+
 # ------------------------------------------------------------------ what is refused
 
 REFUSED = {
@@ -388,8 +412,14 @@ def out_of_range(constraints):
             yield "3"
             if made.left is not None:
                 yield made.left - 1
-            if made.closed in ("right", "neither"):
-                yield made.left
+                yield -5
+                if made.closed in ("right", "neither"):
+                    yield made.left
+            if made.right is not None:
+                yield np.nextafter(made.right, np.inf)
+                yield np.inf
+                if made.closed in ("left", "neither"):
+                    yield made.right
             if made.type is Integral:
                 yield 2.5
                 yield np.inf
@@ -416,6 +446,20 @@ def test_every_parameter_has_constraints():
 def test_parameters_out_of_range_are_refused(counts, estimator, name, value):
     with pytest.raises(ValueError, match=f"The {name!r} parameter of {estimator.__name__} must be"):
         estimator(**{name: value}).fit(counts)
+
+
+def test_the_largest_learning_rate_gives_finite_numbers(counts):
+    largest = NBVCPEstimator._parameter_constraints["learning_rate"][0].right
+    model = NBVCPEstimator(learning_rate=largest, tol=0, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(counts)
+    for name, value in vars(model).items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            assert np.all(np.isfinite(value)), name
+    assert np.all(np.isfinite(model.score_samples(counts)))
+    for name, value in model.sample_posterior(20).items():
+        assert np.all(np.isfinite(value)), name
 
 
 @pytest.mark.parametrize(

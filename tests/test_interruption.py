@@ -23,6 +23,14 @@ from sknbln.exceptions import FitInterrupted
 N, G, K = 40, 12, 2
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Hear SIGINT: what a shell starts in the background is born with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def counts():
     return make_nbln_counts(n_cells=N, n_genes=G, n_factors=K, random_state=0).data

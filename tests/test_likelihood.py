@@ -133,6 +133,33 @@ def test_derivatives_in_the_dispersion():
     assert error(lambda c: c[0].curvature, found.d_curvature) < 1e-10
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-8.0, 4.0), st.floats(0.0, 6.0))
+def test_derivatives_anywhere(seed, log10_phi, log10_count):
+    """Those of the two tests above, at random places."""
+    rng = np.random.default_rng(seed)
+    y = rng.uniform(-14.0, 16.0, (N_PROPERTY, 1))
+    u = rng.integers(0, int(10**log10_count) + 1, y.shape).astype(float)
+    phi = np.full_like(y, 10**log10_phi)
+    terms, _, third, found = channel(u, y, phi)
+
+    def by_rate(f, derivative):
+        return difference_error(lambda at: f(channel(u, at, phi)), y, derivative, u, y, phi)
+
+    def by_dispersion(f, derivative):
+        return difference_error(
+            lambda s: f(channel(u, y, np.exp(-s))), -np.log(phi), derivative, u, y, phi
+        )
+
+    assert by_rate(lambda c: c[1], terms.gradient) < 1e-10
+    assert by_rate(lambda c: c[0].gradient, -terms.curvature) < 1e-10
+    assert by_rate(lambda c: c[0].curvature, third) < 1e-10
+    assert by_dispersion(lambda c: c[1], found.score) < 1e-10
+    assert by_dispersion(lambda c: c[3].score, found.second) < 1e-10
+    assert by_dispersion(lambda c: c[0].gradient, found.d_gradient) < 1e-10
+    assert by_dispersion(lambda c: c[0].curvature, found.d_curvature) < 1e-10
+
+
 def test_dispersion_does_not_matter_to_poisson():
     u, y, _ = grid()
     found = channel(u, y, np.zeros_like(y))[3]

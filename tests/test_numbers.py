@@ -4,7 +4,10 @@ The checks of whole fits are those of benchmarks/divergence.py. Nearly all fits 
 compilation serves them.
 """
 
+import importlib
 import importlib.util
+import inspect
+import itertools
 from pathlib import Path
 
 import jax
@@ -19,10 +22,12 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln import _jax as jax_module
+from sknbln._fitting import HYPER_PARAMETER_RANGE
 from sknbln._jax import RowBatches, Sweeper, solve_rows
 from sknbln._laplace import lowrank
 from sknbln._laplace import mode as mode_module
 from sknbln._laplace.mode import MAX_NEWTON, Cells, Globals
+from sknbln._laplace.shrinkage import TYPES
 
 from .reference import direct, small
 from .reference.importance import nb_log_pmf
@@ -246,6 +251,31 @@ def test_hard_counts_fit(hard, options):
     assert np.all(model.newton_decrement_ <= mode_module.DECREMENT_TOL)
 
 
+def extreme_priors():
+    """Every type of loadings prior with each hyper-parameter at either end of what is allowed."""
+    for name, strategy in TYPES.items():
+        keys = inspect.signature(strategy).parameters
+        for ends in itertools.product(HYPER_PARAMETER_RANGE, repeat=len(keys)):
+            if keys:
+                yield {"type": name, **dict(zip(keys, ends, strict=True))}
+
+
+@pytest.fixture(scope="module")
+def ordinary():
+    """Ordinary counts, and their source."""
+    X = drawn(5.0)
+    return X, assert_whole(NBVCPEstimator(random_state=0), X)[0]
+
+
+@pytest.mark.parametrize("prior", list(extreme_priors()), ids=str)
+def test_hyper_parameters_at_the_ends_of_their_range_fit(ordinary, prior):
+    X, source = ordinary
+    model = NBLNEstimator(
+        2, informative_prior_estimator=source, loadings_prior=prior, max_iter=30, random_state=0
+    )
+    assert_whole(model, X)
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
@@ -301,7 +331,7 @@ def test_cells_whose_mode_is_not_found_are_counted_and_said(monkeypatch):
 def test_an_outlier_cell_moves_the_components_by_no_more_than_its_share(label):
     """100 times the median library, 90 % of it in one gene: a quarter of all counts of 300 cells.
 
-    Measured on five seeds, an outlier moves the components 1.3 to 2.9 times as far as an ordinary cell, and
+    Measured on five seeds, an outlier moves the components 1.3 to 2.8 times as far as an ordinary cell, and
     less than half as far as the sampling of the cells does.
     """
     moved, ordinary, sampling = outlier.measure(300, 40, outlier.SETTINGS[label], 0)
@@ -310,6 +340,15 @@ def test_an_outlier_cell_moves_the_components_by_no_more_than_its_share(label):
 
 
 # ------------------------------------------------------------------ many kinds
+
+
+@pytest.mark.slow
+def test_a_column_of_nothing_but_a_common_shift_does_not_stop_the_sweeps():
+    """Next to no counts, "ard", coupled. With scales down to 1e-6 the sweeps got stuck 0.7 nats per cell
+    below the maximum; it takes 225 of them."""
+    for found in divergence.run(158, max_iter=1000):
+        assert not found.wrong, "\n".join(found.wrong)
+        assert not found.unconverged
 
 
 @pytest.mark.slow
@@ -334,12 +373,39 @@ def test_the_design_has_every_pair_of_freeze_level_and_prior():
     assert len(pairs) == 4 * 2 * len(divergence.PRIORS)
 
 
+def test_every_ascent_is_looked_at(monkeypatch):
+    """An NBVCP and an NBLN fit with and without a prior whose histories fall are found wrong."""
+    X = drawn(5.0)
+    source = NBVCPEstimator(random_state=0).fit(X)
+    options = dict(informative_prior_estimator=source, max_iter=8, tol=1.0, random_state=0)
+    for name, model in (
+        ("_nbvcp", NBVCPEstimator(random_state=0)),
+        ("_fitting", NBLNEstimator(1, **options)),
+        ("_laplace.shrinkage", NBLNEstimator(1, loadings_prior="ard", **options)),
+    ):
+        place = importlib.import_module(f"sknbln.{name}")
+        with monkeypatch.context() as patch:
+            patch.setattr(place, "ascend", falling(place.ascend))
+            wrong = divergence.checked(model, X)[1].wrong
+        assert wrong == ("the objective fell by 1 nats per cell",)
+
+
+def falling(ascend):
+    """`ascend` whose history ends one nat lower."""
+
+    def fallen(*args, **kwargs):
+        outcome = ascend(*args, **kwargs)
+        return outcome._replace(history=[*outcome.history, outcome.history[-1] - 1.0])
+
+    return fallen
+
+
 def test_the_checks_see_what_is_wrong():
     stages = divergence.Stages()
     stages.histories = [[-2.0, -1.0], [-3.0, -2.5, -2.6]]
-    assert stages.falls(None) == pytest.approx(0.1)
+    assert stages.falls() == pytest.approx(0.1)
     stages.histories = [[-2.0, -1.0], [-3.0, -2.5]]
-    assert stages.falls(None) == 0.0
+    assert stages.falls() == 0.0
 
     class Broken:
         value_ = np.array([1.0, np.nan])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize, minimize_scalar
 from scipy.stats import halfcauchy, norm, ortho_group
+from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln._fitting import NBLNProblem, loadings_strategy
@@ -120,6 +121,12 @@ def test_scales_are_floored(strategy):
     assert np.sqrt(v[1]) > 0.02
 
 
+def test_ard_scales_are_floored_as_those_of_the_other_priors():
+    v, _ = ARD().update(evidence([0.0, 5.0], reliability=0.4))
+    assert np.sqrt(v[0]) == pytest.approx(HorseshoeColumnwise().lambda_min)
+    assert np.sqrt(v[1]) > 0.3
+
+
 def test_ard_counts_the_posterior_variance_of_known_columns_only():
     known = evidence([4.0], information=20.0, reliability=1.0)
     v, volume = ARD().update(known)
@@ -141,6 +148,19 @@ def test_ard_counts_the_posterior_variance_of_known_columns_only():
         ({"tau_scale": 1.0}, "expected a type out of"),
         ({"type": "gaussian", "tau_scale": 1.0}, "has no hyper-parameter 'tau_scale'"),
         ({"type": "horseshoe_columnwise", "tau_scale": -1.0}, "positive finite"),
+        ({"type": "gaussian", "sigma": "1"}, "sigma='1', expected a positive finite number"),
+        ({"type": "gaussian", "sigma": np.nan}, "sigma=nan, expected a positive finite number"),
+        ({"type": "gaussian", "sigma": 10**400}, "expected a positive finite number"),
+        ({"type": "gaussian", "sigma": 1e-300}, r"sigma=1e-300, .* between 1e-08 and 1e\+08"),
+        ({"type": "gaussian", "sigma": 1e300}, r"sigma=1e\+300, .* between 1e-08 and 1e\+08"),
+        (
+            {"type": "horseshoe_columnwise", "tau_scale": 1e200, "lambda_min": 1e-200},
+            r"tau_scale=1e\+200, .* between 1e-08 and 1e\+08",
+        ),
+        (
+            {"type": "horseshoe_columnwise", "tau_scale": 1e-200},
+            r"tau_scale=1e-200, .* between 1e-08 and 1e\+08",
+        ),
     ],
 )
 def test_bad_priors_say_what_is_known(prior, message):
@@ -225,6 +245,22 @@ def test_each_stage_is_an_ascent_of_the_penalized_objective(rank_three, monkeypa
     assert len(histories) > 2
     for history in histories:
         assert np.all(np.diff(history) > -1e-9)
+
+
+@pytest.mark.parametrize("prior", ["gaussian", "ard"])
+def test_stages_that_move_nothing_end_the_fit_and_are_said(rank_three, monkeypatch, prior):
+    """Where no step raises the objective under scales that stay: once more is the same again."""
+    import sknbln._laplace.driver as driver
+
+    monkeypatch.setattr(driver, "_trial", lambda *args: (None, 1e9))
+    sim, source = rank_three
+    model = NBLNEstimator(
+        2, loadings_prior=prior, informative_prior_estimator=source, random_state=0, **FREE
+    )
+    with pytest.warns(ConvergenceWarning, match="no damped step raises the objective"):
+        model.fit(sim.data)
+    assert not model.converged_
+    assert model.n_iter_ == 2
 
 
 def test_penalized_objective_has_the_exact_gradient(rank_three):

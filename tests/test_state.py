@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import threading
@@ -291,6 +292,7 @@ def ambient_state():
         "jax": {name: repr(value) for name, value in jax.config.values.items()},
         "jax scope": (jax.config.jax_enable_x64, jax.config.jax_debug_nans),
         "random": (kind, keys.tobytes(), rest),
+        "Python's random": random.getstate(),
         "errstate": np.geterr(),
         "filters": list(warnings.filters),
         "environment": dict(os.environ),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -68,3 +69,8 @@ def test_a_hang_fails(tmp_path, name):
 def test_the_suite_has_a_watchdog(request):
     assert float(request.config.getini("timeout")) == 600
     assert request.config.getini("timeout_method") == "thread"
+
+
+def test_a_warning_fails_a_test():
+    with pytest.raises(UserWarning, match="of no importance"):
+        warnings.warn("of no importance", stacklevel=1)

@@ -145,7 +145,7 @@ class HorseshoeColumnwise(NoPrior):
         for _ in range(_SCALE_ROUNDS):
             before = self.tau
             v = self.column_variance(S, dof, before)
-            limits = np.log(self.lambda_min), np.log(1e3 * self.tau_scale)
+            limits = np.log(self.lambda_min), np.log(max(1e3 * self.tau_scale, self.lambda_min))
             found = minimize_scalar(minus_log_density, bounds=limits, args=(v,), method="bounded")
             self.tau = float(np.exp(found.x))
             if abs(np.log(self.tau / before)) < 1e-6:
@@ -186,12 +186,16 @@ class NEGColumnwise(NoPrior):
 class ARD(NoPrior):
     """Empirical-Bayes variances that count the posterior variance of W, and its volume.
 
-    ``lambda_k^2 = (S_k + sum_g Var(w_gk)) / (G - 1)``, iterated to its fixed point. Both the variance and
-    the volume count as far as the column's scores are known: times ``(2 rho - 1) / rho``, at least 0.
+    ``lambda_k^2 = (S_k + sum_g Var(w_gk)) / (G - 1)``, at least 1e-6, iterated to its fixed point. Both
+    the variance and the volume count as far as the column's scores are known: times ``(2 rho - 1) / rho``,
+    at least 0.
     """
 
     type = "ard"
-    _SMALLEST = 1e-12
+    #: of a variance: scales of 1e-3 at least, as of the other priors. A column of W_perp that is far
+    #: more tightly held ties the genes to each other where its all-ones part is not small, and the
+    #: sweeps, which step gene by gene, no longer get anywhere.
+    _SMALLEST = 1e-6
 
     def update(self, evidence):
         """Fixed point of the variances, and gamma_k there."""
@@ -299,8 +303,15 @@ def _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
             np.abs(np.sqrt(v[real] / before[real]) - 1.0) < _SETTLED
         )
         converged = bool(outcome.converged and settled)
+        # a stage that did not move, under scales that did not: so would be all that follow
+        stuck = (
+            outcome.n_iter == 1
+            and outcome.gain == 0.0
+            and before is not None
+            and np.allclose(v, before, rtol=1e-9, atol=0.0)
+        )
         reason = f"max_iter={max_iter} sweeps were done"
-        if converged or outcome.interrupted:
+        if converged or stuck or outcome.interrupted:
             reason = outcome.reason
         yield (
             outcome._replace(
@@ -308,5 +319,5 @@ def _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
             ),
             np.sqrt(v),
         )
-        if converged or outcome.interrupted or done >= max_iter:
+        if converged or stuck or outcome.interrupted or done >= max_iter:
             return

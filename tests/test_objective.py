@@ -15,6 +15,7 @@ from sknbln._laplace.objective import (
     NaturalGradient,
     Objective,
 )
+from sknbln._laplace.shrinkage import ColumnPenalty
 from sknbln._laplace.sweeps import NOISE_UNIT, GaussianPrior, Parameters
 
 from .reference import direct, small
@@ -199,6 +200,24 @@ def test_constants_are_kept_while_the_dispersions_are_the_same(monkeypatch):
 
 
 # ------------------------------------------------------------------ the prior
+
+
+def test_another_penalty_needs_no_other_pass(monkeypatch):
+    function, x = objective(Identity())
+    passes = []
+    whole = Sweeper.__call__
+    monkeypatch.setattr(Sweeper, "__call__", lambda self, *a: passes.append(a) or whole(self, *a))
+    before = function(x)
+    function.penalty = ColumnPenalty(np.full(K, 3.0), np.zeros(K), np.zeros(small.N_GENES))
+    after = function(x)
+    assert len(passes) == 1
+    assert_allclose(after.value - before.value, function.penalty.value(x.loadings), rtol=1e-9)
+    assert_allclose(
+        after.grad.loadings - before.grad.loadings, function.penalty.gradient(x.loadings), atol=1e-9
+    )
+    moved = x._replace(mean=x.mean + 1e-13)
+    assert function(moved).value != after.value
+    assert len(passes) == 2
 
 
 def test_gaussian_prior():

@@ -170,6 +170,7 @@ class Objective:
         self.sweep = sweep
         self.histogram = histogram
         self._known = None  # of the last log r: it is often frozen
+        self._swept = None  # the last parameters and their sums: a new penalty needs no other pass
         self.prior_mean: GaussianPrior = prior_mean
         self.prior_log_r: GaussianPrior = prior_log_r
         self.coupling = coupling if coupling is not None else Identity()
@@ -180,7 +181,10 @@ class Objective:
 
     def natural_gradient(self, params):
         """Log-likelihood, gradient in the model's parameters, and the sums behind it."""
-        sums = self.sweep(*params.natural())
+        if self._swept is None or not all(map(np.array_equal, self._swept[0], params)):
+            kept = Parameters(*map(np.copy, params))
+            self._swept = kept, self.sweep(*params.natural())
+        sums = self._swept[1]
         constants, first, second = self._constants(params.log_r)
         genes = sums.genes
         grad = NaturalGradient(

@@ -15,7 +15,7 @@ import jaxlib
 import numpy as np
 
 from ._laplace.likelihood import log_rising_slope
-from ._laplace.marginal import BatchSums, no_sums, score_products, solve_cells, sweep_cells
+from ._laplace.marginal import BatchSums, add_sums, no_sums, score_products, solve_cells
 from ._laplace.mode import Cells, Globals
 
 # jaxlib releases that can hang for ever on 2-core CPUs on batched solvers like this one.
@@ -144,7 +144,7 @@ def solve_rows(batches, mean, loadings, noise, phi, start=None):
     for rows, cells in batches:
         if start is not None:
             zeta = batches.padded(start[rows])
-        _fill(out, rows, cells, solve_cells(cells, params, zeta), k, batches.X.shape[0])
+        _fill(out, rows, cells, solve_cells(cells, params, zeta)[1], k, batches.X.shape[0])
     return out
 
 
@@ -187,9 +187,9 @@ def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispers
         if free_dispersion:
             at, genes = np.nonzero(cells.counts)
             constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
-        zeta = batches.padded(start[rows])
-        *part, result = score_products(cells, params, zeta, constants)
-        part = [np.asarray(a) for a in part]
+        mode, result = solve_cells(cells, params, batches.padded(start[rows]))
+        found = score_products(cells, params, mode, result, constants)
+        part = [np.asarray(a) for a in found]
         total = part if total is None else [np.add(a, b) for a, b in zip(total, part, strict=True)]
         _fill(out, rows, cells, result, k, batches.X.shape[0])
     keep = np.r_[0 : k + 1, padded + 1, padded + 2]
@@ -230,10 +230,11 @@ class Sweeper:
         running = None  # the batch before, still being computed while this one is made dense
         for rows, cells in self.batches:
             start = self.batches.padded(self.scores[rows])
-            zeta, total = sweep_cells(cells, params, start, total)
+            mode, results = solve_cells(cells, params, start)
+            total = add_sums(cells, params, mode, results, total)
             if running is not None:
                 self._keep(*running)
-            running = rows, zeta
+            running = rows, mode.zeta
         self._keep(*running)
         return _unpad(jax.tree.map(np.asarray, total), loadings.shape[1])
 

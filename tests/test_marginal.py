@@ -10,7 +10,7 @@ from scipy import stats
 from sknbln._laplace import mode as mode_module
 from sknbln._laplace.likelihood import log_rising, row_constants
 from sknbln._laplace.lowrank import triangle
-from sknbln._laplace.marginal import no_sums, solve_cells, sweep_cells
+from sknbln._laplace.marginal import add_sums, no_sums, solve_cells
 from sknbln._laplace.mode import DECREMENT_TOL, Cells, Globals
 
 from .reference import direct, importance, live_step, small
@@ -32,13 +32,14 @@ def float64(strict_jax):
 
 
 def solve(cells, params):
-    return jax.tree.map(np.asarray, solve_cells(cells, params, small.zeros(cells, params)))
+    results = solve_cells(cells, params, small.zeros(cells, params))[1]
+    return jax.tree.map(np.asarray, results)
 
 
 def sweep(cells, params, before=None):
     before = no_sums(*params.loadings.shape) if before is None else before
-    sums = sweep_cells(cells, params, small.zeros(cells, params), before)[1]
-    return jax.tree.map(np.asarray, sums)
+    found = solve_cells(cells, params, small.zeros(cells, params))
+    return jax.tree.map(np.asarray, add_sums(cells, params, *found, before))
 
 
 def log_probability(cells, params, r):
@@ -271,14 +272,12 @@ def live_log_r(u, y, log_r, h=1e-3):
 
 def test_cells_that_do_not_converge_are_counted(monkeypatch):
     cells, params, _ = small.problem(29)
+    cells = cells._replace(weight=np.r_[np.ones(6), 0.0, 0.0])
     monkeypatch.setattr(mode_module, "MAX_NEWTON", 1)
     # the undecorated function: the compiled one has the number of iterations built in
-    sums = jax.jit(lambda *args: sweep_cells.__wrapped__(*args))(
-        cells._replace(weight=np.r_[np.ones(6), 0.0, 0.0]),
-        params,
-        small.zeros(cells, params),
-        no_sums(*params.loadings.shape),
-    )[1]
+    solve_anew = jax.jit(lambda *args: solve_cells.__wrapped__(*args))
+    found = solve_anew(cells, params, small.zeros(cells, params))
+    sums = add_sums(cells, params, *found, no_sums(*params.loadings.shape))
     assert sums.n_unconverged == 6
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from sknbln._laplace.marginal import solve_cells
 from sknbln._laplace.rates import draw_rates
 
 from .reference import direct, small
@@ -42,11 +43,11 @@ def test_draws_are_the_laplace_posterior_s(kind, zero_noise):
         noise[::3] = 0.0
         params = params._replace(noise=noise)
     n, n_genes, k = *cells.counts.shape, params.loadings.shape[1]
-    start = small.zeros(cells, params)
+    mode, _ = solve_cells(cells, params, small.zeros(cells, params))
 
     def draw(e):
         e = np.tile(e, (n, 1))
-        return np.asarray(draw_rates(cells, params, start, e[:, : k + 1], e[:, k + 1 :])[1])
+        return np.asarray(draw_rates(cells, params, mode, e[:, : k + 1], e[:, k + 1 :]))
 
     center = draw(np.zeros(k + 1 + n_genes))
     columns = np.stack([draw(e) - center for e in np.eye(k + 1 + n_genes)], axis=2)
@@ -56,10 +57,10 @@ def test_draws_are_the_laplace_posterior_s(kind, zero_noise):
         assert_allclose(columns[c] @ columns[c].T, expected.covariance, atol=1e-8)
 
 
-def test_scores_are_a_start_that_needs_no_further_step():
-    cells, params, _ = small.problem(seed=2)
+def test_a_draw_without_noise_is_the_mode():
+    cells, params, r = small.problem(seed=2)
+    mode, _ = solve_cells(cells, params, small.zeros(cells, params))
     noise = np.zeros((small.N_CELLS, small.RANK + 1)), np.zeros((small.N_CELLS, small.N_GENES))
-    zeta, y = draw_rates(cells, params, small.zeros(cells, params), *noise)
-    again, same = draw_rates(cells, params, np.asarray(zeta), *noise)
-    assert_allclose(zeta, again, atol=1e-9)
-    assert_allclose(y, same, atol=1e-9)
+    y = draw_rates(cells, params, mode, *noise)
+    for c in range(small.N_CELLS):
+        assert_allclose(y[c], twin(cells, params, r, c).y, atol=1e-9)

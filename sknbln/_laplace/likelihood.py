@@ -40,7 +40,11 @@ def channel_terms(u, y, phi):
 
     Parameters are ``u`` and ``y`` of shape (n_cells, n_genes) and ``phi`` of shape (1, n_genes).
     """
-    rate = jnp.exp(jnp.minimum(y, MAX_LOG_RATE))
+    return terms_at(u, jnp.exp(jnp.minimum(y, MAX_LOG_RATE)), phi)
+
+
+def terms_at(u, rate, phi):
+    """:func:`channel_terms` where the rate is known."""
     odds = phi * rate
     keep = 1.0 / (1.0 + odds)
     fitted = (1.0 + u * phi) * rate * keep

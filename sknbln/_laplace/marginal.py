@@ -24,7 +24,7 @@ import numpy as np
 
 from . import lowrank
 from .likelihood import dispersion_terms, log_likelihood_terms, third_derivative
-from .mode import Globals, find_mode, lift
+from .mode import Globals, find_mode, lift, linearization_at
 
 GENE_BLOCK = 64
 
@@ -65,15 +65,16 @@ class BatchSums(NamedTuple):
 
 def _log_marginal(cells, params, mode, lin):
     d = params.noise[None, :]
-    likelihood = jnp.sum(log_likelihood_terms(cells.counts, mode.y, lin.terms), 1)
-    prior = jnp.sum(lin.prior_precision * mode.zeta**2, 1) + jnp.sum(d * mode.alpha**2, 1)
-    return likelihood - 0.5 * (prior + lowrank.sum_of_logs(lin.den) + lowrank.log_det(lin.L))
+    likelihood = log_likelihood_terms(cells.counts, mode.y, lin.terms)
+    genes = lowrank.row_sums(likelihood - 0.5 * d * mode.alpha**2)
+    prior = jnp.sum(lin.prior_precision * mode.zeta**2, 1)
+    return genes - 0.5 * (prior + lowrank.sum_of_logs(lin.den) + lowrank.log_det(lin.L))
 
 
 def _offset_curvature(params, lin):
     """``1' K_c 1``, shape (n_cells,)."""
     pull = (lin.b @ lowrank.with_capture(params.loadings)) * lin.scales
-    return jnp.sum(lin.b, 1) - jnp.sum(pull * lowrank.solve(lin.L, pull), 1)
+    return lowrank.row_sums(lin.b) - jnp.sum(pull * lowrank.solve(lin.L, pull), 1)
 
 
 def _cell_results(cells, params, mode, lin):
@@ -81,7 +82,7 @@ def _cell_results(cells, params, mode, lin):
         _log_marginal(cells, params, mode, lin),
         mode.zeta,
         lowrank.inverse(lin.L),
-        -jnp.sum(mode.alpha, 1),
+        -lowrank.row_sums(mode.alpha),
         _offset_curvature(params, lin),
         mode.decrement,
         mode.converged,
@@ -91,27 +92,27 @@ def _cell_results(cells, params, mode, lin):
 
 @jax.jit
 def solve_cells(cells, params, zeta):
-    """Mode, scores and Laplace marginal of each cell of a batch."""
-    return _cell_results(cells, params, *find_mode(cells, params, zeta))
+    """Mode, scores and Laplace marginal of each cell of a batch.
+
+    Looked for from the scores ``zeta`` (n_cells, k + 1). Returns the :class:`Mode`, at which the other
+    kernels work, and the :class:`CellResults`.
+    """
+    mode = find_mode(cells, params, zeta)
+    return mode, _cell_results(cells, params, mode, linearization_at(cells, params, mode))
 
 
 @jax.jit
-def sweep_cells(cells, params, zeta, before):
-    """As :func:`solve_cells`, with the sums over cells that update the globals.
-
-    Returns the new scores (n_cells, k + 1) and :class:`BatchSums` added to those ``before``.
-    """
-    mode, lin = find_mode(cells, params, zeta)
-    log_marginal = _log_marginal(cells, params, mode, lin)
-    genes = _gene_sums(cells, params, mode, lin)
+def add_sums(cells, params, mode, results, before):
+    """Sums over the cells of a batch that update the globals, added to those ``before``: `BatchSums`."""
+    lin = linearization_at(cells, params, mode)
     live = cells.weight > 0
     sums = BatchSums(
-        jnp.sum(cells.weight * log_marginal),
+        jnp.sum(cells.weight * results.log_marginal),
         jnp.sum(jnp.where(live & ~mode.converged, 1, 0)),
-        jnp.sum(cells.weight * _offset_curvature(params, lin)),
-        genes,
+        jnp.sum(cells.weight * results.offset_curvature),
+        _gene_sums(cells, params, mode, lin, results.covariance),
     )
-    return mode.zeta, jax.tree.map(jnp.add, before, sums)
+    return jax.tree.map(jnp.add, before, sums)
 
 
 def no_sums(n_genes, k):
@@ -135,15 +136,13 @@ class _GeneScores(NamedTuple):
     K: jnp.ndarray  # diagonal of (A^{-1} + Sigma)^{-1}
     beta: jnp.ndarray
     xi: jnp.ndarray  # (n_cells, k + 1)
-    covariance: jnp.ndarray  # (n_cells, k + 1, k + 1)
 
 
-def _gene_scores(cells, params, mode, lin):
+def _gene_scores(cells, params, mode, lin, covariance):
     d, phi = params.noise[None, :], params.phi[None, :]
     F = lowrank.with_capture(params.loadings)
     terms, den, b = lin.terms, lin.den, lin.b
 
-    covariance = lowrank.inverse(lin.L)
     scaled = covariance * lin.scales[:, :, None] * lin.scales[:, None, :]
     spread = lowrank.quadratic_diagonal(scaled, lowrank.pair_products(F))  # diag F C F'
     variance = d / den + spread / den**2  # diag V
@@ -167,15 +166,14 @@ def _gene_scores(cells, params, mode, lin):
         K,
         beta,
         xi,
-        covariance,
     )
 
 
-def _gene_sums(cells, params, mode, lin):
+def _gene_sums(cells, params, mode, lin, covariance):
     k = params.loadings.shape[1]
     weight = cells.weight[:, None]
-    scores = _gene_scores(cells, params, mode, lin)
-    covariance, alpha, zeta = scores.covariance, mode.alpha, mode.zeta
+    scores = _gene_scores(cells, params, mode, lin, covariance)
+    alpha, zeta = mode.alpha, mode.zeta
     z = zeta[:, :k]
 
     v = alpha + lin.b * lift(params, lin.scales, zeta)  # the working response times b
@@ -213,24 +211,24 @@ def _gene_blocks(a):
 
 
 @jax.jit
-def score_products(cells, params, zeta, constant_scores):
+def score_products(cells, params, mode, results, constant_scores):
     """Sums over cells of outer products of each gene's scores in (mu, w_1..w_k, log d, log r).
 
-    ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Returns the
-    products, (n_genes, k + 3, k + 3), ``sum_c b``, (n_genes,), and the :class:`CellResults`.
+    ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Returns the products,
+    (n_genes, k + 3, k + 3), and ``sum_c b``, (n_genes,).
     """
     n_genes, k = params.loadings.shape
-    mode, lin = find_mode(cells, params, zeta)
-    scores = _gene_scores(cells, params, mode, lin)
-    second = mode.zeta[:, :, None] * mode.zeta[:, None, :] + scores.covariance
+    zeta, alpha, lin = mode.zeta, mode.alpha, linearization_at(cells, params, mode)
+    scores = _gene_scores(cells, params, mode, lin, results.covariance)
+    second = zeta[:, :, None] * zeta[:, None, :] + results.covariance
     second = (second[:, :k, :] * lin.scales[:, None, :]).reshape(-1, k + 1)
-    z, xi = mode.zeta[:, :k, None], scores.xi[:, :k, None]
-    v = mode.alpha + lin.b * lift(params, lin.scales, mode.zeta)
+    z, xi = zeta[:, :k, None], scores.xi[:, :k, None]
+    v = alpha + lin.b * lift(params, lin.scales, zeta)
 
     def products(block):
-        mean, v_beta, alpha, b, noise, log_r, F = block
+        mean, v_beta, own, b, noise, log_r, F = block
         regression = (second @ F.T).reshape(-1, k, F.shape[0])
-        loadings = v_beta[:, None, :] * z + alpha[:, None, :] * xi - b[:, None, :] * regression
+        loadings = v_beta[:, None, :] * z + own[:, None, :] * xi - b[:, None, :] * regression
         others = mean[:, None, :], noise[:, None, :], log_r[:, None, :]
         stacked = jnp.concatenate([others[0], loadings, *others[1:]], 1)
         # the barrier keeps XLA from contracting the strided axis in place, which is twice as slow
@@ -240,7 +238,7 @@ def score_products(cells, params, zeta, constant_scores):
     parts = (
         scores.mean,
         v + scores.beta,
-        mode.alpha,
+        alpha,
         lin.b,
         params.noise[None, :] * scores.noise,
         scores.log_r + constant_scores,
@@ -250,8 +248,7 @@ def score_products(cells, params, zeta, constant_scores):
     blocks = [_gene_blocks((weight * a).T).swapaxes(1, 2) for a in parts]
     F = _gene_blocks(lowrank.with_capture(params.loadings))
     products = jax.lax.map(products, (*blocks, F)).reshape(-1, k + 3, k + 3)[:n_genes]
-    information = jnp.sum(cells.weight[:, None] * lin.b, 0)
-    return products, information, _cell_results(cells, params, mode, lin)
+    return products, jnp.sum(weight * lin.b, 0)
 
 
 __all__ = [
@@ -259,8 +256,8 @@ __all__ = [
     "CellResults",
     "GeneSums",
     "Globals",
+    "add_sums",
     "no_sums",
     "score_products",
     "solve_cells",
-    "sweep_cells",
 ]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from . import lowrank
-from .likelihood import channel_terms
+from .likelihood import channel_terms, terms_at
 
 #: a cell takes its last step when the Newton decrement (twice the expected gain, nats) is sure to be below
 #: this after it
@@ -28,6 +28,7 @@ MAX_NEWTON = 100
 #: model has its maximum thousands of nats away, and the way back is long
 FARTHEST = 10.0
 GENE_STEPS = 2  # of each gene given the scores, before the first step of all
+GENE_REACH = 2.0  # nats, at most by one of them
 
 
 class Cells(NamedTuple):
@@ -70,6 +71,8 @@ class Mode(NamedTuple):
     zeta: jnp.ndarray  # (n_cells, k + 1)
     alpha: jnp.ndarray  # (n_cells, n_genes)
     y: jnp.ndarray  # (n_cells, n_genes)
+    rate: jnp.ndarray  # (n_cells, n_genes) its exponential
+    L: jnp.ndarray  # (n_cells, k + 1, k + 1) Cholesky factor of M there
     decrement: jnp.ndarray  # (n_cells,)
     converged: jnp.ndarray  # (n_cells,) bool
     n_iter: jnp.ndarray  # () iterations of the batch
@@ -82,15 +85,24 @@ def location(cells, params):
 
 def linearize(cells, params, y):
     """Expand the likelihood at ``y``."""
-    k = params.loadings.shape[1]
-    scales = lowrank.column_scale(cells.scale, k)
-    prior_precision = lowrank.column_scale(cells.precision, k)
     terms = channel_terms(cells.counts, y, params.phi[None, :])
-    den = 1.0 + params.noise[None, :] * terms.curvature
-    b = terms.curvature / den
+    lin = _with_factor(cells, params, terms, None)
     pairs = lowrank.pair_products(lowrank.with_capture(params.loadings))
-    M = lowrank.precision_matrix(b, pairs, scales, prior_precision)
-    return Linearization(terms, den, b, lowrank.cholesky(M), scales, prior_precision)
+    M = lowrank.precision_matrix(lin.b, pairs, lin.scales, lin.prior_precision)
+    return lin._replace(L=lowrank.cholesky(M))
+
+
+def linearization_at(cells, params, mode):
+    """What `linearize` says at a `Mode`, of what is known there."""
+    terms = terms_at(cells.counts, mode.rate, params.phi[None, :])
+    return _with_factor(cells, params, terms, mode.L)
+
+
+def _with_factor(cells, params, terms, L):
+    k = params.loadings.shape[1]
+    den = 1.0 + params.noise[None, :] * terms.curvature
+    scales, precision = (lowrank.column_scale(a, k) for a in (cells.scale, cells.precision))
+    return Linearization(terms, den, terms.curvature / den, L, scales, precision)
 
 
 def lift(params, scales, zeta):
@@ -106,21 +118,18 @@ def _project(lin, params, x):
 class _State(NamedTuple):
     zeta: jnp.ndarray
     alpha: jnp.ndarray
+    y: jnp.ndarray
     dzeta: jnp.ndarray  # Newton direction
     dalpha: jnp.ndarray
+    dy: jnp.ndarray
     slope: jnp.ndarray  # directional derivative at the iterate
     step: jnp.ndarray
+    last: jnp.ndarray  # the next step is the last
     done: jnp.ndarray
     n_iter: jnp.ndarray
-
-
-def _first_solution(cells, params, y):
-    """Zeta and alpha that solve the system expanded at any ``y``."""
-    lin = linearize(cells, params, y)
-    h = y - location(cells, params)
-    v = (lin.terms.curvature * h + lin.terms.gradient) / lin.den
-    zeta = lowrank.solve(lin.L, _project(lin, params, v))
-    return zeta, v - lin.b * lift(params, lin.scales, zeta)
+    rate: jnp.ndarray  # of the system that was made last: what cost most
+    L: jnp.ndarray
+    decrement: jnp.ndarray
 
 
 def _direction(cells, params, lin, zeta, alpha):
@@ -134,24 +143,21 @@ def _direction(cells, params, lin, zeta, alpha):
     dzeta = lowrank.solve(lin.L, rhs)
     lifted = lift(params, lin.scales, dzeta)
     dalpha = e - lin.b * lifted
-    slope = jnp.sum(dzeta * rhs, 1) + jnp.sum(params.noise[None, :] * lin.den * e**2, 1)
+    slope = jnp.sum(dzeta * rhs, 1) + lowrank.row_sums(params.noise[None, :] * lin.den * e**2)
     return dzeta, dalpha, slope, lifted + params.noise[None, :] * dalpha
 
 
-def _first_point(cells, params, zeta):
-    """Where to expand first: near each gene's own mode given the scores.
+def _genes_alone(cells, params, centre):
+    """Alpha near each gene's own mode given the scores, which put the log-rates at ``centre``.
 
     Given the scores the genes are independent: a step of each costs less than one of all together.
     """
-    k = params.loadings.shape[1]
-    F = lowrank.with_capture(params.loadings)
-    centre = location(cells, params) + (zeta * lowrank.column_scale(cells.scale, k)) @ F.T
-    d, y = params.noise[None, :], centre
+    d, alpha = params.noise[None, :], jnp.zeros_like(centre)
     for _ in range(GENE_STEPS):
-        terms = channel_terms(cells.counts, y, params.phi[None, :])
-        step = (d * terms.gradient - (y - centre)) / (1.0 + d * terms.curvature)
-        y = y + jnp.clip(step, -2.0, 2.0)
-    return y
+        terms = channel_terms(cells.counts, centre + d * alpha, params.phi[None, :])
+        step = (terms.gradient - alpha) / (1.0 + d * terms.curvature)
+        alpha = alpha + step * (GENE_REACH / jnp.maximum(jnp.abs(d * step), GENE_REACH))
+    return alpha
 
 
 def _reach(move):
@@ -175,68 +181,86 @@ def find_mode(cells, params, zeta):
 
     A step is accepted when the slope along it has not turned below minus a quarter of what it was
     (the objective is concave, so along the step it rises while the slope is positive); otherwise
-    the step is cut by the secant rule. The decision uses gradients only: no cancellation, no
-    logarithms. No step changes a log-rate by more than `FARTHEST`. Cells stop one by one and do not
-    influence each other.
+    the step is cut by the secant rule. The decision uses gradients only: no differences of
+    objectives, no logarithms. No step changes a log-rate by more than `FARTHEST`. Cells stop one by one
+    and do not influence each other. The last iteration of the batch moves no cell but by its last step,
+    so that the system is known where every cell ends.
 
-    Returns the :class:`Mode` and the :class:`Linearization` there.
+    Returns the :class:`Mode`.
     """
     d = params.noise[None, :]
-    loc, scales = location(cells, params), lowrank.column_scale(cells.scale, zeta.shape[1] - 1)
-    start = zeta
-    zeta, alpha = _first_solution(cells, params, _first_point(cells, params, start))
-    move = lift(params, scales, zeta - start) + d * alpha
-    share = _reach(move)[1][:, None]
-    zeta, alpha = start + share * (zeta - start), share * alpha
-    zero = jnp.zeros_like(cells.offset)
+    scales = lowrank.column_scale(cells.scale, params.loadings.shape[1])
+    prior_precision = lowrank.column_scale(cells.precision, params.loadings.shape[1])
+    centre = location(cells, params) + lift(params, scales, zeta)
+    alpha = _genes_alone(cells, params, centre)
+    zero, nowhere = jnp.zeros_like(cells.offset), jnp.zeros_like(centre)
+    n, size = zeta.shape
     state = _State(
         zeta,
         alpha,
+        centre + d * alpha,
         jnp.zeros_like(zeta),
-        jnp.zeros_like(alpha),
+        nowhere,
+        nowhere,
         zero + 1e300,
         zero,
+        jnp.zeros(n, bool),
         cells.weight <= 0,
         jnp.zeros((), jnp.int32),
+        nowhere,
+        jnp.zeros((n, size, size)),
+        zero,
     )
 
+    def unfinished(state):
+        return (state.n_iter == 0) | jnp.any(~state.done) & (state.n_iter < MAX_NEWTON)
+
     def body(state):
-        t = jnp.where(state.done, 0.0, state.step)[:, None]
+        still = state.done | (state.n_iter == MAX_NEWTON - 1) & ~state.last
+        t = jnp.where(still, 0.0, state.step)[:, None]
         zeta = state.zeta + t * state.dzeta
         alpha = state.alpha + t * state.dalpha
-        lin = linearize(cells, params, loc + lift(params, scales, zeta) + d * alpha)
-        gradient = lin.terms.gradient
-        slope = jnp.sum(d * (gradient - alpha) * state.dalpha, 1) + jnp.sum(
-            (_project(lin, params, gradient) - lin.prior_precision * zeta) * state.dzeta, 1
-        )
-        accept = slope >= -0.25 * state.slope
+        y = state.y + t * state.dy
+        lin = linearize(cells, params, y)
+        slope = lowrank.row_sums(lin.terms.gradient * state.dy - d * alpha * state.dalpha)
+        slope = slope - jnp.sum(prior_precision * zeta * state.dzeta, 1)
+        accept = state.last | (slope >= -0.25 * state.slope)
         secant = state.step * state.slope / jnp.maximum(state.slope - slope, 1e-300)
         cut = jnp.clip(secant, 0.1 * state.step, 0.7 * state.step)
-        dzeta, dalpha, next_slope, move = _direction(cells, params, lin, zeta, alpha)
-        largest, full = _reach(move)
+        dzeta, dalpha, decrement, dy = _direction(cells, params, lin, zeta, alpha)
+        largest, full = _reach(dy)
         live = ~state.done
         moved = live & accept
-        finished = moved & (_left_after(next_slope, largest) <= LAST_STEP)
-        last = jnp.where(finished, 1.0, 0.0)[:, None]
 
         def pick(a, b):
             return jnp.where(moved[:, None], a, b)
 
         return _State(
-            pick(zeta + last * dzeta, state.zeta),
-            pick(alpha + last * dalpha, state.alpha),
+            pick(zeta, state.zeta),
+            pick(alpha, state.alpha),
+            pick(y, state.y),
             pick(dzeta, state.dzeta),
             pick(dalpha, state.dalpha),
-            jnp.where(moved, next_slope, state.slope),
+            pick(dy, state.dy),
+            jnp.where(moved, decrement, state.slope),
             jnp.where(moved, full, jnp.where(live, cut, state.step)),
-            state.done | finished,
+            moved & (_left_after(decrement, largest) <= LAST_STEP),
+            state.done | (state.last & ~still),
             state.n_iter + 1,
+            lin.terms.rate,
+            lin.L,
+            decrement,
         )
 
-    state = jax.lax.while_loop(lambda s: jnp.any(~s.done) & (s.n_iter < MAX_NEWTON), body, state)
-    y = loc + lift(params, scales, state.zeta) + d * state.alpha
-    lin = linearize(cells, params, y)
-    _, _, decrement, _ = _direction(cells, params, lin, state.zeta, state.alpha)
-    decrement = jnp.where(cells.weight > 0, decrement, 0.0)  # padding is not solved
-    converged = state.done & (decrement <= DECREMENT_TOL)
-    return Mode(state.zeta, state.alpha, y, decrement, converged, state.n_iter), lin
+    state = jax.lax.while_loop(unfinished, body, state)
+    decrement = jnp.where(cells.weight > 0, state.decrement, 0.0)  # padding is not solved
+    return Mode(
+        state.zeta,
+        state.alpha,
+        state.y,
+        state.rate,
+        state.L,
+        decrement,
+        state.done & (decrement <= DECREMENT_TOL),
+        state.n_iter,
+    )

@@ -17,18 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from .mode import find_mode, lift
+from .mode import lift, linearization_at
 
 
 @jax.jit
-def draw_rates(cells, params, zeta, score_noise, gene_noise):
-    """One draw of y = x - eta for each cell of a batch, from its Laplace posterior.
+def draw_rates(cells, params, mode, score_noise, gene_noise):
+    """One draw of y = x - eta for each cell of a batch, (n_cells, n_genes), from its Laplace posterior.
 
     ``score_noise`` (n_cells, k + 1) and ``gene_noise`` (n_cells, n_genes) are standard normal.
-    Returns the scores at the mode (n_cells, k + 1), a start for the next call, and y.
     """
-    mode, lin = find_mode(cells, params, zeta)
+    lin = linearization_at(cells, params, mode)
     deviation = solve_triangular(lin.L, score_noise[..., None], trans=1, lower=True)[..., 0]
     lifted = lift(params, lin.scales, deviation)
     noise = jnp.sqrt(params.noise[None, :] / lin.den) * gene_noise
-    return mode.zeta, mode.y + lifted / lin.den + noise
+    return mode.y + lifted / lin.den + noise

@@ -10,16 +10,26 @@ import jax.numpy as jnp
 
 from sknbln._laplace import lowrank
 from sknbln._laplace.likelihood import log_likelihood_terms
-from sknbln._laplace.mode import Globals, _first_solution, find_mode, lift, linearize, location
+from sknbln._laplace.mode import Globals, find_mode, lift, linearize, location
+
+
+def newton_step(cells, params, y):
+    """Scores and alpha that solve the Newton system expanded at any ``y``."""
+    lin = linearize(cells, params, y)
+    v = (lin.terms.curvature * (y - location(cells, params)) + lin.terms.gradient) / lin.den
+    rhs = (v @ lowrank.with_capture(params.loadings)) * lin.scales
+    zeta = lowrank.solve(lin.L, rhs)
+    return zeta, v - lin.b * lift(params, lin.scales, zeta)
 
 
 def total_log_marginal(mean, loadings, noise, log_r, cells, zeta):
     """Sum over cells of the Laplace marginal, without the constants; differentiable in the globals."""
     params = Globals(mean, loadings, noise, jnp.exp(-log_r))
     fixed = jax.tree.map(jax.lax.stop_gradient, params)
-    mode, lin = find_mode(cells, fixed, zeta)
-    zeta, alpha = _first_solution(cells, params, jax.lax.stop_gradient(mode.y))
-    y = location(cells, params) + lift(params, lin.scales, zeta) + noise[None, :] * alpha
+    mode = find_mode(cells, fixed, zeta)
+    zeta, alpha = newton_step(cells, params, jax.lax.stop_gradient(mode.y))
+    scales = lowrank.column_scale(cells.scale, loadings.shape[1])
+    y = location(cells, params) + lift(params, scales, zeta) + noise[None, :] * alpha
     there = linearize(cells, params, y)
     likelihood = jnp.sum(log_likelihood_terms(cells.counts, y, there.terms), 1)
     prior = jnp.sum(there.prior_precision * zeta**2, 1) + jnp.sum(noise[None, :] * alpha**2, 1)

@@ -15,7 +15,7 @@ import jaxlib
 import numpy as np
 
 from ._laplace.likelihood import log_rising_slope
-from ._laplace.marginal import BatchSums, add_sums, no_sums, score_products, solve_cells
+from ._laplace.marginal import BatchSums, no_sums, score_products, solve_cells
 from ._laplace.mode import Cells, Globals
 
 # jaxlib releases that can hang for ever on 2-core CPUs on batched solvers like this one.
@@ -122,7 +122,12 @@ class RowBatches:
 
 def _globals(mean, loadings, noise, phi):
     k = padded_rank(loadings.shape[1])
-    return Globals(mean, pad_columns(loadings, k), noise, phi)
+    return jax.device_put(Globals(mean, pad_columns(loadings, k), noise, phi))
+
+
+def solve_batch(cells, params, zeta):
+    """The `Mode` and the `CellResults` of a batch."""
+    return solve_cells(cells, params, zeta, no_sums(*params.loadings.shape))[:2]
 
 
 @float64
@@ -144,7 +149,7 @@ def solve_rows(batches, mean, loadings, noise, phi, start=None):
     for rows, cells in batches:
         if start is not None:
             zeta = batches.padded(start[rows])
-        _fill(out, rows, cells, solve_cells(cells, params, zeta)[1], k, batches.X.shape[0])
+        _fill(out, rows, cells, solve_batch(cells, params, zeta)[1], k, batches.X.shape[0])
     return out
 
 
@@ -187,7 +192,8 @@ def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispers
         if free_dispersion:
             at, genes = np.nonzero(cells.counts)
             constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
-        mode, result = solve_cells(cells, params, batches.padded(start[rows]))
+        cells = jax.device_put(cells)
+        mode, result = solve_batch(cells, params, batches.padded(start[rows]))
         found = score_products(cells, params, mode, result, constants)
         part = [np.asarray(a) for a in found]
         total = part if total is None else [np.add(a, b) for a, b in zip(total, part, strict=True)]
@@ -230,8 +236,7 @@ class Sweeper:
         running = None  # the batch before, still being computed while this one is made dense
         for rows, cells in self.batches:
             start = self.batches.padded(self.scores[rows])
-            mode, results = solve_cells(cells, params, start)
-            total = add_sums(cells, params, mode, results, total)
+            mode, _, total = solve_cells(cells, params, start, total)
             if running is not None:
                 self._keep(*running)
             running = rows, mode.zeta

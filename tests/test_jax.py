@@ -20,12 +20,13 @@ from sknbln._jax import (
     gene_score_products,
     pad_columns,
     padded_rank,
+    solve_batch,
     solve_rows,
     sum_over_batches,
     warn_about_jaxlib,
 )
 from sknbln._laplace.likelihood import log_rising_derivatives
-from sknbln._laplace.marginal import add_sums, no_sums, solve_cells
+from sknbln._laplace.marginal import no_sums, solve_cells
 from sknbln._laplace.mode import DECREMENT_TOL
 from sknbln._laplace.start import information_sums
 
@@ -134,8 +135,9 @@ def test_sums_are_those_of_the_kernel_without_padding():
     found = sweep(X, offset, scale, precision, params, None)[1]
     cells = small.problem(60)[0]
     with jax.enable_x64(True):
-        mode, results = solve_cells(cells, params, small.zeros(cells, params))
-        expected = add_sums(cells, params, mode, results, no_sums(small.N_GENES, K))
+        _, results, expected = solve_cells(
+            cells, params, small.zeros(cells, params), no_sums(small.N_GENES, K)
+        )
     assert found.genes.moments.shape == (small.N_GENES, 1 + K + K * (K + 1) // 2)
     assert found.genes.gradient_loadings.shape == (small.N_GENES, K)
     assert_sums_close(found, expected)
@@ -171,7 +173,7 @@ def test_rows_are_those_of_the_kernel():
     found = solve_rows(RowBatches(X, offset, scale, precision, batch_size=9), *params)
     cells = small.problem(60)[0]
     with jax.enable_x64(True):
-        one = solve_cells(cells, params, small.zeros(cells, params))[1]
+        one = solve_batch(cells, params, small.zeros(cells, params))[1]
         one = jax.tree.map(np.asarray, one)
     s = cells.scale
     expected = dict(
@@ -364,7 +366,7 @@ def test_other_releases_are_not(version):
 
 def compilations(caplog):
     """Names of the kernels that were compiled since the last time this was asked."""
-    pattern = re.compile(r"Finished XLA compilation of (?:jit\()?(solve_cells|add_sums)\b")
+    pattern = re.compile(r"Finished XLA compilation of (?:jit\()?(solve_cells)\b")
     found = [m[1] for r in caplog.records if (m := pattern.search(r.getMessage()))]
     caplog.clear()
     return sorted(found)
@@ -388,4 +390,4 @@ def test_numbers_and_rows_of_one_bucket_share_a_compilation(caplog):
         run(47, 60, 2, batch_size=24)
         assert compilations(caplog) == []
         run(20, 60, 3, genes=11)  # a shape of its own: the count does count
-        assert compilations(caplog) == ["add_sums", "solve_cells"]
+        assert compilations(caplog) == ["solve_cells"]

@@ -7,10 +7,11 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose
 from scipy import stats
 
+from sknbln._jax import solve_batch
 from sknbln._laplace import mode as mode_module
 from sknbln._laplace.likelihood import log_rising, row_constants
 from sknbln._laplace.lowrank import triangle
-from sknbln._laplace.marginal import add_sums, no_sums, solve_cells
+from sknbln._laplace.marginal import no_sums, solve_cells
 from sknbln._laplace.mode import DECREMENT_TOL, Cells, Globals
 
 from .reference import direct, importance, live_step, small
@@ -32,14 +33,14 @@ def float64(strict_jax):
 
 
 def solve(cells, params):
-    results = solve_cells(cells, params, small.zeros(cells, params))[1]
+    results = solve_batch(cells, params, small.zeros(cells, params))[1]
     return jax.tree.map(np.asarray, results)
 
 
 def sweep(cells, params, before=None):
     before = no_sums(*params.loadings.shape) if before is None else before
-    found = solve_cells(cells, params, small.zeros(cells, params))
-    return jax.tree.map(np.asarray, add_sums(cells, params, *found, before))
+    sums = solve_cells(cells, params, small.zeros(cells, params), before)[2]
+    return jax.tree.map(np.asarray, sums)
 
 
 def log_probability(cells, params, r):
@@ -276,8 +277,8 @@ def test_cells_that_do_not_converge_are_counted(monkeypatch):
     monkeypatch.setattr(mode_module, "MAX_NEWTON", 1)
     # the undecorated function: the compiled one has the number of iterations built in
     solve_anew = jax.jit(lambda *args: solve_cells.__wrapped__(*args))
-    found = solve_anew(cells, params, small.zeros(cells, params))
-    sums = add_sums(cells, params, *found, no_sums(*params.loadings.shape))
+    before = no_sums(*params.loadings.shape)
+    sums = solve_anew(cells, params, small.zeros(cells, params), before)[2]
     assert sums.n_unconverged == 6
 
 

@@ -91,20 +91,31 @@ def _cell_results(cells, params, mode, lin):
 
 
 @jax.jit
-def solve_cells(cells, params, zeta):
-    """Mode, scores and Laplace marginal of each cell of a batch.
+def solve_cells(cells, params, zeta, before):
+    """Mode, scores and Laplace marginal of each cell of a batch, and sums over the cells.
 
-    Looked for from the scores ``zeta`` (n_cells, k + 1). Returns the :class:`Mode`, at which the other
-    kernels work, and the :class:`CellResults`.
+    One kernel for fits and for new rows: the sums cost a quarter of it, and another kernel would have to
+    be compiled.
+
+    Parameters
+    ----------
+    cells : Cells
+    params : Globals
+    zeta : array of shape (n_cells, k + 1)
+        Scores from which the modes are looked for.
+    before : BatchSums
+        Of other cells, to which the sums over these are added.
+
+    Returns
+    -------
+    mode : Mode
+        At which the other kernels work.
+    results : CellResults
+    sums : BatchSums
     """
     mode = find_mode(cells, params, zeta)
-    return mode, _cell_results(cells, params, mode, linearization_at(cells, params, mode))
-
-
-@jax.jit
-def add_sums(cells, params, mode, results, before):
-    """Sums over the cells of a batch that update the globals, added to those ``before``: `BatchSums`."""
     lin = linearization_at(cells, params, mode)
+    results = _cell_results(cells, params, mode, lin)
     live = cells.weight > 0
     sums = BatchSums(
         jnp.sum(cells.weight * results.log_marginal),
@@ -112,7 +123,7 @@ def add_sums(cells, params, mode, results, before):
         jnp.sum(cells.weight * results.offset_curvature),
         _gene_sums(cells, params, mode, lin, results.covariance),
     )
-    return jax.tree.map(jnp.add, before, sums)
+    return mode, results, jax.tree.map(jnp.add, before, sums)
 
 
 def no_sums(n_genes, k):
@@ -194,13 +205,13 @@ def _gene_sums(cells, params, mode, lin, covariance):
         - capture_part
     )
     return GeneSums(
-        jnp.sum(weight * scores.mean, 0),
+        cells.weight @ scores.mean,
         gradient_loadings,
-        jnp.sum(weight * scores.noise, 0),
-        jnp.sum(weight * scores.log_r, 0),
+        cells.weight @ scores.noise,
+        cells.weight @ scores.log_r,
         moments,
-        0.5 * jnp.sum(weight * scores.K**2, 0),
-        jnp.sum(weight * scores.information_log_r, 0),
+        0.5 * (cells.weight @ scores.K**2),
+        cells.weight @ scores.information_log_r,
     )
 
 
@@ -256,7 +267,6 @@ __all__ = [
     "CellResults",
     "GeneSums",
     "Globals",
-    "add_sums",
     "no_sums",
     "score_products",
     "solve_cells",

@@ -17,8 +17,7 @@ from scipy.special import log_ndtr, ndtri_exp
 from sklearn.utils import check_random_state
 
 from .. import _capture
-from .._jax import RowBatches, float64, pad_columns, padded_rank
-from .._laplace.marginal import solve_cells
+from .._jax import RowBatches, float64, pad_columns, padded_rank, solve_batch
 from .._laplace.mode import Globals
 from .._laplace.rates import draw_rates
 
@@ -111,7 +110,7 @@ def poisson(log_rates, stream):
 
 @float64
 def _draw_batch(cells, params, zeta, score_noise, gene_noise):
-    mode, _ = solve_cells(cells, params, zeta)
+    mode, _ = solve_batch(cells, params, zeta)
     return np.asarray(mode.zeta), np.asarray(
         draw_rates(cells, params, mode, score_noise, gene_noise)
     )

@@ -75,8 +75,9 @@ class NBLNEstimator(
     max_iter : int, default=200
         Sweeps over the data at most.
     tol : float or None, default=None
-        The fit stops when two sweeps in a row each raise the log-posterior by less than this fraction
-        of its magnitude. None takes 1e-4; 1e-5 with ``cascade="marginal"``, whose late sweeps still raise
+        The fit stops when a sweep raises the log-posterior by less than this fraction of its magnitude
+        and the next one promises no more (half the slope along its step), or the one before did no
+        more either. None takes 1e-4; 1e-5 with ``cascade="marginal"``, whose late sweeps still raise
         held-out scores; and 1e-6 with a `loadings_prior`, under which the lengths of columns settle slowly:
         standard errors of a fit that stopped on the way are too small.
     batch_size : int or None, default=None

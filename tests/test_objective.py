@@ -220,6 +220,31 @@ def test_another_penalty_needs_no_other_pass(monkeypatch):
     assert len(passes) == 2
 
 
+def test_a_rotation_needs_no_other_pass(monkeypatch):
+    function, x = objective(Identity())
+    passes = []
+    whole = Sweeper.__call__
+    monkeypatch.setattr(Sweeper, "__call__", lambda self, *a: passes.append(a) or whole(self, *a))
+    function(x)
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((K, K)))[0]
+    turned = x._replace(loadings=x.loadings @ rotation)
+    function.rotate(rotation)
+    found = function(turned)
+    assert len(passes) == 1
+    expected = objective(Identity())[0](turned)
+    assert len(passes) == 2
+    assert_allclose(found.value, expected.value, rtol=1e-11)
+    assert_allclose(found.moments, expected.moments, rtol=1e-8, atol=1e-8)
+    for name in ("mean", "loadings", "log_noise", "log_r", "information_log_noise"):
+        assert_allclose(
+            getattr(found.grad, name), getattr(expected.grad, name), rtol=1e-7, atol=1e-7
+        )
+    # and the next pass starts from scores that were turned with the loadings
+    at_the_mode = function.sweep.scores[:, :K].copy()
+    function.sweep(*turned.natural())
+    assert_allclose(function.sweep.scores[:, :K], at_the_mode, atol=1e-8)
+
+
 def test_gaussian_prior():
     prior = GaussianPrior(np.array([1.0, 0.0, 2.0]), np.array([4.0, 0.0, 0.25]))
     x = np.array([0.5, np.inf, 4.0])

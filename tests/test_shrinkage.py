@@ -252,7 +252,8 @@ def test_stages_that_move_nothing_end_the_fit_and_are_said(rank_three, monkeypat
     """Where no step raises the objective under scales that stay: once more is the same again."""
     import sknbln._laplace.driver as driver
 
-    monkeypatch.setattr(driver, "_trial", lambda *args: (None, 1e9))
+    monkeypatch.setattr(driver, "_next_step", lambda *args: (None, 1e9))
+    monkeypatch.setattr(driver, "_search", lambda *args: (None, None))
     sim, source = rank_three
     model = NBLNEstimator(
         2, loadings_prior=prior, informative_prior_estimator=source, random_state=0, **FREE

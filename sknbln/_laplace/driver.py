@@ -130,6 +130,10 @@ class _Memory:
             sy = float(s @ y)
         self.pairs = [*self.pairs[-(MEMORY - 1) :], (s, y, sy)]
 
+    def forget(self):
+        """All pairs."""
+        self.pairs = []
+
     def direction(self, g, precondition):
         """Two-loop recursion; ``precondition`` maps a gradient to a step."""
         q, alphas = g.copy(), []
@@ -157,7 +161,7 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
         The history is per cell.
     tol : float
         Stop when a sweep gains less than this fraction of the objective's magnitude (at least of one
-        nat per cell), twice in a row.
+        nat per cell) twice in a row, or once and the next one promises no more.
     max_iter : int
         Sweeps at most.
     report : callable or None
@@ -191,15 +195,17 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
     free_flags = tuple(free)
     enough = f"max_iter={max_iter} sweeps were done"
     yield Outcome(point, False, enough, history, 0, gain)
+    step, promised = _next_step(point, memory, free)
 
     for iteration in range(1, max_iter + 1):
-        trial, step = _trial(evaluate, point, memory, free)
+        trial, moved = _search(evaluate, point, step, MEMORY_CUTS if memory.pairs else MAX_CUTS)
         if trial is None and memory.pairs:
-            memory = _Memory()
-            trial, step = _trial(evaluate, point, memory, free)
+            memory.forget()
+            step, promised = _next_step(point, memory, free)
+            trial, moved = _search(evaluate, point, step, MAX_CUTS)
         size = magnitude(point.value, n_cells)
         if trial is None:
-            promised = step / n_cells
+            promised = promised / n_cells
             yield Outcome(
                 point,
                 promised < tol * size,
@@ -211,22 +217,22 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
             return
         if iteration > PLAIN_SWEEPS:
             memory.add(
-                step,
+                _flat(moved, free_flags),
                 _flat(_blocks(point.grad), free_flags) - _flat(_blocks(trial.grad), free_flags),
-                _flat(
-                    curvature_product(point.grad, _unflat(step, point.params, free_flags), free),
-                    free_flags,
-                ),
+                _flat(curvature_product(point.grad, moved, free), free_flags),
             )
         gain = (trial.value - point.value) / n_cells
         point = trial
         history.append(point.value / n_cells)
+        step, promised = _next_step(point, memory, free)
         small = small + 1 if gain < tol * size else 0
-        reason = f"the last two sweeps gained less than tol={tol:g} of the objective"
-        yield Outcome(point, small == 2, reason if small == 2 else enough, history, iteration, gain)
+        done = small == 2 or (small == 1 and promised < tol * size * n_cells)
+        what = "two sweeps" if small == 2 else "sweep, and the next one promises to,"
+        reason = f"the last {what} gained less than tol={tol:g} of the objective"
+        yield Outcome(point, done, reason if done else enough, history, iteration, gain)
         if report is not None:
             report(iteration, point)
-        if small == 2:
+        if done:
             return
 
 
@@ -242,11 +248,8 @@ def _within_reach(step):
     )
 
 
-def _trial(evaluate, point, memory, free):
-    """The first damped trial that does not lower the objective, and the step to it.
-
-    Where there is none: None, and half the slope along the full step, the gain it promised.
-    """
+def _next_step(point, memory, free):
+    """The step to try first, and what it promises: half the slope along what the ranges let it move, nats."""
     flags = tuple(free)
     g = _flat(_blocks(point.grad), flags)
 
@@ -261,19 +264,27 @@ def _trial(evaluate, point, memory, free):
         return _flat(direction_from(grad, free), flags)
 
     x = memory.direction(g, precondition)
-    if not np.all(np.isfinite(x)) or float(x @ g) <= 0:
-        if memory.pairs:
-            return None, np.inf
+    if memory.pairs and not (np.all(np.isfinite(x)) and float(x @ g) > 0):
+        memory.forget()
         x = precondition(g)
-    step = _unflat(x, point.params, flags)
-    step = _within_reach(step)
+    step = _within_reach(_unflat(x, point.params, flags))
+    return step, 0.5 * float(_flat(_change(point.params, step, 1.0)[1], flags) @ g)
+
+
+def _change(params, step, length):
+    """Parameters after ``length`` times a step, and by how much each of them moved."""
+    new = params.moved(step, length)
+    with np.errstate(invalid="ignore"):  # inf - inf of blocks that are not free
+        return new, Parameters(*(a - b for a, b in zip(new, params, strict=True)))
+
+
+def _search(evaluate, point, step, cuts):
+    """The first damped trial that does not lower the objective, and the move to it; or None twice."""
     length, slack = 1.0, ROUNDING * abs(point.value)
-    for _ in range(MEMORY_CUTS if memory.pairs else MAX_CUTS):
-        params = point.params.moved(step, length)
+    for _ in range(cuts):
+        params, moved = _change(point.params, step, length)
         trial = evaluate(params)
         if np.isfinite(trial.value) and trial.value >= point.value - slack:
-            moved = (new - old for new, old in zip(params, point.params, strict=True))
-            with np.errstate(invalid="ignore"):  # inf - inf of blocks that are not free
-                return trial, _flat(moved, flags)
+            return trial, moved
         length *= 0.35
-    return None, 0.5 * float(_flat(step, flags) @ g)
+    return None, None

@@ -137,6 +137,17 @@ def no_sums(n_genes, k):
     )
 
 
+def rotated(genes, rotation):
+    """`GeneSums` in the coordinates of loadings that are rotated, on the host."""
+    k = rotation.shape[0]
+    i, j, back = lowrank.triangle(k)
+    zz = rotation.T @ genes.moments[:, 1 + k :][:, back] @ rotation
+    moments = [genes.moments[:, :1], genes.moments[:, 1 : 1 + k] @ rotation, zz[:, i, j]]
+    return genes._replace(
+        gradient_loadings=genes.gradient_loadings @ rotation, moments=np.concatenate(moments, 1)
+    )
+
+
 class _GeneScores(NamedTuple):
     """Exact gradient of each cell's marginal in the parameters of each gene, (n_cells, n_genes)."""
 

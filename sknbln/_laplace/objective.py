@@ -17,6 +17,7 @@ import numpy as np
 
 from .driver import Point
 from .lowrank import triangle
+from .marginal import rotated
 from .sweeps import NOISE_UNIT, Columns, GaussianPrior, Gradients, Parameters
 
 #: 1/r of a gene whose whole overdispersion is explained by Sigma: not 0, to stay finite
@@ -194,6 +195,14 @@ class Objective:
             genes.gradient_log_r + first,
         )
         return float(sums.log_marginal) + constants, grad, sums, genes.information_log_r - second
+
+    def rotate(self, rotation):
+        """Follow a rotation (k, k) of the loadings: what is known of the last parameters stays known."""
+        self.sweep.rotate(rotation)
+        if self._swept is not None:
+            params, sums = self._swept
+            params = params._replace(loadings=params.loadings @ rotation)
+            self._swept = params, sums._replace(genes=rotated(sums.genes, rotation))
 
     def _constants(self, log_r):
         """What does not depend on the log-rates: its sum, and two derivatives in log r per gene."""

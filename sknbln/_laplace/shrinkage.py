@@ -280,7 +280,7 @@ def _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
     while True:
         rotation = singular_basis(objective.coupling.expand(params).loadings)
         params = params._replace(loadings=params.loadings @ rotation)
-        objective.sweep.rotate(rotation)
+        objective.rotate(rotation)
         point = objective(params)
         natural = objective.coupling.expand(params).loadings
         before = v

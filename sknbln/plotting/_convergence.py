@@ -27,10 +27,10 @@ class ConvergenceDisplay:
     """Course of the objective of a fit and, for NBLN, the Newton decrements of its rows.
 
     For `NBLNEstimator`, left: the distance of the objective (log-posterior per cell) from its last value, and
-    what each sweep gained, on a logarithmic axis with the gain below which two sweeps in a row end the
-    fit; a fall is drawn as such (it occurs where a loadings prior is updated). Right: the sorted Newton
-    decrements of the training rows, with the limit below which a row's mode counts as found. For
-    `NBVCPEstimator`: minus the ELBO per step, which is noisy, with its running mean.
+    what each sweep gained, on a logarithmic axis with the gain below which sweeps end the fit; a fall is
+    drawn as such (it occurs where a loadings prior is updated). Right: the sorted Newton decrements of
+    the training rows, with the limit below which a row's mode counts as found. For `NBVCPEstimator`: minus
+    the ELBO per step, which is noisy, with its running mean.
 
     Parameters
     ----------

@@ -74,10 +74,11 @@ def validate_counts(estimator, X, *, reset, warn=True):
         ensure_all_finite=False,
         copy=False,
     )
-    # a copy: what follows works in place
-    X = sp.csr_matrix(X, copy=True)
-    X.sum_duplicates()
-    X.eliminate_zeros()
+    X = sp.csr_matrix(X)
+    if not X.has_canonical_format or not X.data.all():
+        X = X.copy()  # what follows works in place, maybe on the caller's arrays
+        X.sum_duplicates()
+        X.eliminate_zeros()
     _refuse_values(name, X, getattr(estimator, "feature_names_in_", None))
     if warn:
         _warn_about_values(name, X, reset)

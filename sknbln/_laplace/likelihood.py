@@ -163,6 +163,19 @@ def log_factorial(u):
 
 #: as many multiplicities are counted in one array, 8 bytes each
 _COUNTED_KEYS = 2**22
+#: and so many counts at a time
+_COUNTED_AT_ONCE = 2**18
+
+
+def _parts(n, size):
+    """Slices of at most ``size`` out of n."""
+    return (slice(start, start + size) for start in range(0, n, size))
+
+
+def _whole(values):
+    """Whether all are whole numbers."""
+    parts = (values[part] for part in _parts(values.size, _COUNTED_AT_ONCE))
+    return all(np.array_equal(part, np.floor(part)) for part in parts)
 
 
 class CountHistogram:
@@ -179,17 +192,20 @@ class CountHistogram:
     def __init__(self, X):
         self.n_cells, self.n_genes = X.shape
         values, code = X.data, X.data
-        if values.size == 0 or values.max() >= 2**31 or np.any(values != np.floor(values)):
+        if values.size == 0 or values.max() >= 2**31 or not _whole(values):
             values, code = np.unique(X.data, return_inverse=True)
-        code = code.astype(np.int64)
-        width = int(code.max(initial=0)) + 1
         # one integer key for gene and count; where there are few possible keys, counting beats sorting
-        key = X.indices * np.int64(width) + code
-        if self.n_genes * width <= max(_COUNTED_KEYS, key.size):
-            times = np.bincount(key, minlength=1)
+        width = int(code.max(initial=0)) + 1
+        n_keys = self.n_genes * width
+        if n_keys <= max(_COUNTED_KEYS, code.size):
+            times = np.zeros(n_keys, np.int64)
+            for part in _parts(code.size, max(_COUNTED_AT_ONCE, n_keys)):
+                key = X.indices[part] * np.int64(width) + code[part].astype(np.int64)
+                times += np.bincount(key, minlength=n_keys)
             key = np.flatnonzero(times)
             self.times = times[key]
         else:
+            key = X.indices * np.int64(width) + code.astype(np.int64)
             key, self.times = np.unique(key, return_counts=True)
         self.gene, code = (key // width).astype(np.intp), key % width
         self.count = code.astype(float) if values is X.data else values[code]

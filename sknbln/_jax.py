@@ -192,9 +192,9 @@ def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispers
         if free_dispersion:
             at, genes = np.nonzero(cells.counts)
             constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
-        cells = jax.device_put(cells)
-        mode, result = solve_batch(cells, params, batches.padded(start[rows]))
-        found = score_products(cells, params, mode, result, constants)
+        on_device = jax.device_put(cells)
+        mode, result = solve_batch(on_device, params, batches.padded(start[rows]))
+        found = score_products(on_device, params, mode, result, constants)
         part = [np.asarray(a) for a in found]
         total = part if total is None else [np.add(a, b) for a, b in zip(total, part, strict=True)]
         _fill(out, rows, cells, result, k, batches.X.shape[0])

@@ -86,6 +86,22 @@ class Guide(NamedTuple):
         return np.sqrt(scale**2 + variance * likelihood_share(scale, prior_scale) ** 2)
 
 
+class Noise(NamedTuple):
+    """What draws of the guide are made of: standard normal, and for the offsets uniform."""
+
+    common_shift: np.ndarray  # ()
+    log_mean: np.ndarray  # (n_genes,)
+    log_dispersion: np.ndarray  # (n_genes,)
+    capture_offset: np.ndarray  # (n_rows,), above 0 and below 1
+
+    @classmethod
+    def drawn(cls, rng, n_genes, n_rows):
+        """From a RandomState: generators in the compiled step would cost more than the rest of it."""
+        normal = rng.standard_normal(2 * n_genes + 1)
+        uniform = np.maximum(rng.random_sample(n_rows), np.finfo(float).tiny)
+        return cls(normal[0], normal[1 : n_genes + 1], normal[n_genes + 1 :], uniform)
+
+
 def likelihood_share(scale, prior_scale):
     """Share of the likelihood in the precision of a normal posterior, between 0 and 1."""
     return (1.0 - (scale / prior_scale) ** 2).clip(0.0)
@@ -97,7 +113,7 @@ def shift_of(deviation, scale, share):
     return (deviation @ weight) / (share @ weight)
 
 
-def model(problem, start, rows, counts, weight, has_capture):
+def model(problem, start, rows, counts, weight, noise, has_capture):
     """NumPyro model on a minibatch: rows, their dense counts, and weights that are 0 for padding."""
     log_mean = numpyro.sample("log_mean", dist.Normal(*problem.mean_prior).to_event(1))
     log_r = numpyro.sample("log_dispersion", dist.Normal(*problem.dispersion_prior).to_event(1))
@@ -120,15 +136,17 @@ def model(problem, start, rows, counts, weight, has_capture):
     numpyro.factor("counts", linear - batch + constants)
 
 
-def guide(problem, start, rows, counts, weight, has_capture):
-    """The guide in standardized coordinates around ``start`` (a `Guide`)."""
+def guide(problem, start, rows, counts, weight, noise, has_capture):
+    """The guide in standardized coordinates around ``start`` (a `Guide`); its draws are made of ``noise``."""
     mean, scale = _moved("log_mean", start.log_mean)
     share, sigma = start.common_shift
     normal = dist.LowRankMultivariateNormal(mean, (sigma * share)[:, None], scale**2)
-    log_mean = numpyro.sample("log_mean", normal)
-    shift = shift_of(log_mean - mean, scale, share)
+    deviation = scale * noise.log_mean + sigma * share * noise.common_shift
+    _draw("log_mean", normal, mean + deviation)
+    shift = shift_of(deviation, scale, share)
     loc, scale = _moved("log_dispersion", start.log_dispersion)
-    numpyro.sample("log_dispersion", dist.Normal(loc, scale).to_event(1))
+    normal = dist.Normal(loc, scale).to_event(1)
+    _draw("log_dispersion", normal, loc + scale * noise.log_dispersion)
     if has_capture:
         loc, scale = (p[rows] for p in _moved("capture_offset", start.capture_offset))
         loc = loc + shift * likelihood_share(start.capture_offset[1], problem.row_prior[1])[rows]
@@ -136,7 +154,14 @@ def guide(problem, start, rows, counts, weight, has_capture):
         factor = problem.n_cells / jnp.sum(weight)
         with numpyro.handlers.scale(scale=factor), numpyro.handlers.mask(mask=weight > 0):
             with numpyro.plate("cells", mini):
-                numpyro.sample("capture_offset", dist.TruncatedNormal(loc, scale, low=0.0))
+                truncated = dist.TruncatedNormal(loc, scale, low=0.0)
+                _draw("capture_offset", truncated, truncated.icdf(noise.capture_offset))
+
+
+def _draw(name, distribution, value):
+    """A sample site whose draw is known."""
+    with numpyro.handlers.substitute(data={name: value}):
+        numpyro.sample(name, distribution)
 
 
 def _moved(name, start):
@@ -147,12 +172,15 @@ def _moved(name, start):
 
 
 @jax.jit
-def _step(params, average, state, key, learning_rate, decay, problem, start, batch):
+def _step(params, average, state, learning_rate, decay, problem, start, batch):
     has_capture = start.capture_offset is not None
 
     def loss(p):
         with _TRACING:
-            sites = _ELBO.loss(key, p, model, guide, problem, start, *batch, has_capture)
+            # every draw is known: no key is used
+            sites = _ELBO.loss(
+                jax.random.key(0), p, model, guide, problem, start, *batch, has_capture
+            )
         # NumPyro's own sum runs over a set of names, in another order in every process
         return sum(sites[name] for name in sorted(sites))
 
@@ -246,7 +274,7 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
     ``baseline`` (n_cells,) is each row's log-likelihood at the start, the control variate that
     takes the choice of rows out of the reported losses. Stops when the mean loss of a window of
     steps is no longer below that of the window before by more than ``tol`` nats per cell or by more
-    than the noise of the difference (its standard error).
+    than the noise of the difference (two standard errors).
     """
     n_cells = X.shape[0]
     problem, start = _bucketed(problem, start)
@@ -257,33 +285,32 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
         params |= {f"{name}_shift": zero, f"{name}_log_scale": zero}
     average, state = params, _ADAM.init(params)
     batches = _minibatches(X, rng)
-    key = jax.random.key(rng.randint(np.iinfo(np.int32).max))
     losses, shifts, converged, interrupted = [], [], False, False
     reason = f"n_steps={n_steps} steps were done"
     try:
         for step in range(n_steps):
-            key, now = jax.random.split(key)
             decay = max(1.0 / (1.0 + step), 1.0 / WINDOW)
             rows, counts, weight = next(batches)
             params, average, state, loss = _step(
                 params,
                 average,
                 state,
-                now,
                 learning_rate,
                 decay,
                 problem,
                 start,
-                (rows, counts, weight),
+                (rows, counts, weight, Noise.drawn(rng, X.shape[1], rows.size)),
             )
             chosen = baseline[rows[weight > 0]]
             losses.append(loss)
+            if step > 1:  # every step that waits its turn holds its counts
+                losses[-2].block_until_ready()
             shifts.append(chosen.mean() - baseline.mean())
             if (step + 1) % WINDOW == 0 and step + 1 >= 2 * WINDOW:
                 recent = _sum(losses[-2 * WINDOW :], shifts[-2 * WINDOW :])
                 before, last = recent[:WINDOW], recent[WINDOW:]
                 gain = before.mean() - last.mean()
-                noise = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / WINDOW)
+                noise = 2.0 * np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / WINDOW)
                 if report is not None:
                     report(step + 1, last.mean())
                 if gain < max(tol, noise):

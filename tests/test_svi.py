@@ -88,7 +88,9 @@ def batch(U, rows, size=None):
     size = len(rows) if size is None else size
     pad = size - len(rows)
     dense = np.concatenate([U[rows], np.zeros((pad, U.shape[1]))])
-    return np.r_[rows, np.zeros(pad, int)], dense, np.r_[np.ones(len(rows)), np.zeros(pad)]
+    weight = np.r_[np.ones(len(rows)), np.zeros(pad)]
+    noise = _svi.Noise.drawn(np.random.RandomState(3), U.shape[1], size)
+    return np.r_[rows, np.zeros(pad, int)], dense, weight, noise
 
 
 @pytest.mark.parametrize("capture", [True, False])

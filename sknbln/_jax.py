@@ -6,6 +6,7 @@ float32).
 """
 
 import copy
+import ctypes
 import functools
 import re
 import warnings
@@ -49,6 +50,41 @@ def float64(function):
             return function(*args, **kwargs)
 
     return scoped
+
+
+def _malloc_trim():
+    """glibc's, which gives freed memory back to the system; None where there is another allocator."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
+_TRIM = _malloc_trim()
+
+
+def tidy(kernel):
+    """A jitted function that gives back what its compilation freed.
+
+    The compiler's memory comes in small pieces all over the heap. glibc keeps what is free between them,
+    which for a pair of fits is more than all that they need.
+    """
+    if _TRIM is None:
+        return kernel
+
+    @functools.wraps(kernel)
+    def called(*args):
+        known = kernel._cache_size()
+        found = kernel(*args)
+        if kernel._cache_size() > known:
+            _TRIM(0)
+        return found
+
+    called._cache_size = kernel._cache_size
+    return called
+
+
+solve_cells, score_products = tidy(solve_cells), tidy(score_products)
 
 
 def padded_rank(k):

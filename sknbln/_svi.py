@@ -37,7 +37,7 @@ import optax
 from jax.scipy.special import gammaln
 from numpyro.infer import Trace_ELBO
 
-from ._jax import float64
+from ._jax import float64, tidy
 
 #: rows per step; independent of the estimator's batch_size, which only sets memory
 MINIBATCH = 256
@@ -171,6 +171,7 @@ def _moved(name, start):
     return loc + scale * shift, scale * jnp.exp(log_scale)
 
 
+@tidy
 @jax.jit
 def _step(params, average, state, learning_rate, decay, problem, start, batch):
     has_capture = start.capture_offset is not None

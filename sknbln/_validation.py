@@ -12,6 +12,8 @@ import sklearn
 from sklearn.utils import check_scalar
 from sklearn.utils.validation import validate_data
 
+from ._laplace.likelihood import n_fractional
+
 #: where a warning's line is not the user's
 _NOT_THE_USERS = tuple(
     os.path.dirname(file) + os.sep for file in (__file__, sklearn.__file__, joblib.__file__)
@@ -161,11 +163,11 @@ def _refuse_values(name, X, genes):
 
 
 def _warn_about_values(name, X, fitting):
-    fractional = X.data != np.floor(X.data)
-    if fractional.any():
+    fractional = n_fractional(X.data)
+    if fractional:
         warnings.warn(
-            f"{name} expects counts, found values that are not whole numbers ({fractional.mean():.1%} of the "
-            "non-zero entries). They are used as they are; give raw counts if you have them.",
+            f"{name} expects counts, found values that are not whole numbers ({fractional / X.nnz:.1%} of "
+            "the non-zero entries). They are used as they are; give raw counts if you have them.",
             UserWarning,
             stacklevel=user_stacklevel(),
         )

@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
 
+from sknbln import _jax as jax_module
 from sknbln._jax import (
     RowBatches,
     Sweeper,
@@ -391,3 +392,17 @@ def test_numbers_and_rows_of_one_bucket_share_a_compilation(caplog):
         assert compilations(caplog) == []
         run(20, 60, 3, genes=11)  # a shape of its own: the count does count
         assert compilations(caplog) == ["solve_cells"]
+
+
+def test_memory_is_given_back_after_a_compilation_and_only_then(monkeypatch):
+    given = []
+    monkeypatch.setattr(jax_module, "_TRIM", given.append)
+    kernel = jax_module.tidy(jax.jit(lambda x: x + 1))
+    assert kernel(1.0) == 2.0 and len(given) == 1
+    assert kernel(2.0) == 3.0 and len(given) == 1
+    assert_array_equal(kernel(np.zeros(3)), 1.0)
+    assert len(given) == 2
+    # where the allocator is not glibc's, kernels are as they are
+    monkeypatch.setattr(jax_module, "_TRIM", None)
+    plain = jax.jit(lambda x: x + 1)
+    assert jax_module.tidy(plain) is plain

@@ -167,15 +167,14 @@ _COUNTED_KEYS = 2**22
 _COUNTED_AT_ONCE = 2**18
 
 
-def _parts(n, size):
-    """Slices of at most ``size`` out of n."""
-    return (slice(start, start + size) for start in range(0, n, size))
+def in_parts(a, size=_COUNTED_AT_ONCE):
+    """Views of about ``size`` entries: what is made of one is as small."""
+    return np.array_split(a, max(a.size // size, 1))
 
 
-def _whole(values):
-    """Whether all are whole numbers."""
-    parts = (values[part] for part in _parts(values.size, _COUNTED_AT_ONCE))
-    return all(np.array_equal(part, np.floor(part)) for part in parts)
+def n_fractional(values):
+    """How many are not whole numbers."""
+    return sum(np.count_nonzero(part != np.floor(part)) for part in in_parts(values))
 
 
 class CountHistogram:
@@ -192,15 +191,16 @@ class CountHistogram:
     def __init__(self, X):
         self.n_cells, self.n_genes = X.shape
         values, code = X.data, X.data
-        if values.size == 0 or values.max() >= 2**31 or not _whole(values):
+        if values.size == 0 or values.max() >= 2**31 or n_fractional(values):
             values, code = np.unique(X.data, return_inverse=True)
         # one integer key for gene and count; where there are few possible keys, counting beats sorting
         width = int(code.max(initial=0)) + 1
         n_keys = self.n_genes * width
         if n_keys <= max(_COUNTED_KEYS, code.size):
             times = np.zeros(n_keys, np.int64)
-            for part in _parts(code.size, max(_COUNTED_AT_ONCE, n_keys)):
-                key = X.indices[part] * np.int64(width) + code[part].astype(np.int64)
+            size = max(_COUNTED_AT_ONCE, n_keys)
+            for gene, part in zip(in_parts(X.indices, size), in_parts(code, size), strict=True):
+                key = gene * np.int64(width) + part.astype(np.int64)
                 times += np.bincount(key, minlength=n_keys)
             key = np.flatnonzero(times)
             self.times = times[key]

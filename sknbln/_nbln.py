@@ -75,11 +75,11 @@ class NBLNEstimator(
     max_iter : int, default=200
         Sweeps over the data at most.
     tol : float or None, default=None
-        The fit stops when a sweep raises the log-posterior by less than this fraction of its magnitude
-        and the next one promises no more (half the slope along its step), or the one before did no
-        more either. None takes 1e-4; 1e-5 with ``cascade="marginal"``, whose late sweeps still raise
-        held-out scores; and 1e-6 with a `loadings_prior`, under which the lengths of columns settle slowly:
-        standard errors of a fit that stopped on the way are too small.
+        The fit stops when the next sweep promises to raise the log-posterior by less than half this
+        fraction of its magnitude (half the slope along the step), or when two sweeps in a row raised it by
+        less than this fraction. None takes 1e-4; 1e-5 with ``cascade="marginal"``, whose late sweeps still
+        raise held-out scores; and 1e-6 with a `loadings_prior`, under which the lengths of columns settle
+        slowly: standard errors of a fit that stopped on the way are too small.
     batch_size : int or None, default=None
         Rows that are made dense at a time, about; it sets memory and no result.
     memory : str, joblib.Memory or None, default=None

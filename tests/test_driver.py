@@ -223,23 +223,28 @@ def test_max_iter_is_reported():
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
 def test_small_gains_stop_it(tol, monkeypatch):
-    """Two in a row, or one where the next sweep promises no more."""
+    """A promise below half the tolerance, or two gains in a row below it."""
     evaluate, start = problem(8)
     promises, next_step = [], driver._next_step
 
-    def recorded(*args):
-        step, promised = next_step(*args)
-        promises.append(promised / small.N_CELLS)
+    def recorded(point, memory, free):
+        step, promised = next_step(point, memory, free)
+        promises.append((point.value, promised / small.N_CELLS))
         return step, promised
 
     monkeypatch.setattr(driver, "_next_step", recorded)
     outcome = run(evaluate, start, tol=tol)
-    assert len(promises) == outcome.n_iter + 1  # no memory was dropped on the way
+    # with the memory and, where that promises little, by the metric alone: the larger counts
+    values = np.array([v for v, _ in promises])
+    promises = np.array([p for _, p in promises])
+    promises = [
+        promises[np.isclose(values, v * small.N_CELLS, rtol=1e-12)].max() for v in outcome.history
+    ]
     bound = tol * np.maximum(np.abs(outcome.history[:-1]), 1.0)
     gains = np.diff(outcome.history)
     little = gains < bound
     twice = little & np.r_[False, little[:-1]]
-    stop = twice | (little & (promises[1:] < bound))
+    stop = twice | (np.array(promises[1:]) < 0.5 * bound)
     assert outcome.converged and f"tol={tol:g}" in outcome.reason
     assert ("two sweeps" in outcome.reason) == twice[-1]
     assert np.flatnonzero(stop).tolist() == [outcome.n_iter - 1]
@@ -298,7 +303,9 @@ def test_tol_is_of_one_nat_where_the_objective_is_about_zero():
     outcome = run(scaled(evaluate, 1.0, -best), start, tol=1e-4)
     gains = np.diff(outcome.history)
     assert outcome.converged and abs(outcome.history[-2]) < 1.0
-    assert gains[-1] < 1e-4 < gains[-2]
+    # as where the magnitude is 1: of its own, next to nothing, it would have gone on
+    one = run(scaled(evaluate, 1.0, 1.0 - best), start, tol=1e-4)
+    assert outcome.n_iter == one.n_iter
     assert gains[-1] > 1e-4 * abs(outcome.history[-1])
 
 

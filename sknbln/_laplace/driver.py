@@ -26,6 +26,7 @@ MEMORY_CUTS = 2  # of a quasi-Newton step
 #: a pair of the memory that shows less curvature than this fraction of the metric's is mixed with it
 LEAST_CURVATURE = 0.1
 LARGEST_STEP = 1.5  # nats
+SURE = 0.5  # a sweep gains between half and twice what it promises, mostly
 #: relative rounding error of a sum over all counts; a smaller fall is not a fall
 ROUNDING = 1e-11
 
@@ -160,8 +161,8 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
     n_cells : int
         The history is per cell.
     tol : float
-        Stop when a sweep gains less than this fraction of the objective's magnitude (at least of one
-        nat per cell) twice in a row, or once and the next one promises no more.
+        Stop when the next sweep promises less than `SURE` times this fraction of the objective's
+        magnitude (at least of one nat per cell), or two in a row gained less than it.
     max_iter : int
         Sweeps at most.
     report : callable or None
@@ -226,9 +227,12 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
         history.append(point.value / n_cells)
         step, promised = _next_step(point, memory, free)
         small = small + 1 if gain < tol * size else 0
-        done = small == 2 or (small == 1 and promised < tol * size * n_cells)
-        what = "two sweeps" if small == 2 else "sweep, and the next one promises to,"
-        reason = f"the last {what} gained less than tol={tol:g} of the objective"
+        least = SURE * tol * size * n_cells
+        # the metric alone is asked too: a memory may have lost sight of what is left
+        done = small == 2 or (promised < least and _next_step(point, _Memory(), free)[1] < least)
+        reason = f"the next sweep promises less than {SURE:g} tol={tol:g} of the objective"
+        if small == 2:
+            reason = f"the last two sweeps gained less than tol={tol:g} of the objective"
         yield Outcome(point, done, reason if done else enough, history, iteration, gain)
         if report is not None:
             report(iteration, point)

@@ -47,14 +47,13 @@ def test_a_fit_compiles_a_fixed_number_and_another_like_it_nothing(compiled, cou
     compiled()
     source.fit(counts)
     source.score(counts)
-    # the sweep and the solution of rows at k = 0, the variational step; the rest is what makes JAX's keys
-    first = compiled()
-    assert 3 <= first <= 13
+    # the solution of rows at k = 0, the variational step, and what makes the zeros of Adam's state
+    assert 2 <= compiled() <= 6
     model = NBLNEstimator(3, informative_prior_estimator=source, random_state=0, max_iter=3)
     with pytest.warns(UserWarning, match="did not converge"):
         fit_and_use(model, counts)
-    # sums for the start (2), the sweep and the solution of rows at k = 4, products of scores
-    assert 5 <= compiled() <= 8
+    # sums for the start (2), the solution of rows at k = 4, products of scores
+    assert compiled() == 4
 
     others = [
         dict(random_state=7),

@@ -119,12 +119,13 @@ class _State(NamedTuple):
     zeta: jnp.ndarray
     alpha: jnp.ndarray
     y: jnp.ndarray
-    dzeta: jnp.ndarray  # Newton direction
+    dzeta: jnp.ndarray  # Newton direction, from where the last step was accepted
     dalpha: jnp.ndarray
     dy: jnp.ndarray
-    slope: jnp.ndarray  # directional derivative at the iterate
-    step: jnp.ndarray
-    last: jnp.ndarray  # the next step is the last
+    slope: jnp.ndarray  # directional derivative there
+    length: jnp.ndarray  # how far along the direction the cell is
+    step: jnp.ndarray  # and how much further it goes, or back
+    last: jnp.ndarray  # that is the last step
     done: jnp.ndarray
     n_iter: jnp.ndarray
     rate: jnp.ndarray  # of the system that was made last: what cost most
@@ -161,8 +162,12 @@ def _genes_alone(cells, params, centre):
 
 
 def _reach(move):
-    """The largest change of a log-rate by a step, and the share of it that stays below `FARTHEST`."""
-    largest = jnp.max(jnp.abs(move), 1)
+    """A bound of the largest change of a log-rate by a step, and the share of it that stays below `FARTHEST`.
+
+    The norm of order 16, at most 1.6 times the largest of 2,000: its sum is a product with ones, which takes
+    a tenth of the time of a maximum.
+    """
+    largest = lowrank.row_sums((move**2) ** 8) ** (1 / 16)
     return largest, FARTHEST / jnp.maximum(largest, FARTHEST)
 
 
@@ -204,6 +209,7 @@ def find_mode(cells, params, zeta):
         nowhere,
         zero + 1e300,
         zero,
+        zero,
         jnp.zeros(n, bool),
         cells.weight <= 0,
         jnp.zeros((), jnp.int32),
@@ -225,26 +231,26 @@ def find_mode(cells, params, zeta):
         slope = lowrank.row_sums(lin.terms.gradient * state.dy - d * alpha * state.dalpha)
         slope = slope - jnp.sum(prior_precision * zeta * state.dzeta, 1)
         accept = state.last | (slope >= -0.25 * state.slope)
-        secant = state.step * state.slope / jnp.maximum(state.slope - slope, 1e-300)
-        cut = jnp.clip(secant, 0.1 * state.step, 0.7 * state.step)
+        length = state.length + t[:, 0]
+        secant = length * state.slope / jnp.maximum(state.slope - slope, 1e-300)
+        cut = jnp.clip(secant, 0.1 * length, 0.7 * length)
         dzeta, dalpha, decrement, dy = _direction(cells, params, lin, zeta, alpha)
         largest, full = _reach(dy)
-        live = ~state.done
-        moved = live & accept
 
         def pick(a, b):
-            return jnp.where(moved[:, None], a, b)
+            return jnp.where(accept[:, None], a, b)
 
         return _State(
-            pick(zeta, state.zeta),
-            pick(alpha, state.alpha),
-            pick(y, state.y),
+            zeta,
+            alpha,
+            y,
             pick(dzeta, state.dzeta),
             pick(dalpha, state.dalpha),
             pick(dy, state.dy),
-            jnp.where(moved, decrement, state.slope),
-            jnp.where(moved, full, jnp.where(live, cut, state.step)),
-            moved & (_left_after(decrement, largest) <= LAST_STEP),
+            jnp.where(accept, decrement, state.slope),
+            jnp.where(accept, 0.0, length),
+            jnp.where(accept, full, cut - length),
+            accept & (_left_after(decrement, largest) <= LAST_STEP),
             state.done | (state.last & ~still),
             state.n_iter + 1,
             lin.terms.rate,

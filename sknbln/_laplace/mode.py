@@ -23,7 +23,7 @@ from .likelihood import channel_terms, terms_at
 LAST_STEP = 1e-18
 #: and has converged when the decrement that is found there is below this
 DECREMENT_TOL = 1e-9
-MAX_NEWTON = 100
+MAX_NEWTON = 500
 #: no step changes a log-rate by more than this, nats: where the curvature is next to nothing, the quadratic
 #: model has its maximum thousands of nats away, and the way back is long
 FARTHEST = 10.0

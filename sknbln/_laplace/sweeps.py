@@ -4,7 +4,9 @@ Given the posterior of the scores, the working response of gene g has variance `
 ``(mu_g, w_g)`` solve a weighted least squares with matrix ``A_g = sum_c b_cg E[(1, z)(1, z)']``. The
 step taken here is ``A_g^{-1}`` times the *exact* gradient of the Laplace marginal: without the
 implicit terms it is the expectation-maximization step, with them its fixed point is the optimum of
-the objective. ``log d`` takes a Fisher-scoring step, ``log r`` a Newton step.
+the objective. What all genes change together, the lengths and angles of the columns and the level of
+mu, moves by far too little so, and has Newton steps of its own (`Columns`, `shift_step`). ``log d`` takes
+a Fisher-scoring step, ``log r`` a Newton step.
 
 Plain NumPy: this works on arrays with one row per gene, never on cells.
 """

@@ -88,8 +88,8 @@ def stationary(cells, params, mode, c):
     return max(left.max(), np.max(np.abs(mode.alpha[c] - gradient) / (1.0 + parts)))
 
 
-# Before steps had a bound, one in six of such batches ran out of 100 iterations; with it 1,500 batches of each
-# of the two hardest kinds took 195 at most, and all but one in a hundred fewer than 50.
+# Before steps had a bound, one in six of such batches ran out of 100 iterations; with it 1,500 batches of
+# each of the two hardest kinds took 195 at most, and all but one in a hundred fewer than 50.
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2**32 - 1),

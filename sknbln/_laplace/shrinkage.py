@@ -229,6 +229,8 @@ def evidence_at(loadings, moments, n_cells):
 
 
 SWEEPS_PER_STAGE = 6
+#: a stage under scales that stay goes on: every other one starts without a memory of the steps
+SWEEPS_OF_SETTLED_STAGE = 60
 #: columns below this fraction of the largest are not counted
 RANK_FRACTION = 0.05
 #: nor columns whose root mean square is below this, nats: where all vanish, none is real
@@ -286,22 +288,23 @@ def _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
         before = v
         v, volume = strategy.update(evidence_at(natural, point.moments, n_cells))
         objective.penalty = ColumnPenalty(1.0 / v, volume, point.moments[:, 0] / n_cells)
+        real = v > (RANK_FRACTION / 2) ** 2 * v.max()
+        settled = before is not None and np.all(
+            np.abs(np.sqrt(v[real] / before[real]) - 1.0) < _SETTLED
+        )
+        most = SWEEPS_OF_SETTLED_STAGE if settled else SWEEPS_PER_STAGE
         outcome = ascend(
             objective,
             params,
             free,
             n_cells=n_cells,
             tol=tol,
-            max_iter=min(SWEEPS_PER_STAGE, max_iter - done),
+            max_iter=min(most, max_iter - done),
             report=None if report is None else lambda i, p, done=done: report(done + i, p),
         )
         history += outcome.history if not history else outcome.history[1:]
         done += outcome.n_iter
         params = outcome.point.params
-        real = v > (RANK_FRACTION / 2) ** 2 * v.max()
-        settled = before is not None and np.all(
-            np.abs(np.sqrt(v[real] / before[real]) - 1.0) < _SETTLED
-        )
         converged = bool(outcome.converged and settled)
         # a stage that did not move, under scales that did not: so would be all that follow
         stuck = (

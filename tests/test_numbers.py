@@ -345,7 +345,7 @@ def test_an_outlier_cell_moves_the_components_by_no_more_than_its_share(label):
 @pytest.mark.slow
 def test_a_column_of_nothing_but_a_common_shift_does_not_stop_the_sweeps():
     """Next to no counts, "ard", coupled. With scales down to 1e-6 the sweeps got stuck 0.7 nats per cell
-    below the maximum; it takes 225 of them."""
+    below the maximum; where a stage had six sweeps only, a thousand of them were not enough."""
     for found in divergence.run(158, max_iter=1000):
         assert not found.wrong, "\n".join(found.wrong)
         assert not found.unconverged

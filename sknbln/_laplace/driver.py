@@ -161,8 +161,8 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
     n_cells : int
         The history is per cell.
     tol : float
-        Stop when the next sweep promises less than `SURE` times this fraction of the objective's
-        magnitude (at least of one nat per cell), or two in a row gained less than it.
+        Stop when the next sweep, of a quasi-Newton step, promises less than `SURE` times this fraction
+        of the objective's magnitude (at least of one nat per cell), or two in a row gained less than it.
     max_iter : int
         Sweeps at most.
     report : callable or None
@@ -228,8 +228,13 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
         step, promised = _next_step(point, memory, free)
         small = small + 1 if gain < tol * size else 0
         least = SURE * tol * size * n_cells
-        # the metric alone is asked too: a memory may have lost sight of what is left
-        done = small == 2 or (promised < least and _next_step(point, _Memory(), free)[1] < least)
+        # the metric alone overestimates the curvature of what moves slowly, and a memory may have lost
+        # sight of what is left: both are asked
+        done = small == 2 or (
+            bool(memory.pairs)
+            and promised < least
+            and _next_step(point, _Memory(), free)[1] < least
+        )
         reason = f"the next sweep promises less than {SURE:g} tol={tol:g} of the objective"
         if small == 2:
             reason = f"the last two sweeps gained less than tol={tol:g} of the objective"

@@ -23,7 +23,7 @@ from .likelihood import channel_terms, terms_at
 LAST_STEP = 1e-18
 #: and has converged when the decrement that is found there is below this
 DECREMENT_TOL = 1e-9
-MAX_NEWTON = 500
+MAX_NEWTON = 100
 #: no step changes a log-rate by more than this, nats: where the curvature is next to nothing, the quadratic
 #: model has its maximum thousands of nats away, and the way back is long
 FARTHEST = 10.0
@@ -75,7 +75,7 @@ class Mode(NamedTuple):
     L: jnp.ndarray  # (n_cells, k + 1, k + 1) Cholesky factor of M there
     decrement: jnp.ndarray  # (n_cells,)
     converged: jnp.ndarray  # (n_cells,) bool
-    n_iter: jnp.ndarray  # () iterations of the batch
+    n_iter: jnp.ndarray  # () steps of the batch
 
 
 def location(cells, params):
@@ -85,24 +85,24 @@ def location(cells, params):
 
 def linearize(cells, params, y):
     """Expand the likelihood at ``y``."""
-    terms = channel_terms(cells.counts, y, params.phi[None, :])
-    lin = _with_factor(cells, params, terms, None)
+    lin = _expansion(cells, params, channel_terms(cells.counts, y, params.phi[None, :]))
     pairs = lowrank.pair_products(lowrank.with_capture(params.loadings))
     M = lowrank.precision_matrix(lin.b, pairs, lin.scales, lin.prior_precision)
     return lin._replace(L=lowrank.cholesky(M))
 
 
 def linearization_at(cells, params, mode):
-    """What `linearize` says at a `Mode`, of what is known there."""
+    """What `linearize` says at a `Mode`, without what is known there."""
     terms = terms_at(cells.counts, mode.rate, params.phi[None, :])
-    return _with_factor(cells, params, terms, mode.L)
+    return _expansion(cells, params, terms)._replace(L=mode.L)
 
 
-def _with_factor(cells, params, terms, L):
+def _expansion(cells, params, terms):
+    """The Newton system but for its Cholesky factor."""
     k = params.loadings.shape[1]
     den = 1.0 + params.noise[None, :] * terms.curvature
     scales, precision = (lowrank.column_scale(a, k) for a in (cells.scale, cells.precision))
-    return Linearization(terms, den, terms.curvature / den, L, scales, precision)
+    return Linearization(terms, den, terms.curvature / den, None, scales, precision)
 
 
 def lift(params, scales, zeta):
@@ -125,6 +125,7 @@ class _State(NamedTuple):
     slope: jnp.ndarray  # directional derivative there
     length: jnp.ndarray  # how far along the direction the cell is
     step: jnp.ndarray  # and how much further it goes, or back
+    reach: jnp.ndarray  # no step changes a log-rate by more
     last: jnp.ndarray  # that is the last step
     done: jnp.ndarray
     n_iter: jnp.ndarray
@@ -161,14 +162,13 @@ def _genes_alone(cells, params, centre):
     return alpha
 
 
-def _reach(move):
-    """A bound of the largest change of a log-rate by a step, and the share of it that stays below `FARTHEST`.
+def _largest(move):
+    """A bound of the largest change of a log-rate by a step, (n_cells,).
 
     The norm of order 16, at most 1.6 times the largest of 2,000: its sum is a product with ones, which takes
     a tenth of the time of a maximum.
     """
-    largest = lowrank.row_sums((move**2) ** 8) ** (1 / 16)
-    return largest, FARTHEST / jnp.maximum(largest, FARTHEST)
+    return lowrank.row_sums((move**2) ** 8) ** (1 / 16)
 
 
 def _left_after(decrement, largest):
@@ -187,75 +187,77 @@ def find_mode(cells, params, zeta):
     A step is accepted when the slope along it has not turned below minus a quarter of what it was
     (the objective is concave, so along the step it rises while the slope is positive); otherwise
     the step is cut by the secant rule. The decision uses gradients only: no differences of
-    objectives, no logarithms. No step changes a log-rate by more than `FARTHEST`. Cells stop one by one
-    and do not influence each other. The last iteration of the batch moves no cell but by its last step,
-    so that the system is known where every cell ends.
+    objectives, no logarithms. No step changes a log-rate by more than `FARTHEST`, nor by more than twice
+    the last one where that had half of its slope left. Cells stop one by one and do not influence each
+    other; where the loop ends, the system is that of the point where each cell is.
 
     Returns the :class:`Mode`.
     """
     d = params.noise[None, :]
     scales = lowrank.column_scale(cells.scale, params.loadings.shape[1])
-    prior_precision = lowrank.column_scale(cells.precision, params.loadings.shape[1])
     centre = location(cells, params) + lift(params, scales, zeta)
     alpha = _genes_alone(cells, params, centre)
     zero, nowhere = jnp.zeros_like(cells.offset), jnp.zeros_like(centre)
     n, size = zeta.shape
     state = _State(
-        zeta,
-        alpha,
-        centre + d * alpha,
-        jnp.zeros_like(zeta),
-        nowhere,
-        nowhere,
-        zero + 1e300,
-        zero,
-        zero,
-        jnp.zeros(n, bool),
-        cells.weight <= 0,
-        jnp.zeros((), jnp.int32),
-        nowhere,
-        jnp.zeros((n, size, size)),
-        zero,
+        zeta=zeta,
+        alpha=alpha,
+        y=centre + d * alpha,
+        dzeta=jnp.zeros_like(zeta),
+        dalpha=nowhere,
+        dy=nowhere,
+        slope=zero,
+        length=zero,
+        step=zero,
+        reach=zero + FARTHEST,
+        last=jnp.zeros(n, bool),
+        done=cells.weight <= 0,
+        n_iter=jnp.full((), -1, jnp.int32),  # the first iteration takes no step
+        rate=nowhere,
+        L=jnp.zeros((n, size, size)),
+        decrement=zero,
     )
 
     def unfinished(state):
-        return (state.n_iter == 0) | jnp.any(~state.done) & (state.n_iter < MAX_NEWTON)
+        return (state.n_iter < 0) | jnp.any(~state.done) & (state.n_iter < MAX_NEWTON)
 
     def body(state):
-        still = state.done | (state.n_iter == MAX_NEWTON - 1) & ~state.last
-        t = jnp.where(still, 0.0, state.step)[:, None]
+        t = jnp.where(state.done, 0.0, state.step)[:, None]
         zeta = state.zeta + t * state.dzeta
         alpha = state.alpha + t * state.dalpha
         y = state.y + t * state.dy
         lin = linearize(cells, params, y)
         slope = lowrank.row_sums(lin.terms.gradient * state.dy - d * alpha * state.dalpha)
-        slope = slope - jnp.sum(prior_precision * zeta * state.dzeta, 1)
+        slope = slope - jnp.sum(lin.prior_precision * zeta * state.dzeta, 1)
         accept = state.last | (slope >= -0.25 * state.slope)
         length = state.length + t[:, 0]
         secant = length * state.slope / jnp.maximum(state.slope - slope, 1e-300)
         cut = jnp.clip(secant, 0.1 * length, 0.7 * length)
         dzeta, dalpha, decrement, dy = _direction(cells, params, lin, zeta, alpha)
-        largest, full = _reach(dy)
+        largest = _largest(dy)
+        far = (state.n_iter >= 0) & (slope >= 0.5 * state.slope)
+        reach = jnp.where(far, 2.0 * state.reach, FARTHEST)
 
         def pick(a, b):
             return jnp.where(accept[:, None], a, b)
 
         return _State(
-            zeta,
-            alpha,
-            y,
-            pick(dzeta, state.dzeta),
-            pick(dalpha, state.dalpha),
-            pick(dy, state.dy),
-            jnp.where(accept, decrement, state.slope),
-            jnp.where(accept, 0.0, length),
-            jnp.where(accept, full, cut - length),
-            accept & (_left_after(decrement, largest) <= LAST_STEP),
-            state.done | (state.last & ~still),
-            state.n_iter + 1,
-            lin.terms.rate,
-            lin.L,
-            decrement,
+            zeta=zeta,
+            alpha=alpha,
+            y=y,
+            dzeta=pick(dzeta, state.dzeta),
+            dalpha=pick(dalpha, state.dalpha),
+            dy=pick(dy, state.dy),
+            slope=jnp.where(accept, decrement, state.slope),
+            length=jnp.where(accept, 0.0, length),
+            step=jnp.where(accept, reach / jnp.maximum(largest, reach), cut - length),
+            reach=reach,
+            last=accept & (_left_after(decrement, largest) <= LAST_STEP),
+            done=state.done | state.last,
+            n_iter=state.n_iter + 1,
+            rate=lin.terms.rate,
+            L=lin.L,
+            decrement=decrement,
         )
 
     state = jax.lax.while_loop(unfinished, body, state)

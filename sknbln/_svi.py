@@ -275,7 +275,7 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
     ``baseline`` (n_cells,) is each row's log-likelihood at the start, the control variate that
     takes the choice of rows out of the reported losses. Stops when the mean loss of a window of
     steps is no longer below that of the window before by more than ``tol`` nats per cell or by more
-    than the noise of the difference (two standard errors).
+    than the noise of the difference (its standard error).
     """
     n_cells = X.shape[0]
     problem, start = _bucketed(problem, start)
@@ -304,14 +304,14 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
             )
             chosen = baseline[rows[weight > 0]]
             losses.append(loss)
-            if step > 1:  # every step that waits its turn holds its counts
+            if step:  # every step that waits its turn holds its counts
                 losses[-2].block_until_ready()
             shifts.append(chosen.mean() - baseline.mean())
             if (step + 1) % WINDOW == 0 and step + 1 >= 2 * WINDOW:
                 recent = _sum(losses[-2 * WINDOW :], shifts[-2 * WINDOW :])
                 before, last = recent[:WINDOW], recent[WINDOW:]
                 gain = before.mean() - last.mean()
-                noise = 2.0 * np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / WINDOW)
+                noise = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / WINDOW)
                 if report is not None:
                     report(step + 1, last.mean())
                 if gain < max(tol, noise):

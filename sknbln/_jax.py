@@ -161,11 +161,6 @@ def _globals(mean, loadings, noise, phi):
     return jax.device_put(Globals(mean, pad_columns(loadings, k), noise, phi))
 
 
-def solve_batch(cells, params, zeta):
-    """The `Mode` and the `CellResults` of a batch."""
-    return solve_cells(cells, params, zeta, no_sums(*params.loadings.shape))[:2]
-
-
 @float64
 def solve_rows(batches, mean, loadings, noise, phi, start=None):
     """Solve every row given the globals, from the scores of a sweep where they are given.
@@ -180,12 +175,13 @@ def solve_rows(batches, mean, loadings, noise, phi, start=None):
     """
     params = _globals(mean, loadings, noise, phi)
     k, padded = loadings.shape[1], params.loadings.shape[1]
-    zeta = np.zeros((batches.rows, padded + 1))
+    zeta, nothing = np.zeros((batches.rows, padded + 1)), jax.device_put(no_sums(mean.size, padded))
     out = {}
     for rows, cells in batches:
         if start is not None:
             zeta = batches.padded(start[rows])
-        _fill(out, rows, cells, solve_batch(cells, params, zeta)[1], k, batches.X.shape[0])
+        _, result, _ = solve_cells(cells, params, zeta, nothing)
+        _fill(out, rows, cells, result, k, batches.X.shape[0])
     return out
 
 
@@ -222,14 +218,14 @@ def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispers
     params = _globals(mean, loadings, noise, phi)
     k, padded = loadings.shape[1], params.loadings.shape[1]
     r = 1.0 / phi if free_dispersion else None
-    total, out = None, {}
+    total, out, nothing = None, {}, jax.device_put(no_sums(mean.size, padded))
     for rows, cells in batches:
         constants = np.zeros_like(cells.counts)
         if free_dispersion:
             at, genes = np.nonzero(cells.counts)
             constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
         on_device = jax.device_put(cells)
-        mode, result = solve_batch(on_device, params, batches.padded(start[rows]))
+        mode, result, _ = solve_cells(on_device, params, batches.padded(start[rows]), nothing)
         found = score_products(on_device, params, mode, result, constants)
         part = [np.asarray(a) for a in found]
         total = part if total is None else [np.add(a, b) for a, b in zip(total, part, strict=True)]

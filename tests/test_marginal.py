@@ -7,7 +7,6 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from sknbln._jax import solve_batch
 from sknbln._laplace import mode as mode_module
 from sknbln._laplace.likelihood import log_rising, row_constants
 from sknbln._laplace.lowrank import triangle
@@ -33,8 +32,7 @@ def float64(strict_jax):
 
 
 def solve(cells, params):
-    results = solve_batch(cells, params, small.zeros(cells, params))[1]
-    return jax.tree.map(np.asarray, results)
+    return jax.tree.map(np.asarray, small.solved(cells, params)[1])
 
 
 def sweep(cells, params, before=None):

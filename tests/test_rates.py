@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from sknbln._jax import solve_batch
 from sknbln._laplace.rates import draw_rates
 
 from .reference import direct, small
@@ -43,7 +42,7 @@ def test_draws_are_the_laplace_posterior_s(kind, zero_noise):
         noise[::3] = 0.0
         params = params._replace(noise=noise)
     n, n_genes, k = *cells.counts.shape, params.loadings.shape[1]
-    mode, _ = solve_batch(cells, params, small.zeros(cells, params))
+    mode, _ = small.solved(cells, params)
 
     def draw(e):
         e = np.tile(e, (n, 1))
@@ -59,7 +58,7 @@ def test_draws_are_the_laplace_posterior_s(kind, zero_noise):
 
 def test_a_draw_without_noise_is_the_mode():
     cells, params, r = small.problem(seed=2)
-    mode, _ = solve_batch(cells, params, small.zeros(cells, params))
+    mode, _ = small.solved(cells, params)
     noise = np.zeros((small.N_CELLS, small.RANK + 1)), np.zeros((small.N_CELLS, small.N_GENES))
     y = draw_rates(cells, params, mode, *noise)
     for c in range(small.N_CELLS):

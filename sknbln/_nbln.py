@@ -144,6 +144,8 @@ class NBLNEstimator(
     objective_history_ : ndarray of shape (n_iter + 1,)
         Log-posterior per cell, from the start on; never falls, except where a loadings prior is
         updated between stages of sweeps.
+    promised_gain_ : float
+        What another sweep promised when the fit ended, nats per cell: half the slope along its step.
     n_iter_ : int
         Sweeps done.
     converged_ : bool
@@ -334,6 +336,7 @@ class NBLNEstimator(
         self._n_features_out = self.latent_dim_
         self._rows = row_posterior(rows)
         self.objective_history_ = np.asarray(outcome.history)
+        self.promised_gain_ = outcome.promised
         self.n_iter_ = outcome.n_iter
         self.converged_ = bool(outcome.converged and outcome.point.n_unconverged == 0)
         self.newton_decrement_ = rows["decrement"]

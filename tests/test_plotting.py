@@ -337,9 +337,13 @@ def test_convergence_draws_the_history_and_the_decrements(model):
     np.testing.assert_allclose(y, history[-1] - history[:-1])
     assert x.tolist() == list(range(model.n_iter_))
     np.testing.assert_allclose(line(left, "gain").get_ydata(), np.diff(history))
-    # two gains in a row below the line would have ended the fit
+    # the line is where the fit stopped: its last two gains are below, no two in a row before, or the
+    # promise of another sweep is below half of it
     smallest = line(left, f"tol = {model.tol_:g} of the objective").get_ydata()[0]
     below = np.diff(history) < smallest
+    x, y = line(left, "promise").get_data()
+    assert x == [model.n_iter_ + 1] and y == [model.promised_gain_]
+    assert below[-2:].all() or 0 < model.promised_gain_ < smallest / 2
     assert not np.any(below[:-2] & below[1:-1])
     assert smallest == pytest.approx(model.tol_ * abs(history[-1]), rel=1e-3)
     assert left.get_title() == f"NBLNEstimator: converged after {model.n_iter_} sweeps"

@@ -60,6 +60,7 @@ class Outcome(NamedTuple):
     history: list
     n_iter: int
     gain: float
+    promised: float  # by the next sweep, nats per cell
     interrupted: bool = False
 
     def stopped(self):
@@ -195,8 +196,8 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
     history, memory, small, gain = [point.value / n_cells], _Memory(), 0, np.inf
     free_flags = tuple(free)
     enough = f"max_iter={max_iter} sweeps were done"
-    yield Outcome(point, False, enough, history, 0, gain)
     step, promised = _next_step(point, memory, free)
+    yield Outcome(point, False, enough, history, 0, gain, promised / n_cells)
 
     for iteration in range(1, max_iter + 1):
         trial, moved = _search(evaluate, point, step, MEMORY_CUTS if memory.pairs else MAX_CUTS)
@@ -214,6 +215,7 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
                 history,
                 iteration,
                 0.0,
+                promised,
             )
             return
         if iteration > PLAIN_SWEEPS:
@@ -228,17 +230,17 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
         step, promised = _next_step(point, memory, free)
         small = small + 1 if gain < tol * size else 0
         least = SURE * tol * size * n_cells
-        # the metric alone overestimates the curvature of what moves slowly, and a memory may have lost
-        # sight of what is left: both are asked
-        done = small == 2 or (
-            bool(memory.pairs)
-            and promised < least
-            and _next_step(point, _Memory(), free)[1] < least
-        )
-        reason = f"the next sweep promises less than {SURE:g} tol={tol:g} of the objective"
+        if memory.pairs and promised < least:  # a memory may have lost sight of what is left
+            promised = max(promised, _next_step(point, _Memory(), free)[1])
+        # the metric alone overestimates the curvature of what moves slowly: it is not enough
+        little = bool(memory.pairs) and promised < least
+        reason = enough
         if small == 2:
             reason = f"the last two sweeps gained less than tol={tol:g} of the objective"
-        yield Outcome(point, done, reason if done else enough, history, iteration, gain)
+        elif little:
+            reason = f"the next sweep promises less than {SURE:g} tol={tol:g} of the objective"
+        done = small == 2 or little
+        yield Outcome(point, done, reason, history, iteration, gain, promised / n_cells)
         if report is not None:
             report(iteration, point)
         if done:

@@ -26,11 +26,12 @@ _WINDOW = 25
 class ConvergenceDisplay:
     """Course of the objective of a fit and, for NBLN, the Newton decrements of its rows.
 
-    For `NBLNEstimator`, left: the distance of the objective (log-posterior per cell) from its last value, and
-    what each sweep gained, on a logarithmic axis with the gain below which sweeps end the fit; a fall is
-    drawn as such (it occurs where a loadings prior is updated). Right: the sorted Newton decrements of
-    the training rows, with the limit below which a row's mode counts as found. For `NBVCPEstimator`: minus
-    the ELBO per step, which is noisy, with its running mean.
+    For `NBLNEstimator`, left: the distance of the objective (log-posterior per cell) from its last value,
+    what each sweep gained and what another one promised, on a logarithmic axis with the gain below which
+    two sweeps in a row end the fit, as does a promise of half of it; a fall is drawn as such (it occurs
+    where a loadings prior is updated). Right: the sorted Newton decrements of the training rows, with the
+    limit below which a row's mode counts as found. For `NBVCPEstimator`: minus the ELBO per step, which
+    is noisy, with its running mean.
 
     Parameters
     ----------
@@ -42,6 +43,8 @@ class ConvergenceDisplay:
         Newton decrements of the training rows, nats. None where `objective` is a loss curve.
     tol : float or None, default=None
         Tolerance of the gain per sweep, a fraction of the objective's magnitude.
+    promised_gain : float or None, default=None
+        What another sweep promised, nats per cell.
     name : str, default=""
         Name of the estimator, for the title.
 
@@ -63,11 +66,14 @@ class ConvergenceDisplay:
     (1, 2)
     """
 
-    def __init__(self, objective, converged, *, newton_decrement=None, tol=None, name=""):
+    def __init__(
+        self, objective, converged, *, newton_decrement=None, tol=None, promised_gain=None, name=""
+    ):
         self.objective = objective
         self.converged = converged
         self.newton_decrement = newton_decrement
         self.tol = tol
+        self.promised_gain = promised_gain
         self.name = name
 
     @classmethod
@@ -98,6 +104,7 @@ class ConvergenceDisplay:
                 estimator.converged_,
                 newton_decrement=estimator.newton_decrement_,
                 tol=estimator.tol_,
+                promised_gain=estimator.promised_gain_,
                 name=name,
             )
         else:
@@ -123,7 +130,7 @@ class ConvergenceDisplay:
         size = (9.0, 3.8) if sweeps else (5.6, 3.8)
         self.figure_, self.axes_ = grid_of_axes(plt, ax, 1, 1 + sweeps, size)
         if sweeps:
-            _draw_sweeps(self.axes_[0, 0], np.asarray(self.objective), self.tol)
+            _draw_sweeps(self.axes_[0, 0], np.asarray(self.objective), self.tol, self.promised_gain)
             _draw_decrements(self.axes_[0, 1], np.asarray(self.newton_decrement))
             steps, unit = len(self.objective) - 1, "sweeps"
         else:
@@ -137,8 +144,8 @@ class ConvergenceDisplay:
         return self
 
 
-def _draw_sweeps(ax, objective, tol):
-    """Distance from the last value, and the change of each sweep."""
+def _draw_sweeps(ax, objective, tol, promised):
+    """Distance from the last value, the change of each sweep, and what another one promised."""
     sweep = np.arange(objective.size)
     distance, change = np.abs(objective - objective[-1]), np.diff(objective)
     some = distance > 0
@@ -149,6 +156,9 @@ def _draw_sweeps(ax, objective, tol):
         style = dict(color=VERMILLION, markersize=5, markerfacecolor="none")
         label = "fall (loadings prior updated)"
         ax.plot(sweep[1:][fall], -change[fall], "v", label=label, **style)
+    if promised is not None and promised > 0:
+        style = dict(color=ORANGE, markersize=5, markerfacecolor="none")
+        ax.plot([objective.size], [promised], "o", label="promise of another sweep", **style)
     if tol:
         # as the fit takes it: of a magnitude of one nat at least
         smallest = tol * magnitude(objective[-1], 1)

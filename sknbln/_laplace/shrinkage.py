@@ -278,7 +278,6 @@ def ascend_with_prior(objective, strategy, params, free, *, n_cells, tol, max_it
 def _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
     """Yield the `Outcome` and the scales after each stage, as if it were the last."""
     history, done, v = [], 0, None
-    point = objective(params)
     while True:
         rotation = singular_basis(objective.coupling.expand(params).loadings)
         params = params._replace(loadings=params.loadings @ rotation)

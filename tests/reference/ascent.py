@@ -1,0 +1,42 @@
+"""A small objective with a bad start, for what climbs it."""
+
+import numpy as np
+
+from sknbln._jax import RowBatches, Sweeper
+from sknbln._laplace.likelihood import CountHistogram
+from sknbln._laplace.objective import Objective
+from sknbln._laplace.sweeps import NOISE_UNIT, GaussianPrior, Parameters
+
+from . import small
+from .csr import csr
+
+K = 2
+N = small.N_CELLS
+BLOCKS = ("mean", "loadings", "log_noise", "log_r")
+
+
+def noise_coordinate(d):
+    return np.log1p(d / NOISE_UNIT)
+
+
+def problem(seed, coupling=None):
+    """Objective and a bad start: far means, loadings at random, noise and sizes at their ends."""
+    cells, params, _ = small.problem(seed)
+    X = csr(cells.counts)
+    G = small.N_GENES
+    # eight cells say little of twelve genes: priors keep the optimum inside
+    evaluate = Objective(
+        Sweeper(RowBatches(X, cells.offset, cells.scale), K),
+        CountHistogram(X),
+        GaussianPrior(np.full(G, 2.0), np.full(G, 0.25)),
+        GaussianPrior(np.full(G, 1.0), np.full(G, 1.0)),
+        coupling,
+    )
+    rng = np.random.default_rng(seed)
+    start = Parameters(
+        params.mean + 2 * rng.standard_normal(G),
+        rng.standard_normal((G, K)),
+        noise_coordinate(np.exp(rng.uniform(np.log(1e-4), np.log(5.0), G))),
+        rng.uniform(-4.0, 6.0, G),
+    )
+    return evaluate, start

@@ -181,6 +181,7 @@ def restricted(source, genes):
         log_mean=tuple(a[genes] for a in guide.log_mean),
         log_dispersion=tuple(a[genes] for a in guide.log_dispersion),
         common_shift=(guide.common_shift[0][genes], guide.common_shift[1]),
+        dispersion_known=guide.dispersion_known[genes],
     )
     cut.n_features_in_ = len(genes)
     cut.feature_names_in_ = source.feature_names_in_[genes]

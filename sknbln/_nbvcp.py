@@ -336,18 +336,19 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         """Normal posterior by the curvature at the maximum, one parameter at a time."""
         x, grad = point.params, point.grad
         log_mean = x.mean, 1 / np.sqrt(grad.moments[:, 0])
-        log_r = (
-            x.log_r,
-            1 / np.sqrt(np.maximum(grad.information_log_r, LOG_DISPERSION_PRIOR[1] ** -2)),
-        )
-        shift = self._common_shift(grad)
+        # never less than the prior has
+        least = LOG_DISPERSION_PRIOR[1] ** -2
+        information = np.maximum(grad.information_log_r, least)
+        known = np.maximum(grad.information_log_r - grad.missing_log_r, least) / information
+        log_r = x.log_r, information**-0.5
+        shared = self._common_shift(grad), known
         if prior is None:
-            return _svi.Guide(log_mean, log_r, None, shift)
+            return _svi.Guide(log_mean, log_r, None, *shared)
         mean, loadings, noise, phi = x.natural()
         offsets = _capture.offset_posterior(
             X, mean, loadings, noise, phi, prior, self.batch_size, rows
         )
-        return _svi.Guide(log_mean, log_r, (offsets.raw_loc, offsets.scale), shift)
+        return _svi.Guide(log_mean, log_r, (offsets.raw_loc, offsets.scale), *shared)
 
     def _common_shift(self, grad):
         """Shares of the likelihood in each log m, and the standard deviation of their common shift.
@@ -470,12 +471,16 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
 
     def _log_draws(self, n_samples, rng):
         """Posterior draws of log r and log mu, a dict of two arrays (n_samples, n_genes)."""
-        guide = {"r": self._guide.log_dispersion, "mu": self._guide.log_mean}
+        guide = self._guide
+        normals = {
+            "r": (guide.log_dispersion[0], guide.log_dispersion_scale),
+            "mu": guide.log_mean,
+        }
         draws = {
             name: loc + scale * rng.standard_normal((n_samples, loc.size))
-            for name, (loc, scale) in guide.items()
+            for name, (loc, scale) in normals.items()
         }
-        share, sigma = self._guide.common_shift
+        share, sigma = guide.common_shift
         draws["mu"] += sigma * share * rng.standard_normal((n_samples, 1))
         return draws
 

@@ -150,7 +150,7 @@ def distributions(model, scores, score_covariance, offsets):
     found = {}
     if model.observation == "nb":
         if "r" in model.frozen_params_:
-            found["r"] = dist.LogNormal(*guide.log_dispersion)
+            found["r"] = dist.LogNormal(guide.log_dispersion[0], guide.log_dispersion_scale)
             if coupled:
                 change = CoupledDispersion(model._coordinate_variance)
                 found["r"] = dist.TransformedDistribution(found["r"], change)

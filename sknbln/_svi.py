@@ -23,6 +23,14 @@ of single parameters given the others. With ``f`` the likelihood's share of a pa
 and log r is normal. That is the Gaussian posterior itself where the informations factorize over cells
 and genes. ``sigma`` and ``f`` come from the curvature at the maximum; locations and scales move, in units of
 the standard deviations that the curvature gives, so that one learning rate fits all.
+
+The scale of log r that this finds is that given the offsets. How much of the information in log r their
+posterior variances ``v_c`` take is known from the maximum too (Louis 1982),
+
+.. math:: \sum_c v_c \left( \frac{\partial^2 \log p(u_{cg})}
+          {\partial \eta_c \, \partial \log r_g} \right)^2
+
+and the marginal scale is wider by the square root of the share that is left.
 """
 
 import threading
@@ -71,12 +79,20 @@ class Guide(NamedTuple):
     log_dispersion: tuple
     capture_offset: tuple | None  # loc, scale, (n_cells,) each; None without a capture model
     common_shift: tuple  # share of the likelihood in each log m, (n_genes,), and sigma
+    dispersion_known: (
+        np.ndarray
+    )  # share of the information in log r without the offsets, (n_genes,)
 
     @property
     def log_mean_scale(self):
         """Marginal standard deviations of log m, (n_genes,)."""
         share, sigma = self.common_shift
         return np.sqrt(self.log_mean[1] ** 2 + (sigma * share) ** 2)
+
+    @property
+    def log_dispersion_scale(self):
+        """Marginal standard deviations of log r, (n_genes,)."""
+        return self.log_dispersion[1] / np.sqrt(self.dispersion_known)
 
     def capture_offset_scale(self, prior_scale):
         """Marginal standard deviations of the offsets before truncation, (n_cells,)."""

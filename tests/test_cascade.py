@@ -102,7 +102,7 @@ def test_soft_priors_are_the_moments_of_the_draws(source):
     priors = soft_priors(source, 2.0, 4000, np.random.RandomState(0))
     for prior, (loc, scale) in (
         (priors.log_mean, (source._guide.log_mean[0], source._guide.log_mean_scale)),
-        (priors.log_r, source._guide.log_dispersion),
+        (priors.log_r, (source._guide.log_dispersion[0], source._guide.log_dispersion_scale)),
     ):
         # 4,000 draws: 1.1 % error of a standard deviation
         np.testing.assert_allclose(prior.precision**-0.5, 2.0 * scale, rtol=0.06)
@@ -176,6 +176,8 @@ def test_a_source_of_more_genes_is_cut_by_name(counts):
     np.testing.assert_array_equal(model.dispersion_, whole.dispersion_[keep])
     assert model.informative_prior_estimator_ is whole
     assert model.sample_posterior(5).r.shape == (5, 8)
+    scale, expected = model.get_distributions()["r"].scale, whole._guide.log_dispersion_scale
+    np.testing.assert_allclose(scale, expected[keep], rtol=1e-6)
     assert whole.n_features_in_ == counts.shape[1]
 
 

@@ -223,7 +223,7 @@ def test_sums_are_loops_over_cells(kind):
     result = solve(cells, params)
     i, j, _ = triangle(small.RANK)
     moments = np.zeros((small.N_GENES, 1 + small.RANK + i.size))
-    noise_information = np.zeros(small.N_GENES)
+    noise_information, missing = np.zeros(small.N_GENES), np.zeros(small.N_GENES)
     shift = 0.0
     for c in range(7):
         t = twins(Cells(*(a[c : c + 1] for a in cells)), params, r)[0]
@@ -246,6 +246,9 @@ def test_sums_are_loops_over_cells(kind):
         for g in range(small.N_GENES):
             moments[g] += b[g] * np.r_[1.0, z[: small.RANK], second[i, j]]
         noise_information += np.diag(K) ** 2 / 2
+        # covariance of the log-rates by Woodbury, a flat offset included
+        V = np.diag(1 / a) - np.diag(1 / a) @ K @ np.diag(1 / a)
+        missing += np.diag(V) * live_gradient(cells.counts[c], t.y, np.log(r)) ** 2
         shift += K.sum()
     assert_allclose(sums.genes.moments, moments, rtol=1e-8, atol=1e-8)
     assert_allclose(sums.genes.information_noise, noise_information, rtol=1e-8)
@@ -256,8 +259,15 @@ def test_sums_are_loops_over_cells(kind):
         for c, t in enumerate(twins(cells, params, r)[:7])
     ]
     assert_allclose(sums.genes.information_log_r, -np.sum(second_r, 0), rtol=1e-5, atol=1e-4)
+    assert_allclose(sums.genes.missing_log_r, missing, rtol=1e-5, atol=1e-8)
     assert sums.n_unconverged == 0
     assert np.all(result.decrement[:7] <= DECREMENT_TOL)
+
+
+def live_gradient(u, y, log_r, h=1e-5):
+    """Difference in log r of the derivative of the log-pmf in y."""
+    up, down = (direct.pmf_derivatives(u, y, np.exp(at))[0] for at in (log_r + h, log_r - h))
+    return (up - down) / (2 * h)
 
 
 def live_log_r(u, y, log_r, h=1e-3):

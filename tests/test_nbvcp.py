@@ -3,8 +3,11 @@
 import copy
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.scipy.special import gammaln
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 from sklearn.base import clone
@@ -12,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 from sknbln import NBVCPEstimator, _nbvcp, _svi
 from sknbln._capture import CapturePrior
+from sknbln._jax import RowBatches, solve_rows
 from sknbln._laplace.likelihood import CountHistogram
 from sknbln.datasets import make_nbvcp_counts
 
@@ -279,6 +283,51 @@ def test_score_of_new_rows_is_near_the_truths(sim, model):
     assert -0.1 < difference.mean() < 0.3
 
 
+# ------------------------------------------------------------------ uncertainty
+
+
+def whole_posterior_sd(guide, fixed, U):
+    """Standard deviations of (log m, log r, eta) by the whole Hessian of the joint density."""
+    n_genes = U.shape[1]
+
+    def log_joint(v):
+        log_mean, log_r, eta = v[:n_genes], v[n_genes : 2 * n_genes], v[2 * n_genes :]
+        r, y = jnp.exp(log_r), log_mean - eta[:, None]
+        counts = U * y - (U + r) * jnp.log(r + jnp.exp(y)) + r * log_r + gammaln(U + r) - gammaln(r)
+        priors = (fixed.mean_prior, fixed.dispersion_prior, fixed.row_prior)
+        residuals = [
+            (x - loc) / scale
+            for x, (loc, scale) in zip((log_mean, log_r, eta), priors, strict=True)
+        ]
+        return jnp.sum(counts) - 0.5 * sum(jnp.sum(e**2) for e in residuals)
+
+    at = np.concatenate([guide.log_mean[0], guide.log_dispersion[0], guide.capture_offset[0]])
+    with jax.enable_x64(True):
+        H = np.asarray(jax.hessian(log_joint)(at))
+    sd = np.sqrt(np.diag(np.linalg.inv(-H)))
+    return sd[:n_genes], sd[n_genes : 2 * n_genes], sd[2 * n_genes :]
+
+
+@pytest.mark.parametrize("mean_range", [(3.0, 30.0), (30.0, 300.0)])
+def test_marginal_scales_of_the_start_are_those_of_the_whole_posterior(mean_range):
+    """Few genes, so that the offsets are poorly known; none of them is near its bound."""
+    X = make_nbvcp_counts(n_cells=150, n_genes=8, mean_range=mean_range, random_state=1).data
+    X = X.astype(float)
+    prior = CapturePrior(float(np.log(X.sum(1).max()) + 1.5), 0.5)
+    fixed = _nbvcp._problem(X, prior, CountHistogram(X))
+    estimator = NBVCPEstimator()
+    outcome, scores = estimator._maximum(X, fixed, CountHistogram(X))
+    params = outcome.point.params
+    rows = solve_rows(RowBatches(X, *fixed.row_prior), *params.natural(), scores)
+    guide = estimator._curvature_guide(X, prior, outcome.point, rows)
+    assert guide.capture_offset[0].min() > 1.5
+    sd = whole_posterior_sd(guide, fixed, X.toarray())
+    assert_allclose(guide.log_mean_scale, sd[0], rtol=0.02)
+    assert_allclose(guide.log_dispersion_scale, sd[1], rtol=0.04)
+    assert_allclose(guide.capture_offset_scale(prior.sigma), sd[2], rtol=0.04)
+    assert np.min(guide.log_dispersion[1] / sd[1]) < 0.87  # given the offsets they are too narrow
+
+
 # ------------------------------------------------------------------ draws
 
 
@@ -287,8 +336,11 @@ def test_sample_posterior_of_the_training_rows(model):
     assert set(draws) == {"r", "mu", "eta"}
     assert draws.r.shape == draws.mu.shape == (4000, G) and draws.eta.shape == (4000, N)
     guide = model._guide
-    means = guide.log_mean[0], guide.log_mean_scale
-    for name, (loc, scale) in (("mu", means), ("r", guide.log_dispersion)):
+    marginal = {
+        "mu": (guide.log_mean[0], guide.log_mean_scale),
+        "r": (guide.log_dispersion[0], guide.log_dispersion_scale),
+    }
+    for name, (loc, scale) in marginal.items():
         log = np.log(draws[name])
         # 4 standard errors of mean and standard deviation of 4,000 draws
         assert_allclose(((log.mean(0) - loc) / scale), 0.0, atol=4 / np.sqrt(4000))

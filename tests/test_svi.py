@@ -177,6 +177,7 @@ def start(n=N, capture=True):
         (rng.uniform(0, 2, G), np.full(G, 0.3)),
         offset,
         (rng.uniform(0.3, 1.0, G), 0.15),
+        np.ones(G),
     )
 
 

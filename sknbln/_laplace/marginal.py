@@ -52,6 +52,7 @@ class GeneSums(NamedTuple):
     moments: jnp.ndarray  # (n_genes, T) sum_c b [1 z][1 z]', packed upper triangle
     information_noise: jnp.ndarray  # (n_genes,) sum_c K_gg^2 / 2
     information_log_r: jnp.ndarray  # (n_genes,) at fixed y, without the constant's part
+    missing_log_r: jnp.ndarray  # (n_genes,) how much of it is lost because y is not known
 
 
 class BatchSums(NamedTuple):
@@ -133,7 +134,9 @@ def no_sums(n_genes, k):
         np.zeros(()),
         np.zeros((), np.int64),
         np.zeros(()),
-        GeneSums(genes, np.zeros((n_genes, k)), genes, genes, np.zeros((n_genes, T)), genes, genes),
+        GeneSums(
+            genes, np.zeros((n_genes, k)), genes, genes, np.zeros((n_genes, T)), genes, genes, genes
+        ),
     )
 
 
@@ -155,6 +158,7 @@ class _GeneScores(NamedTuple):
     noise: jnp.ndarray  # in d
     log_r: jnp.ndarray  # without the constant's part
     information_log_r: jnp.ndarray  # at fixed y, without the constant's part
+    missing_log_r: jnp.ndarray  # how much of it is lost because y is not known
     K: jnp.ndarray  # diagonal of (A^{-1} + Sigma)^{-1}
     beta: jnp.ndarray
     xi: jnp.ndarray  # (n_cells, k + 1)
@@ -185,6 +189,7 @@ def _gene_scores(cells, params, mode, lin, covariance):
         0.5 * (alpha**2 - K) + alpha * beta,
         dispersion.score - 0.5 * variance * dispersion.d_curvature + q * dispersion.d_gradient,
         -dispersion.second,
+        variance * dispersion.d_gradient**2,
         K,
         beta,
         xi,
@@ -223,6 +228,7 @@ def _gene_sums(cells, params, mode, lin, covariance):
         moments,
         0.5 * (cells.weight @ scores.K**2),
         cells.weight @ scores.information_log_r,
+        cells.weight @ scores.missing_log_r,
     )
 
 

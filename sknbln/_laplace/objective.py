@@ -245,6 +245,7 @@ class Objective:
                 moments,
                 slope**2 * sums.genes.information_noise + NOISE_RATE * slope,
                 information_log_r + self.prior_log_r.precision + self.weak_log_r.precision,
+                sums.genes.missing_log_r,
                 float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
                 self.coupling.columns(columns),
             ),

@@ -138,6 +138,7 @@ class Gradients(NamedTuple):
     moments: np.ndarray
     information_log_noise: np.ndarray
     information_log_r: np.ndarray
+    missing_log_r: np.ndarray
     information_shift: float
     columns: Columns
 

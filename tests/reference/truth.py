@@ -26,7 +26,11 @@ def nbvcp(mean, r, *, capture_prior=None, library_size=(), **params):
     model.n_features_in_ = len(mean)
     model._library_size = np.asarray(library_size, float)
     model._guide = Guide(
-        (np.log(mean), point), (np.log(r), point), offsets, (np.ones(len(mean)), 0.0)
+        log_mean=(np.log(mean), point),
+        log_dispersion=(np.log(r), point),
+        capture_offset=offsets,
+        common_shift=(np.ones(len(mean)), 0.0),
+        dispersion_known=np.ones(len(mean)),
     )
     return model
 

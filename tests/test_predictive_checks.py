@@ -51,7 +51,7 @@ def test_summary_is_of_the_p_values(fits):
     frame, models = fits
     X = frame.copy()
     X.iloc[:, :3] *= 2  # genes that the model does not fit
-    check = predictive_check(models["default"], X, n_samples=100, random_state=1)
+    check = predictive_check(models["default"], X, n_samples=100, random_state=2)
     for name in STATISTICS:
         p = np.sort(check.p_values[name])
         outside = np.mean((p < 0.025) | (p > 0.975))
@@ -60,6 +60,7 @@ def test_summary_is_of_the_p_values(fits):
         distance = max((steps[1:] - p).max(), (p - steps[:-1]).max())
         assert check.summary[f"{name}_ks"] == pytest.approx(distance)
     found = np.concatenate(list(check.p_values.values()))
+    # the threshold can be told from 0.05
     assert np.any((found > 0.025) & (found < 0.05)) and np.any(found < 0.025)
 
 

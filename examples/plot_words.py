@@ -84,7 +84,7 @@ models = {
         informative_priors_freeze=("eta",),
         informative_priors_tau=np.inf,
         loadings_prior="ard",
-        tol=3e-4,  # of the log-posterior: 0.02 nats per document
+        tol=1e-4,  # of the log-posterior: 0.006 nats per document
         random_state=0,
         **options,
     ).fit(X[train])

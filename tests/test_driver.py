@@ -17,6 +17,7 @@ from sknbln._laplace.sweeps import (
     NOISE_RANGE,
     NOISE_UNIT,
     GaussianPrior,
+    Information,
     Parameters,
     curvature_product,
 )
@@ -241,7 +242,9 @@ def scaled(evaluate, factor, constant=0.0):
         point = evaluate(x)
         columns = point.grad.columns
         columns = columns._replace(
-            information=factor * columns.information, assumed=factor * columns.assumed
+            known=Information(*(factor * a for a in columns.known)),
+            assumed=Information(*(factor * a for a in columns.assumed)),
+            precision=factor * columns.precision,
         )
         blocks = {n: factor * g for n, g in point.grad._asdict().items() if n != "columns"}
         grad = point.grad._replace(**blocks, columns=columns)

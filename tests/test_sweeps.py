@@ -62,6 +62,53 @@ def test_regression_step_of_a_gene_without_information_is_finite():
     assert_array_equal(loadings, 0.0)
 
 
+def with_prior(grad, precision):
+    """The moments as the objective has them under a prior of the columns."""
+    i, j, _ = triangle(K)
+    moments = grad.moments.copy()
+    moments[:, 1 + K + np.flatnonzero(i == j)] += precision
+    return grad._replace(moments=moments)
+
+
+@pytest.mark.parametrize("free_mean", [True, False])
+def test_regression_step_leaves_what_the_genes_share_to_the_data(free_mean):
+    """A prior holds deviations of the loadings from their mean; one of the columns has none."""
+    grad, G = gradients(), small.N_GENES
+    precision = np.array([50.0, 0.0])
+    columns = grad.columns._replace(precision=precision, known=grad.columns.assumed)
+    grad = with_prior(grad, precision)._replace(columns=columns)
+    whole = np.zeros((G, K + 1, G, K + 1))
+    for g, A in enumerate(least_squares_matrix(grad.moments, K)):
+        whole[g, :, g, :] = A
+    for k in range(K):
+        whole[:, 1 + k, :, 1 + k] -= precision[k] / G
+    keep = np.tile(np.r_[free_mean, [True] * K], G).astype(bool)
+    rhs = np.concatenate([grad.mean[:, None], grad.loadings], 1).ravel()
+    expected = np.zeros(G * (K + 1))
+    whole = whole.reshape(expected.size, -1)
+    expected[keep] = np.linalg.solve(whole[np.ix_(keep, keep)], rhs[keep])
+    mean, loadings = regression_step(grad, free_mean, True)
+    found = np.concatenate([mean[:, None], loadings], 1).ravel()
+    assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+    # and the product is that matrix's
+    step = Parameters(mean, loadings, np.zeros(G), np.zeros(G))
+    product = curvature_product(grad, step, ALL)
+    back = np.concatenate([product.mean[:, None], product.loadings], 1).ravel()
+    assert_allclose(back[keep], rhs[keep], rtol=1e-5, atol=1e-8)
+
+
+def test_curvature_product_is_positive_where_the_columns_take_more_than_there_is():
+    rng = np.random.default_rng(11)
+    precision, zero = np.array([1e4, 1e-2]), np.zeros(small.N_GENES)
+    grad = with_prior(gradients(), precision)
+    for weight in (1e-3, 1.0, 1e3):  # in what the regressions are said to assume
+        columns = Columns.at(grad.loadings, np.full(zero.size, weight), 50, precision)
+        for _ in range(20):
+            step = Parameters(zero, columns.lift(rng.standard_normal((K, K))), zero, zero)
+            product = curvature_product(grad._replace(columns=columns), step, ALL)
+            assert np.sum(product.loadings * step.loadings) > 0
+
+
 def test_shift_step_completes_newtons_step_of_a_common_shift():
     grad = gradients()
     assumed = grad.moments[:, 0].sum()
@@ -87,14 +134,49 @@ def test_information_of_columns_is_that_of_a_factor_model():
         for j in range(i + 1):
             S = np.zeros((3, 3))
             S[i, j] = S[j, i] = 1.0
+            S = columns.basis @ S @ columns.basis.T  # in which every entry has a number of its own
             change = columns.lift(S)
-            slope = columns.loadings @ columns.basis.T @ change.T
+            slope = W @ change.T
             slope = slope + slope.T  # of the covariance
             fisher = n / 2 * np.trace(inverse @ slope @ inverse @ slope)
-            assert_allclose(np.sum(S**2 * columns.information), fisher, rtol=1e-8)
+            known = np.sum(S * columns.times(columns.known, S))
+            assert_allclose(known, fisher, rtol=1e-8)
             assert_allclose(
-                np.sum(S**2 * columns.assumed), np.sum(weight[:, None] * change**2), rtol=1e-8
+                np.sum(S * columns.times(columns.assumed, S)),
+                np.sum(weight[:, None] * change**2),
+                rtol=1e-8,
             )
+
+
+def test_information_of_columns_is_between_nothing_and_what_is_assumed():
+    """Of symmetric changes, rotations and all mixtures, so that the step climbs whatever the gradient."""
+    rng = np.random.default_rng(9)
+    for size in ([2.0, 1.0, 0.6], [30.0, 0.1, 1e-3], [1e-2, 1e-3, 1e-4]):
+        W = rng.standard_normal((60, 3)) * size
+        columns, _ = columns_at(W, rng.uniform(0.1, 10.0, 3))
+        units = np.eye(9).reshape(9, 3, 3)
+        known, assumed = (
+            np.array([columns.times(information, S).ravel() for S in units])
+            for information in (columns.known, columns.assumed)
+        )
+        for matrix in (known, assumed - known):
+            assert_allclose(matrix, matrix.T, atol=1e-10 * np.abs(matrix).max())
+            values = np.linalg.eigvalsh((matrix + matrix.T) / 2)
+            assert values.min() > -1e-12 * values.max()
+
+
+@pytest.mark.parametrize("precision", [0.0, np.array([0.5, 2.0, 1e6])])
+def test_inverse_of_the_columns_information(precision):
+    rng = np.random.default_rng(10)
+    columns, _ = columns_at(rng.standard_normal((60, 3)), precision)
+    S = rng.standard_normal((3, 3))
+    if not np.any(precision):
+        S = S + S.T  # of a rotation nothing is known
+    back = columns.inverse(columns.known, columns.times(columns.known, S))
+    assert_allclose(back, S, rtol=1e-5, atol=1e-6)
+    if np.any(precision):
+        back = columns.inverse(columns.assumed, columns.times(columns.assumed, S))
+        assert_allclose(back, S, rtol=1e-5, atol=1e-6)
 
 
 def test_columns_of_noise_and_of_nothing_take_the_regressions_step():
@@ -112,11 +194,13 @@ def test_prior_of_the_columns_is_part_of_their_information():
     W = rng.standard_normal((12, 3))
     weight = np.ones(12)
     precision = np.array([0.5, 2.0, 30.0])
-    free, held = (Columns.at(W, weight, 12, p) for p in (0.0, precision))
-    more = held.information - free.information
-    assert_allclose(more, held.assumed - free.assumed, rtol=1e-12)
-    pull = held.basis.T**2 @ precision
-    assert_allclose(np.diag(more), pull * np.sum(held.loadings**2, 0), rtol=1e-12)
+    held = Columns.at(W, weight, 12, precision)
+    free = held._replace(precision=np.zeros(3))
+    S = rng.standard_normal((3, 3))
+    pull = np.sum(precision * np.sum(((W - W.mean(0)) @ S) ** 2, 0))
+    for name in ("known", "assumed"):
+        with_prior, without = (np.sum(S * c.times(getattr(c, name), S)) for c in (held, free))
+        assert_allclose(with_prior - without, pull, rtol=1e-10)
 
 
 def test_column_step_climbs():
@@ -125,9 +209,12 @@ def test_column_step_climbs():
     W = rng.standard_normal((12, 3))
     columns, weight = columns_at(W)
     grad = gradients()._replace(columns=columns)
-    for _ in range(20):
-        grad = grad._replace(loadings=rng.standard_normal((12, 3)))
-        assert np.sum(column_step(grad) * grad.loadings) >= 0
+    for precision in (0.0, rng.uniform(0.1, 100.0, 3)):
+        grad = grad._replace(columns=columns_at(W, precision)[0])
+        for _ in range(20):
+            grad = grad._replace(loadings=rng.standard_normal((12, 3)))
+            assert np.sum(column_step(grad) * grad.loadings) >= 0
+    grad = grad._replace(columns=columns)
     # the gradient of a quadratic function of S alone, as the regression sees it
     S = rng.standard_normal((3, 3))
     S += S.T
@@ -135,7 +222,8 @@ def test_column_step_climbs():
     regression = change.copy()  # A^{-1} times the gradient below
     grad = grad._replace(loadings=weight[:, None] * change)
     total = regression + column_step(grad)
-    assert_allclose(total, columns.lift(S * columns.assumed / columns.information), rtol=1e-10)
+    newton = columns.inverse(columns.known, columns.times(columns.assumed, S))
+    assert_allclose(total, columns.lift(newton), rtol=1e-10)
 
 
 def test_scale_step_is_newtons_inside_its_bounds():
@@ -151,7 +239,7 @@ def test_curvature_product_is_what_the_steps_invert(free):
     """Each block's step maps the product back to the direction it was made of."""
     grad = gradients()
     # the columns' own part, below, is inverted exactly only where the regressions are alike
-    grad = grad._replace(columns=grad.columns._replace(information=grad.columns.assumed))
+    grad = grad._replace(columns=grad.columns._replace(known=grad.columns.assumed))
     rng = np.random.default_rng(0)
     blocks = (grad.mean, grad.loadings, grad.log_noise, grad.log_r)
     # small steps of scales: they are cut at one nat

@@ -50,7 +50,7 @@ class GeneSums(NamedTuple):
     gradient_noise: jnp.ndarray  # (n_genes,) in d
     gradient_log_r: jnp.ndarray  # (n_genes,) without the constant's part
     moments: jnp.ndarray  # (n_genes, T) sum_c b [1 z][1 z]', packed upper triangle
-    information_noise: jnp.ndarray  # (n_genes,) sum_c K_gg^2 / 2
+    information_noise: jnp.ndarray  # (n_genes,) sum_c K_gg^2 / 2 + K_gg / 4
     information_log_r: jnp.ndarray  # (n_genes,) at fixed y, without the constant's part
     missing_log_r: jnp.ndarray  # (n_genes,) how much of it is lost because y is not known
 
@@ -226,7 +226,8 @@ def _gene_sums(cells, params, mode, lin, covariance):
         cells.weight @ scores.noise,
         cells.weight @ scores.log_r,
         moments,
-        0.5 * (cells.weight @ scores.K**2),
+        # variance of the score of d: of Gaussian responses, and a quarter of a count's fourth cumulant
+        cells.weight @ (0.5 * scores.K**2 + 0.25 * scores.K),
         cells.weight @ scores.information_log_r,
         cells.weight @ scores.missing_log_r,
     )

@@ -138,7 +138,7 @@ class MarginalCoupling:
 
     def columns(self, columns):
         """Only what the regression assumes: the mean and dispersion of every gene change too."""
-        return columns._replace(information=columns.assumed)
+        return columns._replace(known=columns.assumed)
 
 
 class Objective:

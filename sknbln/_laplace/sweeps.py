@@ -14,6 +14,7 @@ Plain NumPy: this works on arrays with one row per gene, never on cells.
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse.linalg import LinearOperator, cg
 
 from .lowrank import triangle
 
@@ -22,6 +23,11 @@ NOISE_UNIT = 0.01
 NOISE_RANGE = (np.log1p(1e-6 / NOISE_UNIT), np.log1p(50.0 / NOISE_UNIT))
 LOG_DISPERSION_RANGE = (np.log(1e-5), np.log(1e9))
 _MAX_LOG_STEP = 1.0
+_CG_TOL, _CG_ITERATIONS = 1e-10, 200
+#: share of the most that may be known of a rotation of the loadings, of which only a prior knows: not 0
+LEAST_ROTATION = 0.02
+#: share of the regressions' curvature along a step that stays when the columns' excess is taken off
+LEAST_CURVATURE_LEFT = 0.01
 
 
 class Parameters(NamedTuple):
@@ -89,43 +95,92 @@ class GaussianPrior(NamedTuple):
         return np.where(self.precision > 0, x, self.loc) - self.loc
 
 
+class Information(NamedTuple):
+    """Of the cells in the entries of a matrix S: ``own * S + other * S'``."""
+
+    own: np.ndarray  # (k, k)
+    other: np.ndarray  # (k, k)
+
+
 class Columns(NamedTuple):
-    """What is known of a common change of all loadings, ``W (I + S)`` with S symmetric.
+    """What is known of a common change of all loadings, ``W (I + S)``.
 
     A regression on the scores takes them as known, and so lengthens a column, or turns two towards each
-    other, by far too little: it assumes the information ``sum_g b_g w_g w_g' = n H``. The n cells have
-    ``2 n tr(R S R S)``, ``R = H (I + H)^{-1}`` the reliability of the scores. In the basis in which H is
-    diagonal every entry of S has a number of its own. (Parameter expansion of the EM algorithm, Liu, Rubin
-    & Wu 1998, takes such a step for its own reasons.)
+    other, by far too little: it assumes the information ``n tr(S' H S)``, ``n H = sum_g b_g w_g w_g'``. The n
+    cells have ``2 n tr(R T R T)`` of the symmetric part T of S, ``R = H (I + H)^{-1}`` the reliability of the
+    scores, and none of a rotation. In the basis in which H is diagonal every entry has a number of its
+    own. (Parameter expansion of the EM algorithm, Liu, Rubin & Wu 1998, takes such a step for its own
+    reasons.) A prior of the columns, with precisions P, adds ``tr(P S' C S)``, C the products of the
+    columns of W_perp. Without one a rotation changes nothing, and S is symmetric.
     """
 
-    loadings: np.ndarray  # (n_genes, k) in the basis
+    loadings: np.ndarray  # (n_genes, k)
     basis: np.ndarray  # (k, k)
-    information: np.ndarray  # (k, k) of each entry of S
-    assumed: np.ndarray  # (k, k) the same by the regression; nowhere less
+    known: Information  # in the basis
+    assumed: Information  # the same by the regression; nowhere less
+    precision: np.ndarray  # (k,) P
+    products: np.ndarray  # (k, k) C
 
     @classmethod
     def at(cls, loadings, weight, n_cells, precision):
-        """From the sums of b over cells, and the precision (k,) of the prior of the columns."""
+        """From the sums of b over cells, and the precision of the prior of the columns."""
         h, basis = np.linalg.eigh(loadings.T @ (weight[:, None] * loadings) / n_cells)
         h = np.maximum(h, 0.0)
         # a column of noise is no longer than its genes' regressions want it
         reliability = np.maximum(h / (1.0 + h), 0.5)
-        rotated = loadings @ basis
-        pull = np.outer(basis.T**2 @ np.broadcast_to(precision, h.shape), np.sum(rotated**2, 0))
-        prior = (pull + pull.T) / 2.0
-        assumed = n_cells * (h[:, None] + h[None, :]) / 2.0 + prior
-        information = 2.0 * n_cells * np.outer(reliability, reliability) + prior
-        return cls(rotated, basis, np.minimum(information, assumed), assumed)
+        T = 2.0 * n_cells * np.outer(reliability, reliability)
+        assumed = n_cells * np.broadcast_to(h[:, None], basis.shape)
+        precision = np.broadcast_to(precision, h.shape)
+        # no more than is assumed: of T alone arithmetic means of h, with the rest beside it harmonic ones
+        most = rotation = (assumed + assumed.T) / 2.0
+        if np.any(precision > 0):
+            most = assumed * assumed.T / np.maximum(most, 1e-300)
+            rotation = LEAST_ROTATION * most * (1.0 - np.eye(h.size))
+            most = most - rotation
+        T = np.minimum(T, most)
+        centred = loadings - loadings.mean(0)
+        return cls(
+            loadings,
+            basis,
+            Information((T + rotation) / 2.0, (T - rotation) / 2.0),
+            Information(assumed, np.zeros_like(assumed)),
+            precision,
+            centred.T @ centred,
+        )
 
     def project(self, change):
-        """The symmetric matrix of inner products of changes of the loadings with ``W S``."""
-        T = self.loadings.T @ (change @ self.basis)
-        return (T + T.T) / 2.0
+        """Inner products of changes of the loadings with ``W S``."""
+        return self.loadings.T @ change
 
     def lift(self, S):
         """``W S``, (n_genes, k)."""
-        return self.loadings @ S @ self.basis.T
+        return self.loadings @ S
+
+    def times(self, information, S):
+        """``known`` or ``assumed``, with the prior's, times S."""
+        X = self.basis.T @ S @ self.basis
+        of_cells = information.own * X + information.other * X.T
+        return self.basis @ of_cells @ self.basis.T + self.products @ S * self.precision
+
+    def inverse(self, information, T):
+        """S of which :meth:`times` makes T; symmetric without a prior."""
+        B, k = self.basis, self.precision.size
+        if not np.any(self.precision > 0):
+            total = information.own + information.other
+            total = total + total.T
+            return B @ (B.T @ (T + T.T) @ B / np.where(total > 0, total, np.inf)) @ B.T
+        diagonal = B**2 @ information.own @ B.T**2
+        diagonal = np.maximum(diagonal + np.outer(np.diag(self.products), self.precision), 1e-300)
+        found, _ = cg(
+            LinearOperator(
+                (k * k, k * k), lambda s: self.times(information, s.reshape(k, k)).ravel()
+            ),
+            T.ravel(),
+            rtol=_CG_TOL,
+            maxiter=_CG_ITERATIONS,
+            M=LinearOperator((k * k, k * k), lambda s: s / diagonal.ravel()),
+        )
+        return found.reshape(k, k)
 
 
 class Gradients(NamedTuple):
@@ -154,7 +209,10 @@ def least_squares_matrix(moments, k):
 
 
 def regression_step(grad, free_mean, free_loadings):
-    """``A_g^{-1} gradient`` for (mu_g, w_g), with what is frozen left out of the system."""
+    """``A_g^{-1} gradient`` for (mu_g, w_g), with what is frozen left out of the system.
+
+    ``A_g`` has the precision of the columns' prior, which holds their deviations from the mean over genes.
+    """
     k = grad.loadings.shape[1]
     if not (free_mean or (free_loadings and k)):
         return np.zeros_like(grad.mean), np.zeros_like(grad.loadings)
@@ -165,6 +223,14 @@ def regression_step(grad, free_mean, free_loadings):
     diagonal += 1e-10 * diagonal.mean(1, keepdims=True) + 1e-300
     step = np.zeros((grad.mean.size, k + 1))
     step[:, keep] = np.linalg.solve(A, rhs[:, :, None])[:, :, 0]
+    held = np.flatnonzero(grad.columns.precision > 0) if free_loadings else []
+    if len(
+        held
+    ):  # what the genes have in common is not: less precision / n_genes of every pair, by Woodbury
+        at = held + int(free_mean)
+        inverse = np.linalg.inv(A)[:, :, at]
+        inner = np.diag(A.shape[0] / grad.columns.precision[held]) - inverse[:, at].sum(0)
+        step[:, keep] += inverse @ np.linalg.solve(inner, step[:, 1 + held].sum(0))
     return step[:, 0], step[:, 1:]
 
 
@@ -183,8 +249,8 @@ def shift_step(grad):
 def column_step(grad):
     """Newton step of a common change of all loadings, beyond what the regression takes of it."""
     columns = grad.columns
-    S = columns.project(grad.loadings) * _beyond(columns.information, columns.assumed)
-    return columns.lift(S)
+    T = columns.project(grad.loadings)
+    return columns.lift(columns.inverse(columns.known, T) - columns.inverse(columns.assumed, T))
 
 
 def _beyond(information, assumed):
@@ -209,15 +275,19 @@ def curvature_product(grad, step, free):
 
     def regression(mean, loadings):
         product = A @ np.concatenate([mean[:, None], loadings], 1)[:, :, None]
-        return product[:, 0, 0], product[:, 1:, 0]
+        return product[:, 0, 0], product[:, 1:, 0] - grad.columns.precision * loadings.mean(0)
 
     mean, loadings = regression(step.mean, step.loadings)
     if free.loadings:  # less what the regression assumes too much: Woodbury's identity
         columns = grad.columns
-        excess = columns.assumed - columns.information
-        S = columns.project(loadings) * excess / np.maximum(columns.assumed, 1e-100) ** 2
-        too_much = regression(np.zeros_like(mean), columns.lift(S))
-        mean, loadings = mean - too_much[0], loadings - too_much[1]
+        S = columns.inverse(columns.assumed, columns.project(loadings))
+        S = S - columns.inverse(columns.assumed, columns.times(columns.known, S))
+        excess = regression(np.zeros_like(mean), columns.lift(S))
+        whole = np.sum(step.mean * mean) + np.sum(step.loadings * loadings)
+        taken = np.sum(step.mean * excess[0]) + np.sum(step.loadings * excess[1])
+        # `assumed` is the regressions' only where they are alike; elsewhere it may be more than all
+        if whole - taken > LEAST_CURVATURE_LEFT * whole:
+            mean, loadings = mean - excess[0], loadings - excess[1]
     return Parameters(
         mean,
         loadings,

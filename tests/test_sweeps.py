@@ -7,6 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sknbln._laplace.driver import Free
 from sknbln._laplace.lowrank import triangle
 from sknbln._laplace.objective import MarginalCoupling
+from sknbln._laplace.shrinkage import ColumnPenalty
 from sknbln._laplace.sweeps import (
     LOG_DISPERSION_RANGE,
     NOISE_RANGE,
@@ -189,6 +190,17 @@ def test_columns_of_noise_and_of_nothing_take_the_regressions_step():
     assert column_step(grad).shape == (12, 0)
 
 
+def test_columns_of_nothing_under_a_prior():
+    """As where a prior has taken all columns to zero: what is known is singular."""
+    rng = np.random.default_rng(12)
+    for _ in range(20):
+        alike = rng.standard_normal((12, 1)) * [1.0, -4e-3]
+        for W in (np.zeros((12, 2)), 1e-16 * (alike + rng.standard_normal(2))):
+            columns = Columns.at(W, 1e-200 * np.ones(12), 50, np.array([1e6, 1e6]))
+            grad = gradients()._replace(columns=columns, loadings=rng.standard_normal((12, 2)))
+            assert np.all(np.isfinite(column_step(grad)))
+
+
 def test_prior_of_the_columns_is_part_of_their_information():
     rng = np.random.default_rng(6)
     W = rng.standard_normal((12, 3))
@@ -310,3 +322,16 @@ def test_coupled_loadings_take_the_regressions_step(dispersion):
     assert_array_equal(column_step(grad), 0.0)
     free = problem(15)[0](x).grad
     assert np.any(column_step(free) != 0)
+    # under a prior, which holds rotations, theirs alone is longer
+    evaluate.penalty = ColumnPenalty(np.array([1.0, 50.0]), np.zeros(K), np.zeros(small.N_GENES))
+    columns = evaluate(x).grad.columns
+    turn = columns.basis @ np.array([[0.0, 1.0], [-1.0, 0.0]]) @ columns.basis.T
+    lengths = columns.basis @ np.diag([1.0, 2.0]) @ columns.basis.T
+
+    def information(of, S):
+        return np.sum(S * columns.times(of, S))
+
+    assert_allclose(
+        information(columns.known, lengths), information(columns.assumed, lengths), rtol=1e-10
+    )
+    assert information(columns.known, turn) < information(columns.assumed, turn)

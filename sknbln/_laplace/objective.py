@@ -137,8 +137,8 @@ class MarginalCoupling:
         )
 
     def columns(self, columns):
-        """Only what the regression assumes: the mean and dispersion of every gene change too."""
-        return columns._replace(known=columns.assumed)
+        """Of rotations alone: with the lengths the mean and dispersion of every gene change too."""
+        return columns.knowing(np.inf)
 
 
 class Objective:

@@ -24,6 +24,8 @@ NOISE_RANGE = (np.log1p(1e-6 / NOISE_UNIT), np.log1p(50.0 / NOISE_UNIT))
 LOG_DISPERSION_RANGE = (np.log(1e-5), np.log(1e9))
 _MAX_LOG_STEP = 1.0
 _CG_TOL, _CG_ITERATIONS = 1e-10, 200
+#: an information of which there is none
+_NOTHING = 1e-100
 #: share of the most that may be known of a rotation of the loadings, of which only a prior knows: not 0
 LEAST_ROTATION = 0.02
 #: share of the regressions' curvature along a step that stays when the columns' excess is taken off
@@ -128,25 +130,31 @@ class Columns(NamedTuple):
         h = np.maximum(h, 0.0)
         # a column of noise is no longer than its genes' regressions want it
         reliability = np.maximum(h / (1.0 + h), 0.5)
-        T = 2.0 * n_cells * np.outer(reliability, reliability)
         assumed = n_cells * np.broadcast_to(h[:, None], basis.shape)
+        assumed = Information(assumed, np.zeros_like(assumed))
+        centred = loadings - loadings.mean(0)
         precision = np.broadcast_to(precision, h.shape)
-        # no more than is assumed: of T alone arithmetic means of h, with the rest beside it harmonic ones
-        most = rotation = (assumed + assumed.T) / 2.0
-        if np.any(precision > 0):
-            most = assumed * assumed.T / np.maximum(most, 1e-300)
-            rotation = LEAST_ROTATION * most * (1.0 - np.eye(h.size))
+        products = centred.T @ centred
+        products += 1e-12 * np.trace(products) * np.eye(h.size)  # regular, where columns are alike
+        columns = cls(loadings, basis, assumed, assumed, precision, products)
+        return columns.knowing(2.0 * n_cells * np.outer(reliability, reliability))
+
+    def knowing(self, T):
+        """With ``known`` by what the cells know of T, but no more than is assumed of it."""
+        own = self.assumed.own
+        # of T alone the arithmetic means of what is assumed, with a rotation beside it the harmonic ones
+        most = rotation = (own + own.T) / 2.0
+        if self.has_prior:
+            most = own * own.T / np.maximum(most, 1e-300)
+            rotation = LEAST_ROTATION * most * (1.0 - np.eye(len(own)))
             most = most - rotation
         T = np.minimum(T, most)
-        centred = loadings - loadings.mean(0)
-        return cls(
-            loadings,
-            basis,
-            Information((T + rotation) / 2.0, (T - rotation) / 2.0),
-            Information(assumed, np.zeros_like(assumed)),
-            precision,
-            centred.T @ centred,
-        )
+        return self._replace(known=Information((T + rotation) / 2.0, (T - rotation) / 2.0))
+
+    @property
+    def has_prior(self):
+        """Whether there is a prior of the columns."""
+        return bool(np.any(self.precision > 0))
 
     def project(self, change):
         """Inner products of changes of the loadings with ``W S``."""
@@ -165,12 +173,16 @@ class Columns(NamedTuple):
     def inverse(self, information, T):
         """S of which :meth:`times` makes T; symmetric without a prior."""
         B, k = self.basis, self.precision.size
-        if not np.any(self.precision > 0):
+        if not self.has_prior:
             total = information.own + information.other
             total = total + total.T
             return B @ (B.T @ (T + T.T) @ B / np.where(total > 0, total, np.inf)) @ B.T
         diagonal = B**2 @ information.own @ B.T**2
-        diagonal = np.maximum(diagonal + np.outer(np.diag(self.products), self.precision), 1e-300)
+        diagonal = diagonal + np.outer(np.diag(self.products), self.precision)
+        # of a column of nothing there is no S
+        inverse = np.divide(1.0, diagonal, out=np.zeros((k, k)), where=diagonal > _NOTHING)
+        if not np.any(inverse * T):
+            return np.zeros((k, k))
         found, _ = cg(
             LinearOperator(
                 (k * k, k * k), lambda s: self.times(information, s.reshape(k, k)).ravel()
@@ -178,7 +190,7 @@ class Columns(NamedTuple):
             T.ravel(),
             rtol=_CG_TOL,
             maxiter=_CG_ITERATIONS,
-            M=LinearOperator((k * k, k * k), lambda s: s / diagonal.ravel()),
+            M=LinearOperator((k * k, k * k), lambda s: s * inverse.ravel()),
         )
         return found.reshape(k, k)
 

@@ -30,7 +30,7 @@ def evidence(S, n_genes=40, information=100.0, reliability=0.95):
         S,
         np.full(S.size, reliability),
         np.full((n_genes, S.size), information),
-        np.full(n_genes, 0.5),
+        np.full(S.size, 0.5),
     )
 
 
@@ -40,7 +40,7 @@ def evidence(S, n_genes=40, information=100.0, reliability=0.95):
 def test_penalty_gradient_and_its_blindness_to_the_all_ones_part():
     rng = np.random.default_rng(0)
     W, V = rng.standard_normal((2, 9, 3))
-    penalty = ColumnPenalty(np.array([0.5, 2.0, 9.0]), np.array([4.0, 0.0, 1.0]), rng.random(9))
+    penalty = ColumnPenalty(np.array([0.5, 2.0, 9.0]), np.array([4.0, 0.0, 1.0]), rng.random(3))
     h = 1e-6
     slope = (penalty.value(W + h * V) - penalty.value(W - h * V)) / (2 * h)
     assert slope == pytest.approx(np.sum(penalty.gradient(W) * V), rel=1e-6)
@@ -50,7 +50,7 @@ def test_penalty_gradient_and_its_blindness_to_the_all_ones_part():
 def test_gaussian_part_of_the_penalty_has_standard_deviation_sigma():
     W = compositional(np.random.default_rng(0).standard_normal((9, 1)))
     v, volume = loadings_strategy({"type": "gaussian", "sigma": 0.3}).update(evidence([1.0]))
-    value = ColumnPenalty(1 / v, volume, np.zeros(9)).value(W)
+    value = ColumnPenalty(1 / v, volume, np.zeros(1)).value(W)
     expected = norm.logpdf(W, scale=0.3).sum() - norm.logpdf(0, scale=0.3) * 9
     assert value == pytest.approx(expected)
 
@@ -279,9 +279,7 @@ def test_penalized_objective_has_the_exact_gradient(rank_three):
     )
     rng = np.random.default_rng(0)
     objective, x = problem.objective, problem.start
-    objective.penalty = ColumnPenalty(
-        np.array([3.0, 40.0]), np.array([50.0, 5.0]), rng.random(sim.data.shape[1])
-    )
+    objective.penalty = ColumnPenalty(np.array([3.0, 40.0]), np.array([50.0, 5.0]), rng.random(2))
     direction = rng.standard_normal(x.loadings.shape)
     h = 1e-4
     up, down = (objective(x._replace(loadings=x.loadings + s * direction)).value for s in (h, -h))

@@ -208,7 +208,7 @@ def test_another_penalty_needs_no_other_pass(monkeypatch):
     whole = Sweeper.__call__
     monkeypatch.setattr(Sweeper, "__call__", lambda self, *a: passes.append(a) or whole(self, *a))
     before = function(x)
-    function.penalty = ColumnPenalty(np.full(K, 3.0), np.zeros(K), np.zeros(K))
+    function.penalty = ColumnPenalty(np.full(K, 3.0), np.zeros(K), np.zeros(small.N_GENES))
     after = function(x)
     assert len(passes) == 1
     assert_allclose(after.value - before.value, function.penalty.value(x.loadings), rtol=1e-9)

@@ -30,7 +30,7 @@ def evidence(S, n_genes=40, information=100.0, reliability=0.95):
         S,
         np.full(S.size, reliability),
         np.full((n_genes, S.size), information),
-        np.full(S.size, 0.5),
+        np.full(n_genes, 0.5),
     )
 
 
@@ -40,17 +40,28 @@ def evidence(S, n_genes=40, information=100.0, reliability=0.95):
 def test_penalty_gradient_and_its_blindness_to_the_all_ones_part():
     rng = np.random.default_rng(0)
     W, V = rng.standard_normal((2, 9, 3))
-    penalty = ColumnPenalty(np.array([0.5, 2.0, 9.0]), np.array([4.0, 0.0, 1.0]), rng.random(3))
+    penalty = ColumnPenalty(np.array([0.5, 2.0, 9.0]), np.array([0.0, 1.0, 4.0]), rng.random(9))
     h = 1e-6
     slope = (penalty.value(W + h * V) - penalty.value(W - h * V)) / (2 * h)
     assert slope == pytest.approx(np.sum(penalty.gradient(W) * V), rel=1e-6)
     assert penalty.value(W + np.array([3.0, -1.0, 0.5])) == pytest.approx(penalty.value(W))
 
 
+def test_a_rotation_of_the_singular_basis_gains_nothing_at_first_order():
+    """Else sweeps and updates of the scales, which turn the columns back, do not come to rest."""
+    rng = np.random.default_rng(0)
+    W = rng.standard_normal((9, 3))
+    W = W @ singular_basis(W)
+    penalty = ColumnPenalty(np.array([0.5, 2.0, 9.0]), np.array([0.0, 1.0, 4.0]), rng.random(9))
+    slopes = W.T @ penalty.gradient(W)
+    assert np.abs(slopes).min() > 1e-3
+    np.testing.assert_allclose(slopes, slopes.T)
+
+
 def test_gaussian_part_of_the_penalty_has_standard_deviation_sigma():
     W = compositional(np.random.default_rng(0).standard_normal((9, 1)))
     v, volume = loadings_strategy({"type": "gaussian", "sigma": 0.3}).update(evidence([1.0]))
-    value = ColumnPenalty(1 / v, volume, np.zeros(1)).value(W)
+    value = ColumnPenalty(1 / v, volume, np.zeros(9)).value(W)
     expected = norm.logpdf(W, scale=0.3).sum() - norm.logpdf(0, scale=0.3) * 9
     assert value == pytest.approx(expected)
 
@@ -279,7 +290,9 @@ def test_penalized_objective_has_the_exact_gradient(rank_three):
     )
     rng = np.random.default_rng(0)
     objective, x = problem.objective, problem.start
-    objective.penalty = ColumnPenalty(np.array([3.0, 40.0]), np.array([50.0, 5.0]), rng.random(2))
+    objective.penalty = ColumnPenalty(
+        np.array([3.0, 40.0]), np.array([50.0, 5.0]), rng.random(sim.data.shape[1])
+    )
     direction = rng.standard_normal(x.loadings.shape)
     h = 1e-4
     up, down = (objective(x._replace(loadings=x.loadings + s * direction)).value for s in (h, -h))

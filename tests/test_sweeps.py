@@ -323,7 +323,7 @@ def test_coupled_loadings_take_the_regressions_step(dispersion):
     free = problem(15)[0](x).grad
     assert np.any(column_step(free) != 0)
     # under a prior, which holds rotations, theirs alone is longer
-    evaluate.penalty = ColumnPenalty(np.array([1.0, 50.0]), np.zeros(K), np.zeros(K))
+    evaluate.penalty = ColumnPenalty(np.array([1.0, 50.0]), np.zeros(K), np.zeros(small.N_GENES))
     columns = evaluate(x).grad.columns
     turn = columns.basis @ np.array([[0.0, 1.0], [-1.0, 0.0]]) @ columns.basis.T
     lengths = columns.basis @ np.diag([1.0, 2.0]) @ columns.basis.T

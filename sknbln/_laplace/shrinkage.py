@@ -18,14 +18,14 @@ over W gives a force of ``gamma_k (2 rho_k - 1)`` along the column,
 .. math:: \gamma_k = \sum_g (1 - \mathrm{Var}(w_{gk}) / \lambda_k^2)
 
 (MacKay's number of well-determined loadings) against the prior's ``gamma_k``. It is applied, where
-positive, as the gradient of ``(v_k / 2) log(1 + q_k)``, ``v_k = gamma_k (2 rho_k - 1) / rho_k``, with
-``q_k = B_k |w_k|^2`` and ``B_k`` the mean weight along the column as it was at the update. A column that the
-data support is left at its length, and its genes are shrunk against each other by how much is known of each;
-a column of noise is not protected and goes to zero.
+positive, as the gradient of ``(v_k / 2) log(1 + q_k)``, ``v_k = gamma_k (2 rho_k - 1) / rho_k``. A column
+that the data support is left at its length, and its genes are shrunk against each other by how much is known
+of each; a column of noise is not protected and goes to zero.
 
-Prior and volume both are functions of the columns' norms alone, which a small rotation of the singular basis
-does not change. With ``w_k' B w_k`` in place of ``B_k |w_k|^2`` a rotation would gain: the sweeps would turn
-the columns, each update of the scales would turn them back, and the two would not come to rest.
+What ``q_k`` is once the sweeps move the loadings: the k-th eigenvalue of ``W' B W``. A rotation changes none
+of them, and of the prior's density nothing at first order, the columns being orthogonal. With ``w_k' B w_k``
+a rotation would gain: the sweeps would turn the columns, every update of the scales would turn them back, and
+the two would not come to rest.
 """
 
 from typing import NamedTuple
@@ -48,22 +48,25 @@ class ColumnPenalty(NamedTuple):
     """Log-density of the loadings as the solver sees it, up to constants."""
 
     precision: np.ndarray  # (k,) 1 / lambda_k^2
-    volume: np.ndarray  # (k,) gamma_k; 0 without the volume term
-    weight: np.ndarray  # (k,) B_k
+    volume: np.ndarray  # (k,) v, of the eigenvalues of W' B W, ascending; 0 without the volume term
+    weight: np.ndarray  # (n_genes,) B
 
     def value(self, loadings):
         """Penalty at the loadings, nats."""
-        squared_norm = np.sum(compositional(loadings) ** 2, 0)
+        W = compositional(loadings)
+        eigenvalues = np.linalg.eigvalsh(W.T @ (self.weight[:, None] * W))
         return 0.5 * float(
-            np.sum(self.volume * np.log1p(self.weight * squared_norm))
-            - np.sum(self.precision * squared_norm)
+            self.volume @ np.log1p(np.maximum(eigenvalues, 0.0))
+            - np.sum(self.precision * np.sum(W**2, 0))
         )
 
     def gradient(self, loadings):
         """Its gradient in the loadings, (n_genes, k)."""
         W = compositional(loadings)
-        squared_norm = np.sum(W**2, 0)
-        return W * (self.volume * self.weight / (1.0 + self.weight * squared_norm) - self.precision)
+        weighted = self.weight[:, None] * W
+        eigenvalues, basis = np.linalg.eigh(W.T @ weighted)
+        pull = basis * (self.volume / (1.0 + np.maximum(eigenvalues, 0.0))) @ basis.T
+        return compositional(weighted) @ pull - self.precision * W
 
 
 class Evidence(NamedTuple):
@@ -73,7 +76,7 @@ class Evidence(NamedTuple):
     #: (k,) q / (1 + q), q = w' B w: the squared correlation of a score and its mean
     reliability: np.ndarray
     information: np.ndarray  # (n_genes, k) of each loading given the others
-    weight: np.ndarray  # (k,) B_k = q_k / S_k, B the means over cells of b
+    weight: np.ndarray  # (n_genes,) B, the means over cells of b
 
     @property
     def dof(self):
@@ -220,10 +223,9 @@ def evidence_at(loadings, moments, n_cells):
     inverse = np.linalg.inv(A + 1e-8 * np.eye(k))
     information = 1.0 / np.maximum(np.einsum("gii->gi", inverse), 1e-300)
     squares = compositional(loadings) ** 2
-    squared_norm = np.sum(squares, 0)
-    spread = moments[:, 0] / n_cells @ squares
-    weight = spread / np.maximum(squared_norm, 1e-300)
-    return Evidence(squared_norm, spread / (1.0 + spread), information, weight)
+    weight = moments[:, 0] / n_cells
+    spread = weight @ squares
+    return Evidence(np.sum(squares, 0), spread / (1.0 + spread), information, weight)
 
 
 SWEEPS_PER_STAGE = 6
@@ -285,7 +287,8 @@ def _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
         before = v
         evidence = evidence_at(natural, point.moments, n_cells)
         v, volume = strategy.update(evidence)
-        objective.penalty = ColumnPenalty(1.0 / v, volume, evidence.weight)
+        ascending = volume[np.argsort(evidence.reliability)]
+        objective.penalty = ColumnPenalty(1.0 / v, ascending, evidence.weight)
         real = v > (RANK_FRACTION / 2) ** 2 * v.max()
         settled = before is not None and np.all(
             np.abs(np.sqrt(v[real] / before[real]) - 1.0) < _SETTLED

@@ -79,9 +79,7 @@ class Guide(NamedTuple):
     log_dispersion: tuple
     capture_offset: tuple | None  # loc, scale, (n_cells,) each; None without a capture model
     common_shift: tuple  # share of the likelihood in each log m, (n_genes,), and sigma
-    dispersion_known: (
-        np.ndarray
-    )  # share of the information in log r without the offsets, (n_genes,)
+    dispersion_known: np.ndarray  # (n_genes,) share of log r's information left by the offsets
 
     @property
     def log_mean_scale(self):

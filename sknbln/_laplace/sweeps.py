@@ -236,9 +236,8 @@ def regression_step(grad, free_mean, free_loadings):
     step = np.zeros((grad.mean.size, k + 1))
     step[:, keep] = np.linalg.solve(A, rhs[:, :, None])[:, :, 0]
     held = np.flatnonzero(grad.columns.precision > 0) if free_loadings else []
-    if len(
-        held
-    ):  # what the genes have in common is not: less precision / n_genes of every pair, by Woodbury
+    if len(held):
+        # what the genes have in common is not: less precision / n_genes of every pair, by Woodbury
         at = held + int(free_mean)
         inverse = np.linalg.inv(A)[:, :, at]
         inner = np.diag(A.shape[0] / grad.columns.precision[held]) - inverse[:, at].sum(0)

@@ -14,6 +14,7 @@ from sknbln._laplace.shrinkage import (
     Evidence,
     HorseshoeColumnwise,
     NEGColumnwise,
+    Relaxation,
     compositional,
     effective_rank,
     singular_basis,
@@ -150,6 +151,37 @@ def test_ard_counts_the_posterior_variance_of_known_columns_only():
     v, volume = ARD().update(evidence([4.0], information=20.0, reliability=0.4))
     assert v[0] == pytest.approx(4.0 / 39)
     assert volume[0] == 0
+
+
+def stages_until_settled(step, relaxation):
+    v, n = np.array([1.0, 3.0]), 0
+    while n < 1000:
+        found, n = step(v), n + 1
+        if np.all(np.abs(np.log(found / v)) < 1e-6):
+            break
+        v = relaxation(v, found, 1e-6)
+    return found, n
+
+
+def test_scales_that_go_a_small_part_of_the_way_are_taken_further():
+    """One column that nears its variance by 5 % a stage, one that alternates about it."""
+    target, left = np.log([1e-2, 2.0]), np.array([0.95, -0.5])
+
+    def step(v):
+        return np.exp(target + left * (np.log(v) - target))
+
+    plain, many = stages_until_settled(step, lambda before, found, smallest: found)
+    relaxed, few = stages_until_settled(step, Relaxation())
+    for found in (plain, relaxed):
+        np.testing.assert_allclose(found, [1e-2, 2.0], rtol=1e-4)
+    assert few < many / 3
+
+
+def test_relaxed_scales_keep_their_floor():
+    relaxation = Relaxation()
+    for before in (4e-6, 2e-6):
+        found = relaxation(np.array([before]), np.array([before / 2]), 1e-6)
+    assert found == pytest.approx(1e-6)
 
 
 @pytest.mark.parametrize(

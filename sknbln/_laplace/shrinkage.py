@@ -88,6 +88,7 @@ class NoPrior:
     """No shrinkage."""
 
     type = "none"
+    smallest = 0.0  # variance of a column
 
     def update(self, evidence):
         """Variances lambda_k^2 and the volume terms gamma_k of the columns."""
@@ -126,11 +127,16 @@ class HorseshoeColumnwise(NoPrior):
         self.tau_scale, self.lambda_min = tau_scale, lambda_min
         self.tau = tau_scale
 
+    @property
+    def smallest(self):
+        """Variance of a column."""
+        return self.lambda_min**2
+
     def column_variance(self, S, dof, tau):
         """Mode of ``lambda^2`` given S and tau: a quadratic equation."""
         a, b, c = -(dof + 2.0), S - dof * tau**2, S * tau**2
         v = (-b - np.sqrt(b**2 - 4 * a * c)) / (2 * a)
-        return np.maximum(v, self.lambda_min**2)
+        return np.maximum(v, self.smallest)
 
     def update(self, evidence):
         """Joint mode of lambda and tau, alternating."""
@@ -168,15 +174,20 @@ class NEGColumnwise(NoPrior):
     def __init__(self, alpha=1.0, beta=1.0, lambda_min=1e-3):
         self.alpha, self.beta, self.lambda_min = alpha, beta, lambda_min
 
+    @property
+    def smallest(self):
+        """Variance of a column."""
+        return self.lambda_min**2
+
     def update(self, evidence):
         """Joint mode of psi and gamma, alternating."""
         S, dof = evidence.squared_norm, evidence.dof
-        psi = np.maximum(S / dof, self.lambda_min**2)
+        psi = np.maximum(S / dof, self.smallest)
         for _ in range(_SCALE_ROUNDS):
             rate = self.alpha / (psi + self.beta)
             # 2 gamma psi^2 + dof psi - S = 0, in the form that does not cancel
             new = 2.0 * S / (dof + np.sqrt(dof**2 + 8.0 * rate * S))
-            new = np.maximum(new, self.lambda_min**2)
+            new = np.maximum(new, self.smallest)
             if np.all(np.abs(new - psi) <= 1e-8 * psi):
                 break
             psi = new
@@ -195,17 +206,17 @@ class ARD(NoPrior):
     #: of a variance: scales of 1e-3 at least, as of the other priors. A column of W_perp that is far
     #: more tightly held ties the genes to each other where its all-ones part is not small, and the
     #: sweeps, which step gene by gene, no longer get anywhere.
-    _SMALLEST = 1e-6
+    smallest = 1e-6
 
     def update(self, evidence):
         """Fixed point of the variances, and gamma_k there."""
         S, information, dof = evidence.squared_norm, evidence.information, evidence.dof
         # 1 for scores that are known exactly, 0 where the reliability is below 1/2
         support = np.maximum(2.0 - 1.0 / np.maximum(evidence.reliability, 1e-300), 0.0)
-        v = np.maximum(S / dof, self._SMALLEST)
+        v = np.maximum(S / dof, self.smallest)
         for _ in range(_SCALE_ROUNDS):
             variance = 1.0 / (information + 1.0 / v)
-            new = np.maximum((S + support * variance.sum(0)) / dof, self._SMALLEST)
+            new = np.maximum((S + support * variance.sum(0)) / dof, self.smallest)
             if np.all(np.abs(new - v) <= 1e-6 * v):
                 break
             v = new
@@ -236,6 +247,26 @@ RANK_FRACTION = 0.05
 #: nor columns whose root mean square is below this, nats: where all vanish, none is real
 SMALLEST_LOADING = 0.01
 _SETTLED = 0.02  # relative change of a column's lambda
+LONGEST_REACH = 4.0
+
+
+class Relaxation:
+    """Over-relaxation of the columns' variances, on their logarithms.
+
+    An update of the variances goes a small part of the way for a column that the data let go. A change that
+    keeps its sign from stage to stage is taken twice, then `LONGEST_REACH` times.
+    """
+
+    def __init__(self):
+        self.change, self.reach = 0.0, 1.0
+
+    def __call__(self, before, found, smallest):
+        """Variances to go on with, from those of the last stage and those found at its end."""
+        change = np.log(found / before)
+        persists = change * self.change > 0
+        self.reach = np.where(persists, np.minimum(2.0 * self.reach, LONGEST_REACH), 1.0)
+        self.change = change
+        return np.maximum(before * np.exp(self.reach * change), smallest)
 
 
 def singular_basis(loadings):
@@ -277,22 +308,23 @@ def ascend_with_prior(objective, strategy, params, free, *, n_cells, tol, max_it
 
 def _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
     """Yield the `Outcome` and the scales after each stage, as if it were the last."""
-    history, done, v = [], 0, None
+    history, done, before = [], 0, None
+    relaxation = Relaxation()
     while True:
         rotation = singular_basis(objective.coupling.expand(params).loadings)
         params = params._replace(loadings=params.loadings @ rotation)
         objective.rotate(rotation)
         point = objective(params)
         natural = objective.coupling.expand(params).loadings
-        before = v
         evidence = evidence_at(natural, point.moments, n_cells)
-        v, volume = strategy.update(evidence)
+        found, volume = strategy.update(evidence)
+        real = found > (RANK_FRACTION / 2) ** 2 * found.max()
+        settled = before is not None and np.all(
+            np.abs(np.sqrt(found[real] / before[real]) - 1.0) < _SETTLED
+        )
+        v = found if before is None else relaxation(before, found, strategy.smallest)
         ascending = volume[np.argsort(evidence.reliability)]
         objective.penalty = ColumnPenalty(1.0 / v, ascending, evidence.weight)
-        real = v > (RANK_FRACTION / 2) ** 2 * v.max()
-        settled = before is not None and np.all(
-            np.abs(np.sqrt(v[real] / before[real]) - 1.0) < _SETTLED
-        )
         most = SWEEPS_OF_SETTLED_STAGE if settled else SWEEPS_PER_STAGE
         outcome = ascend(
             objective,
@@ -314,6 +346,7 @@ def _stages(objective, strategy, params, free, n_cells, tol, max_iter, report):
             and before is not None
             and np.allclose(v, before, rtol=1e-9, atol=0.0)
         )
+        before = v
         reason = f"max_iter={max_iter} sweeps were done"
         if converged or stuck or outcome.interrupted:
             reason = outcome.reason

@@ -12,11 +12,18 @@ from sknbln._laplace.objective import (
     NOISE_RATE,
     Identity,
     MarginalCoupling,
+    Metric,
     NaturalGradient,
     Objective,
 )
 from sknbln._laplace.shrinkage import ColumnPenalty
-from sknbln._laplace.sweeps import NOISE_UNIT, GaussianPrior, Parameters
+from sknbln._laplace.sweeps import (
+    NOISE_UNIT,
+    GaussianPrior,
+    Parameters,
+    least_squares_matrix,
+    packed,
+)
 
 from .reference import direct, small
 from .reference.coupling import expand_gene, gradient_gene
@@ -355,3 +362,26 @@ def test_coupling_against_its_formulas(size, couple):
             slopes[3] = 0.0  # the marginal overdispersion is frozen
         for name, value, other in zip(BLOCKS, (b[g] for b in pulled), slopes, strict=True):
             assert_allclose(value, other, rtol=1e-6, atol=1e-9, err_msg=f"{name} {g}")
+
+
+@pytest.mark.parametrize("coupling", [MarginalCoupling(True), MarginalCoupling(False), Identity()])
+@pytest.mark.parametrize("size", [-6.0, -2.0, 0.0])
+def test_metric_is_pulled_back_as_gradients_are(size, coupling):
+    """The information of one gradient v, ``v v'``, is that of its pull-back in the coordinates."""
+    x = coordinates(3, size, -1.5 if size > -3 else 2 * size, 0.2)
+    params = coupling.expand(x)
+    rng = np.random.default_rng(0)
+    nothing = NaturalGradient(*map(np.zeros_like, x))
+    v = NaturalGradient(*(rng.standard_normal(b.shape) for b in x))
+    for part in ({"mean", "loadings"}, {"noise"}, {"log_r"}):
+        of = nothing._replace(**{name: getattr(v, name) for name in part})
+        column = np.concatenate([of.mean[:, None], of.loadings], 1)
+        outer = column[:, :, None] * column[:, None, :]
+        metric = Metric(packed(outer), of.noise**2, of.log_r**2)
+        found = coupling.pull_back_metric(x, params, metric)
+        pulled = coupling.pull_back(x, params, of)
+        column = np.concatenate([pulled.mean[:, None], pulled.loadings], 1)
+        matrix = least_squares_matrix(found.moments, x.loadings.shape[1])
+        assert_allclose(matrix, column[:, :, None] * column[:, None, :], rtol=1e-9, atol=1e-12)
+        prior = coupling.pull_back(x, params, nothing._replace(noise=np.full(ROWS, NOISE_RATE)))
+        assert_allclose(found.noise, pulled.log_noise**2 + prior.log_noise, rtol=1e-9)

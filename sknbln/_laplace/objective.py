@@ -18,7 +18,15 @@ import numpy as np
 from .driver import Point
 from .lowrank import triangle
 from .marginal import rotated
-from .sweeps import NOISE_UNIT, Columns, GaussianPrior, Gradients, Parameters
+from .sweeps import (
+    NOISE_UNIT,
+    Columns,
+    GaussianPrior,
+    Gradients,
+    Parameters,
+    least_squares_matrix,
+    packed,
+)
 
 #: 1/r of a gene whose whole overdispersion is explained by Sigma: not 0, to stay finite
 SMALLEST_OVERDISPERSION = 1e-280
@@ -34,6 +42,14 @@ class NaturalGradient(NamedTuple):
     loadings: np.ndarray
     noise: np.ndarray
     log_r: np.ndarray
+
+
+class Metric(NamedTuple):
+    """Information in the model's parameters, gene by gene."""
+
+    moments: np.ndarray  # (n_genes, T) of (mu, w), packed
+    noise: np.ndarray  # (n_genes,) of d, then of its coordinate
+    log_r: np.ndarray  # (n_genes,)
 
 
 class NoPenalty:
@@ -69,7 +85,13 @@ class Identity:
             grad.mean, grad.loadings, (params.noise + NOISE_UNIT) * grad.noise, grad.log_r
         )
 
-    def columns(self, columns):
+    def pull_back_metric(self, x, params, metric):
+        """Metric in the coordinates."""
+        slope = params.noise + NOISE_UNIT
+        noise = slope**2 * metric.noise + slope * NOISE_RATE
+        return metric._replace(noise=noise)
+
+    def columns(self, x, columns):
         """What is known of a common change of the loadings in the coordinates."""
         return columns
 
@@ -136,8 +158,44 @@ class MarginalCoupling:
             np.zeros_like(grad.log_r) if self.couple_dispersion else grad.log_r,
         )
 
-    def columns(self, columns):
+    def pull_back_metric(self, x, params, metric):
+        """Metric in the coordinates: ``J' I J`` gene by gene, blocks (mu, w) and d.
+
+        A loading or d that changes moves the mean and the dispersion beside it.
+        """
+        S, c, dc_dS = self._saturation(x)
+        d_variance, d_log_r = self._slopes(x, S)
+        W, noise, root = x.loadings, x.noise, np.sqrt(c)
+        n_genes, k = W.shape
+        J = np.zeros((n_genes, k + 1, k + 1))  # of (mu, w) in (M, loadings)
+        J[:, 0, 0] = 1.0
+        J[:, 0, 1:] = -d_variance[:, None] * W
+        J[:, 1:, 1:] = self._natural(W, c, dc_dS)
+        A = least_squares_matrix(metric.moments, k)
+        log_r = np.maximum(metric.log_r, 0.0) * d_log_r**2
+        others = 4.0 * (metric.noise * (dc_dS * noise) ** 2 + log_r)
+        pulled = np.swapaxes(J, 1, 2) @ A @ J
+        pulled[:, 1:, 1:] += others[:, None, None] * (W[:, :, None] * W[:, None, :])
+        along = np.concatenate(
+            [-0.5 * d_variance[:, None], (dc_dS / (2.0 * root))[:, None] * W], 1
+        )  # of (mu, w) in d of the coordinates
+        own = c + dc_dS * noise
+        slope = noise + NOISE_UNIT
+        information = np.einsum("gi,gij,gj->g", along, A, along)
+        information += metric.noise * own**2 + log_r
+        return metric._replace(
+            moments=packed(pulled), noise=slope**2 * information + slope * own * NOISE_RATE
+        )
+
+    def _natural(self, W, c, dc_dS):
+        root = np.sqrt(c)
+        turned = (dc_dS / root)[:, None, None] * (W[:, :, None] * W[:, None, :])
+        return root[:, None, None] * np.eye(W.shape[1]) + turned
+
+    def columns(self, x, columns):
         """Of rotations alone: with the lengths the mean and dispersion of every gene change too."""
+        _, c, dc_dS = self._saturation(x)
+        columns = columns._replace(loadings=x.loadings, natural=self._natural(x.loadings, c, dc_dS))
         return columns.knowing(np.inf)
 
 
@@ -228,12 +286,17 @@ class Objective:
         )
         grad = self.coupling.pull_back(x, params, natural)
         columns = Columns.at(
-            x.loadings, sums.genes.moments[:, 0], self.histogram.n_cells, self.penalty.precision
+            params.loadings,
+            sums.genes.moments[:, 0],
+            self.histogram.n_cells,
+            self.penalty.precision,
         )
         moments = sums.genes.moments.copy()
-        slope = params.noise + NOISE_UNIT  # of d in its coordinate
-        moments[:, 0] += self.prior_mean.precision
         moments[:, _squares(x.loadings.shape[1])] += self.penalty.precision
+        information_log_r = information_log_r + self.weak_log_r.precision
+        metric = Metric(moments, sums.genes.information_noise, information_log_r)
+        metric = self.coupling.pull_back_metric(x, params, metric)
+        metric.moments[:, 0] += self.prior_mean.precision
         return Point(
             x,
             value + self.prior_mean.log_density(x.mean) + self.prior_log_r.log_density(x.log_r),
@@ -242,12 +305,12 @@ class Objective:
                 grad.loadings,
                 grad.log_noise,
                 grad.log_r + self.prior_log_r.gradient(x.log_r),
-                moments,
-                slope**2 * sums.genes.information_noise + NOISE_RATE * slope,
-                information_log_r + self.prior_log_r.precision + self.weak_log_r.precision,
+                metric.moments,
+                metric.noise,
+                metric.log_r + self.prior_log_r.precision,
                 sums.genes.missing_log_r,
                 float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
-                self.coupling.columns(columns),
+                self.coupling.columns(x, columns),
             ),
             int(sums.n_unconverged),
             sums.genes.moments,

@@ -117,6 +117,9 @@ class Columns(NamedTuple):
     """
 
     loadings: np.ndarray  # (n_genes, k)
+    natural: (
+        np.ndarray
+    )  # (n_genes, k, k) derivative of a gene's natural loadings in its coordinates
     basis: np.ndarray  # (k, k)
     known: Information  # in the basis
     assumed: Information  # the same by the regression; nowhere less
@@ -136,7 +139,8 @@ class Columns(NamedTuple):
         precision = np.broadcast_to(precision, h.shape)
         products = centred.T @ centred
         products += 1e-12 * np.trace(products) * np.eye(h.size)  # regular, where columns are alike
-        columns = cls(loadings, basis, assumed, assumed, precision, products)
+        natural = np.broadcast_to(np.eye(h.size), (len(loadings), h.size, h.size))
+        columns = cls(loadings, natural, basis, assumed, assumed, precision, products)
         return columns.knowing(2.0 * n_cells * np.outer(reliability, reliability))
 
     def knowing(self, T):
@@ -163,6 +167,11 @@ class Columns(NamedTuple):
     def lift(self, S):
         """``W S``, (n_genes, k)."""
         return self.loadings @ S
+
+    def common(self, change):
+        """Of a change of the loadings what the prior does not hold: of the genes' common part."""
+        shared = self.precision * np.einsum("gij,gj->gi", self.natural, change).mean(0)
+        return np.einsum("i,gij->gj", shared, self.natural)
 
     def times(self, information, S):
         """``known`` or ``assumed``, with the prior's, times S."""
@@ -220,6 +229,12 @@ def least_squares_matrix(moments, k):
     return A
 
 
+def packed(A):
+    """Inverse of `least_squares_matrix`."""
+    i, j, _ = triangle(A.shape[1] - 1)
+    return np.concatenate([A[:, 0], A[:, 1 + i, 1 + j]], 1)
+
+
 def regression_step(grad, free_mean, free_loadings):
     """``A_g^{-1} gradient`` for (mu_g, w_g), with what is frozen left out of the system.
 
@@ -235,13 +250,17 @@ def regression_step(grad, free_mean, free_loadings):
     diagonal += 1e-10 * diagonal.mean(1, keepdims=True) + 1e-300
     step = np.zeros((grad.mean.size, k + 1))
     step[:, keep] = np.linalg.solve(A, rhs[:, :, None])[:, :, 0]
-    held = np.flatnonzero(grad.columns.precision > 0) if free_loadings else []
+    precision = grad.columns.precision
+    held = np.flatnonzero(precision > 0) if free_loadings else []
     if len(held):
         # what the genes have in common is not: less precision / n_genes of every pair, by Woodbury
-        at = held + int(free_mean)
-        inverse = np.linalg.inv(A)[:, :, at]
-        inner = np.diag(A.shape[0] / grad.columns.precision[held]) - inverse[:, at].sum(0)
-        step[:, keep] += inverse @ np.linalg.solve(inner, step[:, 1 + held].sum(0))
+        common = np.zeros((grad.mean.size, k + 1, len(held)))
+        common[:, 1:] = np.swapaxes(grad.columns.natural[:, held], 1, 2)
+        common = common[:, keep]
+        inverse = np.linalg.solve(A, common)
+        inner = np.diag(len(A) / precision[held]) - np.einsum("gih,gij->hj", common, inverse)
+        shared = np.einsum("gih,gi->h", common, step[:, keep])
+        step[:, keep] += inverse @ np.linalg.solve(inner, shared)
     return step[:, 0], step[:, 1:]
 
 
@@ -286,7 +305,7 @@ def curvature_product(grad, step, free):
 
     def regression(mean, loadings):
         product = A @ np.concatenate([mean[:, None], loadings], 1)[:, :, None]
-        return product[:, 0, 0], product[:, 1:, 0] - grad.columns.precision * loadings.mean(0)
+        return product[:, 0, 0], product[:, 1:, 0] - grad.columns.common(loadings)
 
     mean, loadings = regression(step.mean, step.loadings)
     if free.loadings:  # less what the regression assumes too much: Woodbury's identity

@@ -353,6 +353,16 @@ def test_a_column_of_nothing_but_a_common_shift_does_not_stop_the_sweeps():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [18, 22, 97, 141])
+def test_coupled_fits_under_a_prior_converge(seed):
+    """A loading moves its gene's mean and dispersion too. Steps that did not know of it were damped to
+    thousandths, and a thousand sweeps were not enough."""
+    for found in divergence.run(seed):
+        assert not found.wrong, "\n".join(found.wrong)
+        assert not found.unconverged
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 40, 8))
 def test_problems_of_all_kinds_are_whole(first):
     """Every freeze level with every prior: 40 of the 200 seeds of benchmarks/divergence.py."""

@@ -19,6 +19,7 @@ from sknbln._laplace.objective import (
 from sknbln._laplace.shrinkage import ColumnPenalty
 from sknbln._laplace.sweeps import (
     NOISE_UNIT,
+    Columns,
     GaussianPrior,
     Parameters,
     least_squares_matrix,
@@ -377,7 +378,8 @@ def test_metric_is_pulled_back_as_gradients_are(size, coupling):
         of = nothing._replace(**{name: getattr(v, name) for name in part})
         column = np.concatenate([of.mean[:, None], of.loadings], 1)
         outer = column[:, :, None] * column[:, None, :]
-        metric = Metric(packed(outer), of.noise**2, of.log_r**2)
+        columns = Columns.at(params.loadings, np.ones(ROWS), 10, 0.0)
+        metric = Metric(packed(outer), of.noise**2, of.log_r**2, columns)
         found = coupling.pull_back_metric(x, params, metric)
         pulled = coupling.pull_back(x, params, of)
         column = np.concatenate([pulled.mean[:, None], pulled.loadings], 1)

@@ -16,6 +16,7 @@ from sknbln._laplace.sweeps import (
     column_step,
     curvature_product,
     least_squares_matrix,
+    packed,
     regression_step,
     scale_step,
     shift_step,
@@ -71,18 +72,25 @@ def with_prior(grad, precision):
     return grad._replace(moments=moments)
 
 
+@pytest.mark.parametrize("coupled", [True, False])
 @pytest.mark.parametrize("free_mean", [True, False])
-def test_regression_step_leaves_what_the_genes_share_to_the_data(free_mean):
-    """A prior holds deviations of the loadings from their mean; one of the columns has none."""
+def test_regression_step_leaves_what_the_genes_share_to_the_data(free_mean, coupled):
+    """A prior holds deviations of the natural loadings from their mean; one of the columns has none."""
     grad, G = gradients(), small.N_GENES
     precision = np.array([50.0, 0.0])
-    columns = grad.columns._replace(precision=precision, known=grad.columns.assumed)
-    grad = with_prior(grad, precision)._replace(columns=columns)
+    natural = grad.columns.natural
+    if coupled:
+        natural = natural + 0.3 * np.random.default_rng(3).standard_normal(natural.shape)
+    columns = grad.columns._replace(
+        precision=precision, known=grad.columns.assumed, natural=natural
+    )
+    A = least_squares_matrix(grad.moments, K)
+    A[:, 1:, 1:] += np.swapaxes(natural, 1, 2) @ (precision[:, None] * natural)
+    grad = grad._replace(columns=columns, moments=packed(A))
     whole = np.zeros((G, K + 1, G, K + 1))
     for g, A in enumerate(least_squares_matrix(grad.moments, K)):
         whole[g, :, g, :] = A
-    for k in range(K):
-        whole[:, 1 + k, :, 1 + k] -= precision[k] / G
+    whole[:, 1:, :, 1:] -= np.einsum("gki,k,hkj->gihj", natural, precision / G, natural)
     keep = np.tile(np.r_[free_mean, [True] * K], G).astype(bool)
     rhs = np.concatenate([grad.mean[:, None], grad.loadings], 1).ravel()
     expected = np.zeros(G * (K + 1))

@@ -45,11 +45,12 @@ class NaturalGradient(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """Information in the model's parameters, gene by gene."""
+    """Information in the model's parameters or, pulled back, in the coordinates."""
 
-    moments: np.ndarray  # (n_genes, T) of (mu, w), packed
-    noise: np.ndarray  # (n_genes,) of d, then of its coordinate
+    moments: np.ndarray  # (n_genes, T) of each gene's (mu, w), packed
+    noise: np.ndarray  # (n_genes,) of d; in the coordinates of log_noise, with its prior's
     log_r: np.ndarray  # (n_genes,)
+    columns: Columns  # of a common change of all loadings
 
 
 class NoPenalty:
@@ -88,12 +89,7 @@ class Identity:
     def pull_back_metric(self, x, params, metric):
         """Metric in the coordinates."""
         slope = params.noise + NOISE_UNIT
-        noise = slope**2 * metric.noise + slope * NOISE_RATE
-        return metric._replace(noise=noise)
-
-    def columns(self, x, columns):
-        """What is known of a common change of the loadings in the coordinates."""
-        return columns
+        return metric._replace(noise=slope**2 * metric.noise + slope * NOISE_RATE)
 
 
 class MarginalCoupling:
@@ -161,42 +157,36 @@ class MarginalCoupling:
     def pull_back_metric(self, x, params, metric):
         """Metric in the coordinates: ``J' I J`` gene by gene, blocks (mu, w) and d.
 
-        A loading or d that changes moves the mean and the dispersion beside it.
+        A loading or d that changes moves the mean and the dispersion beside it. So do the lengths of the
+        columns: of their common changes only rotations are known to be free.
         """
         S, c, dc_dS = self._saturation(x)
         d_variance, d_log_r = self._slopes(x, S)
         W, noise, root = x.loadings, x.noise, np.sqrt(c)
         n_genes, k = W.shape
+        products = W[:, :, None] * W[:, None, :]
+        natural = root[:, None, None] * np.eye(k) + (dc_dS / root)[:, None, None] * products
         J = np.zeros((n_genes, k + 1, k + 1))  # of (mu, w) in (M, loadings)
         J[:, 0, 0] = 1.0
         J[:, 0, 1:] = -d_variance[:, None] * W
-        J[:, 1:, 1:] = self._natural(W, c, dc_dS)
+        J[:, 1:, 1:] = natural
         A = least_squares_matrix(metric.moments, k)
         log_r = np.maximum(metric.log_r, 0.0) * d_log_r**2
         others = 4.0 * (metric.noise * (dc_dS * noise) ** 2 + log_r)
         pulled = np.swapaxes(J, 1, 2) @ A @ J
-        pulled[:, 1:, 1:] += others[:, None, None] * (W[:, :, None] * W[:, None, :])
-        along = np.concatenate(
-            [-0.5 * d_variance[:, None], (dc_dS / (2.0 * root))[:, None] * W], 1
-        )  # of (mu, w) in d of the coordinates
+        pulled[:, 1:, 1:] += others[:, None, None] * products
+        # of (mu, w) in d of the coordinates
+        along = np.concatenate([-0.5 * d_variance[:, None], (dc_dS / (2.0 * root))[:, None] * W], 1)
         own = c + dc_dS * noise
         slope = noise + NOISE_UNIT
         information = np.einsum("gi,gij,gj->g", along, A, along)
         information += metric.noise * own**2 + log_r
+        columns = metric.columns._replace(loadings=W, natural=natural).knowing(np.inf)
         return metric._replace(
-            moments=packed(pulled), noise=slope**2 * information + slope * own * NOISE_RATE
+            moments=packed(pulled),
+            noise=slope**2 * information + slope * own * NOISE_RATE,
+            columns=columns,
         )
-
-    def _natural(self, W, c, dc_dS):
-        root = np.sqrt(c)
-        turned = (dc_dS / root)[:, None, None] * (W[:, :, None] * W[:, None, :])
-        return root[:, None, None] * np.eye(W.shape[1]) + turned
-
-    def columns(self, x, columns):
-        """Of rotations alone: with the lengths the mean and dispersion of every gene change too."""
-        _, c, dc_dS = self._saturation(x)
-        columns = columns._replace(loadings=x.loadings, natural=self._natural(x.loadings, c, dc_dS))
-        return columns.knowing(np.inf)
 
 
 class Objective:
@@ -294,7 +284,7 @@ class Objective:
         moments = sums.genes.moments.copy()
         moments[:, _squares(x.loadings.shape[1])] += self.penalty.precision
         information_log_r = information_log_r + self.weak_log_r.precision
-        metric = Metric(moments, sums.genes.information_noise, information_log_r)
+        metric = Metric(moments, sums.genes.information_noise, information_log_r, columns)
         metric = self.coupling.pull_back_metric(x, params, metric)
         metric.moments[:, 0] += self.prior_mean.precision
         return Point(
@@ -310,7 +300,7 @@ class Objective:
                 metric.log_r + self.prior_log_r.precision,
                 sums.genes.missing_log_r,
                 float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
-                self.coupling.columns(x, columns),
+                metric.columns,
             ),
             int(sums.n_unconverged),
             sums.genes.moments,

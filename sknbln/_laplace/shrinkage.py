@@ -88,7 +88,7 @@ class NoPrior:
     """No shrinkage."""
 
     type = "none"
-    smallest = 0.0  # variance of a column
+    smallest = 0.0  # that a variance may be
 
     def update(self, evidence):
         """Variances lambda_k^2 and the volume terms gamma_k of the columns."""
@@ -125,12 +125,8 @@ class HorseshoeColumnwise(NoPrior):
 
     def __init__(self, tau_scale=1.0, lambda_min=1e-3):
         self.tau_scale, self.lambda_min = tau_scale, lambda_min
+        self.smallest = lambda_min**2
         self.tau = tau_scale
-
-    @property
-    def smallest(self):
-        """Variance of a column."""
-        return self.lambda_min**2
 
     def column_variance(self, S, dof, tau):
         """Mode of ``lambda^2`` given S and tau: a quadratic equation."""
@@ -173,11 +169,7 @@ class NEGColumnwise(NoPrior):
 
     def __init__(self, alpha=1.0, beta=1.0, lambda_min=1e-3):
         self.alpha, self.beta, self.lambda_min = alpha, beta, lambda_min
-
-    @property
-    def smallest(self):
-        """Variance of a column."""
-        return self.lambda_min**2
+        self.smallest = lambda_min**2
 
     def update(self, evidence):
         """Joint mode of psi and gamma, alternating."""
@@ -247,7 +239,7 @@ RANK_FRACTION = 0.05
 #: nor columns whose root mean square is below this, nats: where all vanish, none is real
 SMALLEST_LOADING = 0.01
 _SETTLED = 0.02  # relative change of a column's lambda
-LONGEST_REACH = 4.0
+LONGEST_REACH = 4.0  # of an update of a column's log variance, times what was found
 
 
 class Relaxation:

@@ -169,7 +169,9 @@ class Columns(NamedTuple):
         return self.loadings @ S
 
     def common(self, change):
-        """Of a change of the loadings what the prior does not hold: of the genes' common part."""
+        """The prior's pull on what the genes have in common, which it does not hold, (n_genes, k)."""
+        if not self.has_prior:
+            return np.zeros_like(change)
         shared = self.precision * np.einsum("gij,gj->gi", self.natural, change).mean(0)
         return np.einsum("i,gij->gj", shared, self.natural)
 

@@ -130,7 +130,7 @@ class NBLNProblem:
         )
         self.batches = RowBatches(X, *rows, batch_size=estimator.batch_size)
         self.objective = Objective(
-            Sweeper(self.batches, k),
+            Sweeper(self.batches, k, estimator.tol_),
             CountHistogram(X),
             priors.log_mean.times(weak_mean_prior(log_mean)) if self.free.mean else flat,
             priors.log_r if self.free.log_r else flat,

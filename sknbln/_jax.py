@@ -8,25 +8,39 @@ float32).
 import copy
 import ctypes
 import functools
+import math
+import os
 import re
+import threading
 import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import jaxlib
 import numpy as np
 
+from ._laplace.driver import magnitude
 from ._laplace.likelihood import log_rising_slope
 from ._laplace.marginal import BatchSums, no_sums, score_products, solve_cells
-from ._laplace.mode import Cells, Globals
+from ._laplace.mode import LAST_STEP, Cells, Globals
 
 # jaxlib releases that can hang for ever on 2-core CPUs on batched solvers like this one.
 _HANGING_JAXLIB = re.compile(r"0\.10\.\d+|0\.11\.[01]")
 _ROW_BUCKET = 64  # rows of a batch are padded to a multiple of this
-_LEAST_ROWS = 32  # of an automatic batch: every batch has sums over its rows for every gene
+_LEAST_ROWS = 64  # of an automatic batch: every batch has sums over its rows for every gene
 _RANK_BUCKET = 4  # latent dimensions are padded to a multiple of this
-# Automatic batches hold about this many counts: the arrays of a batch (1 MB each) then stay in the
-# processor's caches and in memory that the allocator already has.
+# Automatic batches hold about this many counts, 8 bytes each in a few arrays; and of those, so many
+# are worked on at a time that the dozen arrays of a Newton iteration stay in a processor's own cache.
 _BATCH_ENTRIES = 2**17
+_BLOCK_ENTRIES = 2**14
+_LEAST_BLOCK = 8
+_MOST_WORKERS = 8
+# What is left of a Newton decrement changes the objective by less than its square root, nats: by this
+# share of what a sweep has to gain, and never by more than that.
+_MODE_SHARE = 1e-2
+_LARGEST_LAST_STEP = 1e-4
 
 
 def warn_about_jaxlib(version=jaxlib.__version__):
@@ -61,6 +75,7 @@ def _malloc_trim():
 
 
 _TRIM = _malloc_trim()
+_COMPILING = threading.Lock()
 
 
 def tidy(kernel):
@@ -73,9 +88,9 @@ def tidy(kernel):
         return kernel
 
     @functools.wraps(kernel)
-    def called(*args):
+    def called(*args, **kwargs):
         known = kernel._cache_size()
-        found = kernel(*args)
+        found = kernel(*args, **kwargs)
         if kernel._cache_size() > known:
             _TRIM(0)
         return found
@@ -84,7 +99,60 @@ def tidy(kernel):
     return called
 
 
-solve_cells, score_products = tidy(solve_cells), tidy(score_products)
+@functools.cache
+def compiled_once(kernel):
+    """A jitted function that threads may share: it is compiled by the first of them, the others wait."""
+    seen = set()
+
+    @functools.wraps(kernel)
+    def called(*args, **kwargs):
+        shapes = tuple(map(np.shape, jax.tree.leaves(args))), tuple(kwargs.items())
+        if shapes in seen:
+            return kernel(*args, **kwargs)
+        with _COMPILING:
+            found = kernel(*args, **kwargs)
+            seen.add(shapes)
+        return found
+
+    return called
+
+
+solve_cells, score_products = (compiled_once(tidy(k)) for k in (solve_cells, score_products))
+
+
+def n_workers():
+    """Batches that are solved at the same time: as many as this process has processors, a few at most."""
+    if jax.default_backend() != "cpu":
+        return 1
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+    return min(os.cpu_count() or 1, _MOST_WORKERS)
+
+
+def in_order(function, tasks, workers):
+    """``function(task)`` of each task, in their order, ``workers`` at a time in threads of their own."""
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    device = jax.config.jax_default_device
+
+    @float64
+    def run(task):
+        with jax.default_device(device):
+            return function(task)
+
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = deque()
+        try:
+            for task in tasks:
+                ahead.append(pool.submit(run, task))
+                if len(ahead) > workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def padded_rank(k):
@@ -95,6 +163,14 @@ def padded_rank(k):
 def pad_columns(a, k):
     """Append zero columns to `a` until it has `k`."""
     return np.concatenate([a, np.zeros((a.shape[0], k - a.shape[1]))], 1)
+
+
+def _solved_at_once(rows, n_genes):
+    """Rows of a batch that are solved together, a divisor of their number."""
+    if jax.default_backend() != "cpu":
+        return rows
+    wanted = max(_BLOCK_ENTRIES // max(n_genes, 1), _LEAST_BLOCK)
+    return rows if rows <= wanted else math.gcd(rows, 2 ** int(math.log2(wanted)))
 
 
 class RowBatches:
@@ -123,6 +199,7 @@ class RowBatches:
         bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
         self.rows = -(-rows // bucket) * bucket
         self.starts = range(0, max(n, 1), self.rows)  # of no rows too, one batch of padding
+        self.solved_at_once = _solved_at_once(self.rows, n_genes)
 
     def without_capture(self, rows):
         """Some of the rows with their offset held at 0, in batches of the same shape."""
@@ -144,16 +221,34 @@ class RowBatches:
         shape = rows.stop - rows.start, X.shape[1]
         return type(X)((X.data[inside], X.indices[inside], indptr), shape=shape, copy=False)
 
+    def slices(self):
+        """Of the rows of each batch."""
+        n = self.X.shape[0]
+        return [slice(start, min(start + self.rows, n)) for start in self.starts]
+
+    def cells(self, rows):
+        """The `Cells` of a batch."""
+        n = rows.stop - rows.start
+        counts = np.zeros((self.rows, self.X.shape[1]))
+        self.block(rows).toarray(out=counts[:n])
+        offset, scale, precision = self.capture[rows].T
+        padded = self.padded(offset), self.padded(scale), self.padded(precision, 1.0)
+        return Cells(counts, *padded, self.padded(np.ones(n)))
+
     def __iter__(self):
         """Yield (slice of rows, `Cells`)."""
-        n = self.X.shape[0]
-        for start in self.starts:
-            rows = slice(start, min(start + self.rows, n))
-            counts = np.zeros((self.rows, self.X.shape[1]))
-            self.block(rows).toarray(out=counts[: rows.stop - start])
-            offset, scale, precision = self.capture[rows].T
-            padded = self.padded(offset), self.padded(scale), self.padded(precision, 1.0)
-            yield rows, Cells(counts, *padded, self.padded(np.ones(rows.stop - start)))
+        for rows in self.slices():
+            yield rows, self.cells(rows)
+
+    def map(self, function):
+        """``function(rows, cells)`` of each batch, in their order; several are worked on at a time."""
+        slices = self.slices()
+        workers = min(n_workers(), len(slices))
+        return in_order(lambda rows: function(rows, self.cells(rows)), slices, workers)
+
+    def solve(self, cells, params, zeta, last_step=LAST_STEP):
+        """:func:`solve_cells`, a block of cells at a time."""
+        return solve_cells(cells, params, zeta, last_step, block=self.solved_at_once)
 
 
 def _globals(mean, loadings, noise, phi):
@@ -175,19 +270,20 @@ def solve_rows(batches, mean, loadings, noise, phi, start=None):
     """
     params = _globals(mean, loadings, noise, phi)
     k, padded = loadings.shape[1], params.loadings.shape[1]
-    zeta, nothing = np.zeros((batches.rows, padded + 1)), jax.device_put(no_sums(mean.size, padded))
+    start = np.zeros((batches.X.shape[0], padded + 1)) if start is None else start
+
+    def solved(rows, cells):
+        results = batches.solve(cells, params, batches.padded(start[rows]))[1]
+        return rows, cells, jax.tree.map(np.asarray, results)
+
     out = {}
-    for rows, cells in batches:
-        if start is not None:
-            zeta = batches.padded(start[rows])
-        _, result, _ = solve_cells(cells, params, zeta, nothing)
-        _fill(out, rows, cells, result, k, batches.X.shape[0])
+    for part in batches.map(solved):
+        _fill(out, *part, k, batches.X.shape[0])
     return out
 
 
 def _fill(out, rows, cells, result, k, n_cells):
     """Write a batch's `CellResults` to its rows of the arrays that `solve_rows` returns."""
-    result = jax.tree.map(np.asarray, result)
     offset, scale = cells.offset, cells.scale
     covariance = result.covariance
     found = dict(
@@ -218,18 +314,21 @@ def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispers
     params = _globals(mean, loadings, noise, phi)
     k, padded = loadings.shape[1], params.loadings.shape[1]
     r = 1.0 / phi if free_dispersion else None
-    total, out, nothing = None, {}, jax.device_put(no_sums(mean.size, padded))
-    for rows, cells in batches:
+
+    def products(rows, cells):
         constants = np.zeros_like(cells.counts)
         if free_dispersion:
             at, genes = np.nonzero(cells.counts)
             constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
         on_device = jax.device_put(cells)
-        mode, result, _ = solve_cells(on_device, params, batches.padded(start[rows]), nothing)
-        found = score_products(on_device, params, mode, result, constants)
-        part = [np.asarray(a) for a in found]
+        alpha, results, _ = batches.solve(on_device, params, batches.padded(start[rows]))
+        found = score_products(on_device, params, alpha, results, constants)
+        return rows, cells, *jax.tree.map(np.asarray, (results, found))
+
+    total, out = None, {}
+    for rows, cells, results, part in batches.map(products):
         total = part if total is None else [np.add(a, b) for a, b in zip(total, part, strict=True)]
-        _fill(out, rows, cells, result, k, batches.X.shape[0])
+        _fill(out, rows, cells, results, k, batches.X.shape[0])
     keep = np.r_[0 : k + 1, padded + 1, padded + 2]
     return total[0][:, keep][:, :, keep], total[1], out
 
@@ -239,21 +338,33 @@ def sum_over_batches(batches, mean, phi):
 
     @float64
     def summed(function, *args):
-        total = None
-        for _, cells in batches:
-            part = jax.tree.map(np.asarray, function(cells, mean, phi, *args))
-            total = part if total is None else jax.tree.map(np.add, total, part)
-        return total
+        kernel = compiled_once(function)
+
+        def part(rows, cells):
+            return jax.tree.map(np.asarray, kernel(cells, mean, phi, *args))
+
+        return functools.reduce(partial(jax.tree.map, np.add), batches.map(part))
 
     return summed
 
 
 class Sweeper:
-    """Runs sweeps over the batches, keeping each row's scores as the next sweep's start."""
+    """Runs sweeps over the batches, keeping each row's scores as the next sweep's start.
 
-    def __init__(self, batches, k):
+    Parameters
+    ----------
+    batches : RowBatches
+    k : int
+    tol : float, default=0.0
+        Fraction of the objective's magnitude that matters to who asks. The rows' modes are found to so much
+        that the objective is known far better; 0 is to rounding.
+    """
+
+    def __init__(self, batches, k, tol=0.0):
         self.batches = batches
         self.scores = np.zeros((batches.X.shape[0], padded_rank(k) + 1))
+        self.tol = tol
+        self._last_step = LAST_STEP
 
     def rotate(self, rotation):
         """Follow a rotation (k, k) of the loadings."""
@@ -264,22 +375,26 @@ class Sweeper:
     def __call__(self, mean, loadings, noise, phi):
         """One pass over all rows: `BatchSums` of NumPy arrays for the unpadded latent dimension."""
         params = _globals(mean, loadings, noise, phi)
-        total = no_sums(mean.size, params.loadings.shape[1])
-        running = None  # the batch before, still being computed while this one is made dense
-        for rows, cells in self.batches:
-            start = self.batches.padded(self.scores[rows])
-            mode, _, total = solve_cells(cells, params, start, total)
-            if running is not None:
-                self._keep(*running)
-            running = rows, mode.zeta
-        self._keep(*running)
-        return _unpad(jax.tree.map(np.asarray, total), loadings.shape[1])
 
-    def _keep(self, rows, zeta):
-        found = np.asarray(zeta)[: rows.stop - rows.start]
-        # a trial may overflow; the next sweep starts from the last finite scores
-        good = np.isfinite(found).all(axis=1)
-        self.scores[rows][good] = found[good]
+        def solved(rows, cells):
+            start = self.batches.padded(self.scores[rows])
+            _, results, sums = self.batches.solve(cells, params, start, self._last_step)
+            found = np.asarray(results.zeta)[: rows.stop - rows.start]
+            # a trial may overflow; the next sweep starts from the last finite scores
+            good = np.isfinite(found).all(axis=1)
+            self.scores[rows][good] = found[good]
+            return jax.tree.map(np.asarray, sums)
+
+        total = no_sums(mean.size, params.loadings.shape[1])
+        for sums in self.batches.map(solved):
+            total = jax.tree.map(np.add, total, sums)
+        # of the first sweep nobody knows the magnitude: it is solved to rounding
+        size = magnitude(float(total.log_marginal), self.batches.X.shape[0])
+        if np.isfinite(size):
+            self._last_step = min(
+                max(LAST_STEP, (_MODE_SHARE * self.tol * size) ** 2), _LARGEST_LAST_STEP
+            )
+        return _unpad(total, loadings.shape[1])
 
 
 def _unpad(sums: BatchSums, k):

@@ -46,6 +46,7 @@ from jax.scipy.special import gammaln
 from numpyro.infer import Trace_ELBO
 
 from ._jax import float64, tidy
+from ._laplace.likelihood import log1p_of_positive
 
 #: rows per step; independent of the estimator's batch_size, which only sets memory
 MINIBATCH = 256
@@ -143,7 +144,7 @@ def model(problem, start, rows, counts, weight, noise, has_capture):
         linear = linear - scale * jnp.sum(weight * problem.row_totals[rows] * eta)
     r = jnp.exp(log_r)
     odds = capture[:, None] * jnp.exp(log_mean - log_r)[None, :]
-    batch = scale * jnp.sum(weight[:, None] * (counts + r[None, :]) * jnp.log1p(odds))
+    batch = scale * jnp.sum(weight[:, None] * (counts + r[None, :]) * log1p_of_positive(odds))
     size = r[problem.gene]
     rising = gammaln(problem.count + size) - gammaln(size) - problem.count * log_r[problem.gene]
     constants = jnp.sum(problem.times * rising) - problem.log_factorials

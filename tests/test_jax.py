@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
 import warnings
 
 import jax
@@ -19,6 +21,7 @@ from sknbln._jax import (
     Sweeper,
     float64,
     gene_score_products,
+    in_order,
     pad_columns,
     padded_rank,
     solve_rows,
@@ -26,7 +29,7 @@ from sknbln._jax import (
     warn_about_jaxlib,
 )
 from sknbln._laplace.likelihood import log_rising_derivatives
-from sknbln._laplace.marginal import no_sums, solve_cells
+from sknbln._laplace.marginal import solve_cells
 from sknbln._laplace.mode import DECREMENT_TOL
 from sknbln._laplace.start import information_sums
 
@@ -135,9 +138,7 @@ def test_sums_are_those_of_the_kernel_without_padding():
     found = sweep(X, offset, scale, precision, params, None)[1]
     cells = small.problem(60)[0]
     with jax.enable_x64(True):
-        _, results, expected = solve_cells(
-            cells, params, small.zeros(cells, params), no_sums(small.N_GENES, K)
-        )
+        _, results, expected = solve_cells(cells, params, small.zeros(cells, params))
     assert found.genes.moments.shape == (small.N_GENES, 1 + K + K * (K + 1) // 2)
     assert found.genes.gradient_loadings.shape == (small.N_GENES, K)
     assert_sums_close(found, expected)
@@ -360,6 +361,57 @@ def test_other_releases_are_not(version):
         warn_about_jaxlib(version)
 
 
+# ------------------------------------------------------------------ threads
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_results_come_in_the_order_of_the_tasks(workers):
+    def slower_first(task):
+        time.sleep(0.01 * (task == 0))
+        return task, threading.get_ident()
+
+    found, threads = zip(*in_order(slower_first, range(9), workers), strict=True)
+    assert found == tuple(range(9))
+    assert (threading.get_ident() in threads) == (workers == 1)
+
+
+def test_threads_compute_in_the_callers_precision_and_on_its_device():
+    (device, *_) = jax.devices("cpu")
+
+    def looked_at(_):
+        return jnp.ones(2).dtype, jax.config.jax_default_device
+
+    with jax.default_device(device), jax.enable_x64(True):
+        found = set(in_order(looked_at, range(4), 2))
+    assert found == {(np.dtype("float64"), device)}
+
+
+def test_an_error_ends_the_work_and_is_raised():
+    done = []
+
+    def failing(task):
+        done.append(task)
+        if task == 2:
+            raise FloatingPointError("the third")
+        return task
+
+    found = []
+    with pytest.raises(FloatingPointError, match="the third"):
+        for value in in_order(failing, range(50), 2):
+            found.append(value)
+    assert found == [0, 1] and len(done) < 10
+
+
+def test_sums_do_not_depend_on_the_number_of_threads(monkeypatch):
+    sums = []
+    for workers in (1, 2, 3):
+        monkeypatch.setattr(jax_module, "n_workers", lambda workers=workers: workers)
+        sums.append(jax.tree.leaves(sweep(*rows(), 4)[1]))
+    for other in sums[1:]:
+        for a, b in zip(sums[0], other, strict=True):
+            assert_array_equal(a, b)
+
+
 # ------------------------------------------------------------------ compilations
 
 
@@ -385,11 +437,26 @@ def test_numbers_and_rows_of_one_bucket_share_a_compilation(caplog):
         run(20, 61, 3)  # other numbers
         run(17, 60, 3)  # other rows, of the same bucket of 24
         run(24, 62, 1)  # another latent dimension of the bucket of 4
-        # two batches: the sums of the first are on the device when the second is added
         run(47, 60, 2, batch_size=24)
         assert compilations(caplog) == []
         run(20, 60, 3, genes=11)  # a shape of its own: the count does count
         assert compilations(caplog) == ["solve_cells"]
+
+
+def test_threads_share_a_compilation():
+    traced = []
+
+    @jax_module.compiled_once
+    @jax.jit
+    def kernel(x):
+        traced.append(x.shape)
+        time.sleep(0.05)  # long enough for the others to come
+        return 2.0 * x
+
+    for shape in ((3,), (4,)):
+        found = list(in_order(kernel, [np.full(shape, float(i)) for i in range(6)], 3))
+        assert_array_equal(np.stack(found), np.tile(2.0 * np.arange(6.0)[:, None], shape))
+    assert traced == [(3,), (4,)]
 
 
 def test_memory_is_given_back_after_a_compilation_and_only_then(monkeypatch):

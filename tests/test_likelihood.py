@@ -15,8 +15,10 @@ from sknbln._laplace.likelihood import (
     CountHistogram,
     channel_terms,
     dispersion_terms,
+    log1p_of_positive,
     log_factorial,
     log_likelihood_terms,
+    log_odds_terms,
     log_rising,
     log_rising_derivatives,
     log_rising_slope,
@@ -50,12 +52,22 @@ def channel(u, y, phi):
 @jax.jit
 def _channel(u, y, phi):
     terms = channel_terms(u, y, phi)
+    logs = log_odds_terms(phi, terms)
     return (
         terms,
-        log_likelihood_terms(u, y, terms),
+        log_likelihood_terms(u, y, logs),
         third_derivative(terms),
-        dispersion_terms(u, phi, terms),
+        dispersion_terms(u, phi, terms, logs),
     )
+
+
+def test_log1p_is_numpys():
+    x = np.concatenate([[0.0], np.geomspace(1e-300, 1e300, 200_001), 1.0 + PHI])
+    x = np.concatenate([x, np.nextafter(np.sqrt(2.0) - 1.0, [0.0, 1.0]), 2.0 ** np.arange(900)])
+    found = np.asarray(jax.jit(log1p_of_positive)(x))
+    assert_allclose(found, np.log1p(x), rtol=5e-16, atol=0)
+    slope = np.asarray(jax.vmap(jax.grad(log1p_of_positive))(x))
+    assert_allclose(slope, 1.0 / (1.0 + x), rtol=3e-16)
 
 
 def central(f, x, h):

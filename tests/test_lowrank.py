@@ -22,10 +22,9 @@ def float64(strict_jax):
 @jax.jit
 def fast(W, b, scale, precision, x):
     """Everything that the module offers, of one system."""
-    F = lowrank.with_capture(W)
-    pairs = lowrank.pair_products(F)
+    factors = lowrank.Factors.of(W)
     scales = lowrank.column_scale(scale, W.shape[1])
-    M = lowrank.precision_matrix(b, pairs, scales, lowrank.column_scale(precision, W.shape[1]))
+    M = lowrank.precision_matrix(b, factors, scales, lowrank.column_scale(precision, W.shape[1]))
     L = lowrank.cholesky(M)
     inverse = lowrank.inverse(L)
     return dict(
@@ -33,13 +32,16 @@ def fast(W, b, scale, precision, x):
         solution=lowrank.solve(L, x),
         inverse=inverse,
         log_det=lowrank.log_det(L),
-        diagonal=lowrank.quadratic_diagonal(inverse, pairs),
+        diagonal=factors.quadratic_diagonal(inverse),
+        lifted=factors.lift(x),
+        projected=factors.project(b),
     )
 
 
 def dense(W, b, scale, precision, x):
     """The same by loops over cells."""
-    out = dict(M=[], solution=[], inverse=[], log_det=[], diagonal=[])
+    names = "M solution inverse log_det diagonal lifted projected".split()
+    out = {name: [] for name in names}
     F = np.column_stack([W, np.ones(len(W))])
     for c in range(len(b)):
         S = np.diag(np.r_[np.ones(W.shape[1]), scale[c]])
@@ -50,6 +52,8 @@ def dense(W, b, scale, precision, x):
         out["inverse"].append(np.linalg.inv(M))
         out["log_det"].append(np.linalg.slogdet(M)[1])
         out["diagonal"].append(np.diag(F @ np.linalg.inv(M) @ F.T))
+        out["lifted"].append(F @ x[c])
+        out["projected"].append(F.T @ b[c])
     return {name: np.array(value) for name, value in out.items()}
 
 

@@ -35,9 +35,8 @@ def solve(cells, params):
     return jax.tree.map(np.asarray, small.solved(cells, params)[1])
 
 
-def sweep(cells, params, before=None):
-    before = no_sums(*params.loadings.shape) if before is None else before
-    sums = solve_cells(cells, params, small.zeros(cells, params), before)[2]
+def sweep(cells, params, **options):
+    sums = solve_cells(cells, params, small.zeros(cells, params), **options)[2]
     return jax.tree.map(np.asarray, sums)
 
 
@@ -285,32 +284,52 @@ def test_cells_that_do_not_converge_are_counted(monkeypatch):
     monkeypatch.setattr(mode_module, "MAX_NEWTON", 1)
     # the undecorated function: the compiled one has the number of iterations built in
     solve_anew = jax.jit(lambda *args: solve_cells.__wrapped__(*args))
-    before = no_sums(*params.loadings.shape)
-    sums = solve_anew(cells, params, small.zeros(cells, params), before)[2]
+    sums = solve_anew(cells, params, small.zeros(cells, params))[2]
     assert sums.n_unconverged == 6
 
 
-def test_sums_run_on_from_those_before():
-    """Two halves of the cells, one after the other, are all of them; nothing is what it says."""
+def test_sums_of_parts_of_the_cells_add_up():
+    """Two halves of the cells are all of them; the zero sums have the shapes of those that are found."""
     cells, params, _ = small.problem(29)
     nothing = no_sums(*params.loadings.shape)
     whole = sweep(cells, params)
     for zero, value in zip(jax.tree.leaves(nothing), jax.tree.leaves(whole), strict=True):
         assert np.shape(zero) == value.shape and np.asarray(zero).dtype == value.dtype
         assert not np.any(zero)
-    running = nothing
+    total = nothing
     for half in (slice(0, 4), slice(4, 8)):
         weight = np.zeros(small.N_CELLS)
         weight[half] = 1.0
-        running = sweep(cells._replace(weight=weight), params, running)
-    for found, value in zip(jax.tree.leaves(running), jax.tree.leaves(whole), strict=True):
+        total = jax.tree.map(np.add, total, sweep(cells._replace(weight=weight), params))
+    for found, value in zip(jax.tree.leaves(total), jax.tree.leaves(whole), strict=True):
         assert_allclose(found, value, rtol=1e-10, atol=1e-10)
-    # and from any start at all, the count too
-    start = jax.tree.map(lambda a: a + 7, nothing)
-    for found, value in zip(
-        jax.tree.leaves(sweep(cells, params, start)), jax.tree.leaves(whole), strict=True
-    ):
-        assert_allclose(found, value + 7, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_nothing_depends_on_how_many_cells_are_solved_at_a_time(block):
+    cells, params, _ = small.problem(29)
+    cells = cells._replace(weight=np.r_[np.ones(6), 0.0, 0.0])
+    start = small.zeros(cells, params)
+    whole, parts = (
+        jax.tree.map(np.asarray, solve_cells(cells, params, start, block=b)) for b in (None, block)
+    )
+    assert parts[1].n_newton == whole[1].n_newton
+    for found, value in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        assert_allclose(found, value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_mode_is_found_to_what_is_asked_for():
+    """What is left of the decrement is below what may be left, and the objective as near as that says."""
+    cells, params, _ = small.problem(29)
+    start = small.zeros(cells, params)
+    exact = solve_cells(cells, params, start)[1]
+    steps = []
+    for last_step in (1e-18, 1e-6, 1e-2):
+        found = solve_cells(cells, params, start, last_step)[1]
+        assert np.all(found.decrement <= last_step) and np.all(found.converged)
+        assert_allclose(found.log_marginal, exact.log_marginal, rtol=0, atol=last_step**0.5)
+        steps.append(int(found.n_newton))
+    assert steps[0] > steps[1] > steps[2]
 
 
 # ------------------------------------------------------------------ how good Laplace is

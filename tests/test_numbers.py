@@ -316,8 +316,8 @@ def test_cells_whose_mode_is_not_found_are_counted_and_said(monkeypatch):
     X = drawn(5.0)
     real = jax_module.solve_cells
 
-    def solve_cells(*args):
-        *found, sums = real(*args)
+    def solve_cells(*args, **kwargs):
+        *found, sums = real(*args, **kwargs)
         return *found, sums._replace(n_unconverged=sums.n_unconverged + 3)
 
     monkeypatch.setattr(jax_module, "solve_cells", solve_cells)

@@ -42,11 +42,13 @@ def test_draws_are_the_laplace_posterior_s(kind, zero_noise):
         noise[::3] = 0.0
         params = params._replace(noise=noise)
     n, n_genes, k = *cells.counts.shape, params.loadings.shape[1]
-    mode, _ = small.solved(cells, params)
+    alpha, results = small.solved(cells, params)
 
     def draw(e):
         e = np.tile(e, (n, 1))
-        return np.asarray(draw_rates(cells, params, mode, e[:, : k + 1], e[:, k + 1 :]))
+        return np.asarray(
+            draw_rates(cells, params, results.zeta, alpha, e[:, : k + 1], e[:, k + 1 :])
+        )
 
     center = draw(np.zeros(k + 1 + n_genes))
     columns = np.stack([draw(e) - center for e in np.eye(k + 1 + n_genes)], axis=2)
@@ -58,8 +60,8 @@ def test_draws_are_the_laplace_posterior_s(kind, zero_noise):
 
 def test_a_draw_without_noise_is_the_mode():
     cells, params, r = small.problem(seed=2)
-    mode, _ = small.solved(cells, params)
+    alpha, results = small.solved(cells, params)
     noise = np.zeros((small.N_CELLS, small.RANK + 1)), np.zeros((small.N_CELLS, small.N_GENES))
-    y = draw_rates(cells, params, mode, *noise)
+    y = draw_rates(cells, params, results.zeta, alpha, *noise)
     for c in range(small.N_CELLS):
         assert_allclose(y[c], twin(cells, params, r, c).y, atol=1e-9)

@@ -19,7 +19,7 @@ from .sweeps import (
     shift_step,
 )
 
-PLAIN_SWEEPS = 3  # the first steps are long: they say little of the curvature at the maximum
+PLAIN_SWEEPS = 4  # the first steps are long: they say little of the curvature at the maximum
 MEMORY = 8
 MAX_CUTS = 12
 MEMORY_CUTS = 2  # of a quasi-Newton step

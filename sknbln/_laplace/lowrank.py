@@ -5,6 +5,10 @@ the cell's prior standard deviation of the capture offset. The Gram matrices ``F
 all cells are one matrix product with the products of pairs of columns (upper triangle only).
 """
 
+import functools
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_solve
@@ -24,15 +28,38 @@ def triangle(n):
     return i, j, back
 
 
-def with_capture(W):
-    """Loadings and the all-ones capture column, (n_genes, k + 1)."""
-    return jnp.concatenate([W, jnp.ones((W.shape[0], 1), W.dtype)], 1)
+class Factors(NamedTuple):
+    """The columns of F, and the products of pairs of them that sums over genes are made of."""
 
+    columns: jnp.ndarray  # (n_genes, k + 1) loadings and the all-ones capture column
+    rows: jnp.ndarray  # (k + 1, n_genes) the same, transposed
+    pairs: jnp.ndarray  # (n_genes, T) products of pairs of columns, packed upper triangle
+    weighted_pairs: jnp.ndarray  # (T, n_genes) the same, those of two different columns twice
 
-def pair_products(F):
-    """Products of pairs of columns of F, packed upper triangle: (n_genes, T)."""
-    i, j, _ = triangle(F.shape[1])
-    return F[:, i] * F[:, j]
+    @classmethod
+    def of(cls, W):
+        """From the loadings, (n_genes, k)."""
+        F = jnp.concatenate([W, jnp.ones((W.shape[0], 1), W.dtype)], 1)
+        i, j, _ = triangle(F.shape[1])
+        twice = np.where(i == j, 1.0, 2.0)
+        return cls(F, F.T, F[:, i] * F[:, j], twice[:, None] * (F.T[i] * F.T[j]))
+
+    def lift(self, zeta):
+        """``F zeta`` for every cell: (n_cells, n_genes)."""
+        return zeta @ self.rows
+
+    def project(self, x):
+        """``F' x`` for every cell: (n_cells, k + 1)."""
+        return x @ self.columns
+
+    def gram(self, b):
+        """``F' diag(b_c) F`` for every cell: (n_cells, k + 1, k + 1)."""
+        return (b @ self.pairs)[:, triangle(self.columns.shape[1])[2]]
+
+    def quadratic_diagonal(self, C):
+        """``diag(F C_c F')`` for every cell: (n_cells, n_genes)."""
+        i, j, _ = triangle(self.columns.shape[1])
+        return jax.lax.optimization_barrier(C[:, i, j]) @ self.weighted_pairs
 
 
 def column_scale(scale, k):
@@ -41,11 +68,10 @@ def column_scale(scale, k):
     return jnp.concatenate([ones, scale[:, None]], 1)
 
 
-def precision_matrix(b, pairs, scales, prior_precision):
+def precision_matrix(b, factors, scales, prior_precision):
     """``M_c = P_c + S_c F' diag(b_c) F S_c``, shape (n_cells, k + 1, k + 1)."""
     n = scales.shape[1]
-    _, _, back = triangle(n)
-    gram = (b @ pairs)[:, back] * scales[:, :, None] * scales[:, None, :]
+    gram = factors.gram(b) * scales[:, :, None] * scales[:, None, :]
     return gram + prior_precision[:, :, None] * jnp.eye(n, dtype=b.dtype)[None]
 
 
@@ -89,11 +115,6 @@ def sum_of_logs(x):
     """
     short = -x.shape[1] % LOG_BLOCK
     padded = jnp.pad(x, ((0, 0), (0, short)), constant_values=1.0)
-    return row_sums(jnp.log(jnp.prod(padded.reshape(x.shape[0], -1, LOG_BLOCK), 2)))
-
-
-def quadratic_diagonal(C, pairs):
-    """``diag(F C_c F')`` for every cell: (n_cells, n_genes)."""
-    i, j, _ = triangle(C.shape[-1])
-    twice = np.where(i == j, 1.0, 2.0)
-    return (C[:, i, j] * twice[None, :]) @ pairs.T
+    # of parts far from each other, which is vectorized where a product of neighbours is not
+    product = functools.reduce(jnp.multiply, jnp.split(padded, LOG_BLOCK, axis=1))
+    return row_sums(jnp.log(product))

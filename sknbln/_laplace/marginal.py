@@ -16,6 +16,7 @@ All are low-rank algebra with the Cholesky factor that the Newton step has made 
 that lets JAX differentiate through the live step is in ``tests/reference``.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,8 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import lowrank
-from .likelihood import dispersion_terms, log_likelihood_terms, third_derivative
-from .mode import Globals, find_mode, lift, linearization_at
+from .likelihood import (
+    dispersion_terms,
+    log_likelihood_terms,
+    log_odds_terms,
+    third_derivative,
+)
+from .mode import LAST_STEP, Globals, find_mode, linearization_at, linearize, log_rates
 
 GENE_BLOCK = 64
 
@@ -64,35 +70,35 @@ class BatchSums(NamedTuple):
     genes: GeneSums
 
 
-def _log_marginal(cells, params, mode, lin):
+def _log_marginal(cells, params, mode, lin, logs):
     d = params.noise[None, :]
-    likelihood = log_likelihood_terms(cells.counts, mode.y, lin.terms)
+    likelihood = log_likelihood_terms(cells.counts, mode.y, logs)
     genes = lowrank.row_sums(likelihood - 0.5 * d * mode.alpha**2)
     prior = jnp.sum(lin.prior_precision * mode.zeta**2, 1)
     return genes - 0.5 * (prior + lowrank.sum_of_logs(lin.den) + lowrank.log_det(lin.L))
 
 
-def _offset_curvature(params, lin):
+def _offset_curvature(factors, lin):
     """``1' K_c 1``, shape (n_cells,)."""
-    pull = (lin.b @ lowrank.with_capture(params.loadings)) * lin.scales
+    pull = factors.project(lin.b) * lin.scales
     return lowrank.row_sums(lin.b) - jnp.sum(pull * lowrank.solve(lin.L, pull), 1)
 
 
-def _cell_results(cells, params, mode, lin):
+def _cell_results(cells, params, factors, mode, lin, logs):
     return CellResults(
-        _log_marginal(cells, params, mode, lin),
+        _log_marginal(cells, params, mode, lin, logs),
         mode.zeta,
         lowrank.inverse(lin.L),
         -lowrank.row_sums(mode.alpha),
-        _offset_curvature(params, lin),
+        _offset_curvature(factors, lin),
         mode.decrement,
         mode.converged,
         mode.n_iter,
     )
 
 
-@jax.jit
-def solve_cells(cells, params, zeta, before):
+@partial(jax.jit, static_argnames="block")
+def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
     """Mode, scores and Laplace marginal of each cell of a batch, and sums over the cells.
 
     One kernel for fits and for new rows: the sums cost a quarter of it, and another kernel would have to
@@ -104,27 +110,53 @@ def solve_cells(cells, params, zeta, before):
     params : Globals
     zeta : array of shape (n_cells, k + 1)
         Scores from which the modes are looked for.
-    before : BatchSums
-        Of other cells, to which the sums over these are added.
+    last_step : float
+        What of a Newton decrement may be left, nats.
+    block : int or None
+        So many cells are solved at a time, a divisor of their number: what is made of them then stays in
+        a processor's own cache. None solves all together.
 
     Returns
     -------
-    mode : Mode
-        At which the other kernels work.
+    alpha : array of shape (n_cells, n_genes)
+        With the scores it says where the modes are; 0 for padding.
     results : CellResults
     sums : BatchSums
     """
-    mode = find_mode(cells, params, zeta)
+    n_cells, (n_genes, k) = zeta.shape[0], params.loadings.shape
+    block = n_cells if block is None else block
+    factors = lowrank.Factors.of(params.loadings)
+    blocks = jax.tree.map(lambda a: a.reshape(-1, block, *a.shape[1:]), (cells, zeta))
+
+    def solve(sums, part):
+        own, *found = _solve_block(part[0], params, factors, part[1], last_step)
+        return jax.tree.map(jnp.add, sums, own), found
+
+    zeros = jax.tree.map(jnp.asarray, no_sums(n_genes, k))
+    simple = zeros._replace(genes=zeros.genes._replace(gradient_loadings=0.0, moments=0.0))
+    sums, found = jax.lax.scan(solve, simple, blocks)
+    results, regression = jax.tree.map(
+        lambda a: a.reshape(n_cells, *a.shape[2:]) if a.ndim > 1 else a.max(), found
+    )
+    gradient, moments = _regression_sums(params, *regression)
+    genes = sums.genes._replace(gradient_loadings=gradient, moments=moments)
+    return regression.alpha, results, sums._replace(genes=genes)
+
+
+def _solve_block(cells, params, factors, zeta, last_step):
+    mode = find_mode(cells, params, zeta, last_step, factors)
     lin = linearization_at(cells, params, mode)
-    results = _cell_results(cells, params, mode, lin)
+    logs = log_odds_terms(params.phi[None, :], lin.terms)
+    results = _cell_results(cells, params, factors, mode, lin, logs)
     live = cells.weight > 0
+    genes, regression = _gene_sums(cells, params, factors, mode, lin, logs, results.covariance)
     sums = BatchSums(
         jnp.sum(cells.weight * results.log_marginal),
         jnp.sum(jnp.where(live & ~mode.converged, 1, 0)),
         jnp.sum(cells.weight * results.offset_curvature),
-        _gene_sums(cells, params, mode, lin, results.covariance),
+        genes,
     )
-    return mode, results, jax.tree.map(jnp.add, before, sums)
+    return sums, results, regression
 
 
 def no_sums(n_genes, k):
@@ -164,26 +196,24 @@ class _GeneScores(NamedTuple):
     xi: jnp.ndarray  # (n_cells, k + 1)
 
 
-def _gene_scores(cells, params, mode, lin, covariance):
+def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
     d, phi = params.noise[None, :], params.phi[None, :]
-    F = lowrank.with_capture(params.loadings)
-    terms, den, b = lin.terms, lin.den, lin.b
+    terms, rest, b = lin.terms, lin.rest, lin.b
 
     scaled = covariance * lin.scales[:, :, None] * lin.scales[:, None, :]
-    spread = lowrank.quadratic_diagonal(scaled, lowrank.pair_products(F))  # diag F C F'
-    variance = d / den + spread / den**2  # diag V
+    spread = factors.quadratic_diagonal(scaled)  # diag F C F'
+    variance = d * rest + spread * rest**2  # diag V
     K = b - b**2 * spread
 
     # the implicit term
     h = -0.5 * variance * third_derivative(terms)
-    x = h / den
-    xi = lowrank.solve(lin.L, (x @ F) * lin.scales)
-    lifted = lift(params, lin.scales, xi)
+    x = h * rest
+    xi = lowrank.solve(lin.L, factors.project(x) * lin.scales)
+    lifted = factors.lift(xi * lin.scales)
     beta = x - b * lifted
-    q = d * x + lifted / den
+    q = d * x + lifted * rest
 
-    alpha = mode.alpha
-    dispersion = dispersion_terms(cells.counts, phi, terms)
+    dispersion = dispersion_terms(cells.counts, phi, terms, logs)
     return _GeneScores(
         alpha + beta,
         0.5 * (alpha**2 - K) + alpha * beta,
@@ -196,41 +226,69 @@ def _gene_scores(cells, params, mode, lin, covariance):
     )
 
 
-def _gene_sums(cells, params, mode, lin, covariance):
+class _Regression(NamedTuple):
+    """What the sums over cells behind the loadings are made of."""
+
+    b: jnp.ndarray  # (n_cells, n_genes) weights
+    v_beta: jnp.ndarray  # (n_cells, n_genes)
+    alpha: jnp.ndarray  # (n_cells, n_genes)
+    z: jnp.ndarray  # (n_cells, k)
+    xi: jnp.ndarray  # (n_cells, k)
+    second: jnp.ndarray  # (n_cells, k + 1, k + 1) second moment of the scores
+    scale: jnp.ndarray  # (n_cells,) of the capture column
+
+
+def _gene_sums(cells, params, factors, mode, lin, logs, covariance):
+    """`GeneSums` without those of regressions, and a `_Regression`."""
     k = params.loadings.shape[1]
     weight = cells.weight[:, None]
-    scores = _gene_scores(cells, params, mode, lin, covariance)
     alpha, zeta = mode.alpha, mode.zeta
-    z = zeta[:, :k]
-
-    v = alpha + lin.b * lift(params, lin.scales, zeta)  # the working response times b
-
-    # Loadings: (alpha alpha' - K + beta alpha' + alpha beta') F without a cells x genes x k array.
-    # F' alpha = P zeta and F' beta = P xi; alpha zeta' - K F = v zeta' - b F E[zeta zeta'].
+    scores = _gene_scores(cells, params, factors, alpha, lin, logs, covariance)
+    v = alpha + lin.b * factors.lift(zeta * lin.scales)  # the working response times b
     second = zeta[:, :, None] * zeta[:, None, :] + covariance
-    with_capture = lin.scales[:, k][:, None] * second[:, k, :k]  # (n_cells, k)
+
+    def total(x):  # a sum with all that it is made of in one loop would not be vectorized
+        return cells.weight @ jax.lax.optimization_barrier(x)
+
+    sums = GeneSums(
+        total(scores.mean),
+        0.0,
+        total(scores.noise),
+        total(scores.log_r),
+        0.0,
+        # variance of the score of d: of Gaussian responses, and a quarter of a count's fourth cumulant
+        total(0.5 * scores.K**2 + 0.25 * scores.K),
+        total(scores.information_log_r),
+        total(scores.missing_log_r),
+    )
+    return sums, _Regression(
+        weight * lin.b,
+        weight * (v + scores.beta),
+        weight * alpha,
+        zeta[:, :k],
+        scores.xi[:, :k],
+        second,
+        lin.scales[:, k],
+    )
+
+
+def _regression_sums(params, b, v_beta, alpha, z, xi, second, scale):
+    """Gradient of the loadings, and ``sum_c b [1 z][1 z]'``.
+
+    ``(alpha alpha' - K + beta alpha' + alpha beta') F`` without a cells x genes x k array: ``F' alpha = P
+    zeta`` and ``F' beta = P xi``, and ``alpha zeta' - K F = v zeta' - b F E[zeta zeta']``.
+    """
+    k = params.loadings.shape[1]
     i, j, back = lowrank.triangle(k)
-    features = jnp.concatenate([jnp.ones_like(zeta[:, :1]), z, second[:, i, j], with_capture], 1)
-    sums = (weight * lin.b).T @ features
+    with_capture = scale[:, None] * second[:, k, :k]
+    features = jnp.concatenate([jnp.ones_like(b[:, :1]), z, second[:, i, j], with_capture], 1)
+    sums = b.T @ features
     moments, capture_part = sums[:, : 1 + k + i.size], sums[:, 1 + k + i.size :]
     zz = moments[:, 1 + k :][:, back]  # (n_genes, k, k)
-    gradient_loadings = (
-        (weight * (v + scores.beta)).T @ z
-        + (weight * alpha).T @ scores.xi[:, :k]
-        - jnp.sum(zz * params.loadings[:, None, :], 2)
-        - capture_part
+    gradient = (
+        v_beta.T @ z + alpha.T @ xi - jnp.sum(zz * params.loadings[:, None, :], 2) - capture_part
     )
-    return GeneSums(
-        cells.weight @ scores.mean,
-        gradient_loadings,
-        cells.weight @ scores.noise,
-        cells.weight @ scores.log_r,
-        moments,
-        # variance of the score of d: of Gaussian responses, and a quarter of a count's fourth cumulant
-        cells.weight @ (0.5 * scores.K**2 + 0.25 * scores.K),
-        cells.weight @ scores.information_log_r,
-        cells.weight @ scores.missing_log_r,
-    )
+    return gradient, moments
 
 
 def _gene_blocks(a):
@@ -240,19 +298,21 @@ def _gene_blocks(a):
 
 
 @jax.jit
-def score_products(cells, params, mode, results, constant_scores):
+def score_products(cells, params, alpha, results, constant_scores):
     """Sums over cells of outer products of each gene's scores in (mu, w_1..w_k, log d, log r).
 
     ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Returns the products,
     (n_genes, k + 3, k + 3), and ``sum_c b``, (n_genes,).
     """
     n_genes, k = params.loadings.shape
-    zeta, alpha, lin = mode.zeta, mode.alpha, linearization_at(cells, params, mode)
-    scores = _gene_scores(cells, params, mode, lin, results.covariance)
+    zeta, factors = results.zeta, lowrank.Factors.of(params.loadings)
+    lin = linearize(cells, params, log_rates(cells, params, factors, zeta, alpha), factors)
+    logs = log_odds_terms(params.phi[None, :], lin.terms)
+    scores = _gene_scores(cells, params, factors, alpha, lin, logs, results.covariance)
     second = zeta[:, :, None] * zeta[:, None, :] + results.covariance
     second = (second[:, :k, :] * lin.scales[:, None, :]).reshape(-1, k + 1)
     z, xi = zeta[:, :k, None], scores.xi[:, :k, None]
-    v = alpha + lin.b * lift(params, lin.scales, zeta)
+    v = alpha + lin.b * factors.lift(zeta * lin.scales)
 
     def products(block):
         mean, v_beta, own, b, noise, log_r, F = block
@@ -275,7 +335,7 @@ def score_products(cells, params, mode, results, constant_scores):
     # a block of genes at a time: what it needs stays in the processor's caches
     weight = cells.weight[:, None]
     blocks = [_gene_blocks((weight * a).T).swapaxes(1, 2) for a in parts]
-    F = _gene_blocks(lowrank.with_capture(params.loadings))
+    F = _gene_blocks(factors.columns)
     products = jax.lax.map(products, (*blocks, F)).reshape(-1, k + 3, k + 3)[:n_genes]
     return products, jnp.sum(weight * lin.b, 0)
 

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from . import lowrank
 from .likelihood import channel_terms, terms_at
 
-#: a cell takes its last step when the Newton decrement (twice the expected gain, nats) is sure to be below
-#: this after it
+#: nothing is left of a Newton decrement below this, nats: what a mode is found to unless less is asked for
 LAST_STEP = 1e-18
 #: and has converged when the decrement that is found there is below this
 DECREMENT_TOL = 1e-9
@@ -27,8 +26,9 @@ MAX_NEWTON = 100
 #: no step changes a log-rate by more than this, nats: where the curvature is next to nothing, the quadratic
 #: model has its maximum thousands of nats away, and the way back is long
 FARTHEST = 10.0
-GENE_STEPS = 2  # of each gene given the scores, before the first step of all
+GENE_STEPS = 4  # of each gene given the scores, before the first step of all
 GENE_REACH = 2.0  # nats, at most by one of them
+GENE_HIGHEST = 60.0  # log-rate in them, whose exponential is finite in single precision
 
 
 class Cells(NamedTuple):
@@ -59,6 +59,7 @@ class Linearization(NamedTuple):
 
     terms: tuple
     den: jnp.ndarray  # 1 + d a
+    rest: jnp.ndarray  # 1 / den
     b: jnp.ndarray  # a / den
     L: jnp.ndarray  # Cholesky factor of M
     scales: jnp.ndarray
@@ -83,11 +84,18 @@ def location(cells, params):
     return params.mean[None, :] - cells.offset[:, None]
 
 
-def linearize(cells, params, y):
-    """Expand the likelihood at ``y``."""
+def log_rates(cells, params, factors, zeta, alpha):
+    """``y = loc + F zeta + d alpha``, (n_cells, n_genes)."""
+    scales = lowrank.column_scale(cells.scale, params.loadings.shape[1])
+    lifted = factors.lift(zeta * scales)
+    return location(cells, params) + lifted + params.noise[None, :] * alpha
+
+
+def linearize(cells, params, y, factors=None):
+    """Expand the likelihood at ``y``; ``factors`` are those of the loadings, if they are known."""
+    factors = lowrank.Factors.of(params.loadings) if factors is None else factors
     lin = _expansion(cells, params, channel_terms(cells.counts, y, params.phi[None, :]))
-    pairs = lowrank.pair_products(lowrank.with_capture(params.loadings))
-    M = lowrank.precision_matrix(lin.b, pairs, lin.scales, lin.prior_precision)
+    M = lowrank.precision_matrix(lin.b, factors, lin.scales, lin.prior_precision)
     return lin._replace(L=lowrank.cholesky(M))
 
 
@@ -102,17 +110,8 @@ def _expansion(cells, params, terms):
     k = params.loadings.shape[1]
     den = 1.0 + params.noise[None, :] * terms.curvature
     scales, precision = (lowrank.column_scale(a, k) for a in (cells.scale, cells.precision))
-    return Linearization(terms, den, terms.curvature / den, None, scales, precision)
-
-
-def lift(params, scales, zeta):
-    """``F zeta``: what scores and capture deviation do to the log-rates, (n_cells, n_genes)."""
-    return (zeta * scales) @ lowrank.with_capture(params.loadings).T
-
-
-def _project(lin, params, x):
-    """``F' x`` in the units of zeta, (n_cells, k + 1)."""
-    return (x @ lowrank.with_capture(params.loadings)) * lin.scales
+    b = terms.curvature / den
+    return Linearization(terms, den, 1.0 / den, b, None, scales, precision)
 
 
 class _State(NamedTuple):
@@ -134,16 +133,17 @@ class _State(NamedTuple):
     decrement: jnp.ndarray
 
 
-def _direction(cells, params, lin, zeta, alpha):
+def _direction(params, factors, lin, zeta, alpha):
     """Newton direction at (zeta, alpha), where ``lin`` was made, the slope along it and its change of y.
 
     With ``e = (g - alpha) / den``, what is missing of the genes' own equations: ``M dzeta = F' (alpha + e)
     - P zeta`` and ``dalpha = e - b F dzeta``; the slope is ``dzeta' M dzeta + sum d den e^2``.
     """
-    e = (lin.terms.gradient - alpha) / lin.den
-    rhs = _project(lin, params, alpha + e) - lin.prior_precision * zeta
+    target = alpha + (lin.terms.gradient - alpha) / lin.den
+    rhs = factors.project(target) * lin.scales - lin.prior_precision * zeta
     dzeta = lowrank.solve(lin.L, rhs)
-    lifted = lift(params, lin.scales, dzeta)
+    lifted = factors.lift(dzeta * lin.scales)
+    e = target - alpha
     dalpha = e - lin.b * lifted
     slope = jnp.sum(dzeta * rhs, 1) + lowrank.row_sums(params.noise[None, :] * lin.den * e**2)
     return dzeta, dalpha, slope, lifted + params.noise[None, :] * dalpha
@@ -152,14 +152,22 @@ def _direction(cells, params, lin, zeta, alpha):
 def _genes_alone(cells, params, centre):
     """Alpha near each gene's own mode given the scores, which put the log-rates at ``centre``.
 
-    Given the scores the genes are independent: a step of each costs less than one of all together.
+    Given the scores the genes are independent: a step of each costs a tenth of one of all together. A start
+    needs no more than single precision.
     """
-    d, alpha = params.noise[None, :], jnp.zeros_like(centre)
+    # the barrier has the conversions made once
+    u, d, phi, centre = jax.lax.optimization_barrier(
+        tuple(
+            a.astype(jnp.float32)
+            for a in (cells.counts, params.noise[None, :], params.phi[None, :], centre)
+        )
+    )
+    alpha = jnp.zeros_like(centre)
     for _ in range(GENE_STEPS):
-        terms = channel_terms(cells.counts, centre + d * alpha, params.phi[None, :])
+        terms = channel_terms(u, jnp.minimum(centre + d * alpha, GENE_HIGHEST), phi)
         step = (terms.gradient - alpha) / (1.0 + d * terms.curvature)
         alpha = alpha + step * (GENE_REACH / jnp.maximum(jnp.abs(d * step), GENE_REACH))
-    return alpha
+    return jnp.where(jnp.isfinite(alpha), alpha, 0.0).astype(cells.counts.dtype)
 
 
 def _largest(move):
@@ -181,8 +189,11 @@ def _left_after(decrement, largest):
     return decrement * (0.5 * m * jnp.exp(1.5 * m)) ** 2
 
 
-def find_mode(cells, params, zeta):
+def find_mode(cells, params, zeta, last_step=LAST_STEP, factors=None):
     """Damped Newton from the scores ``zeta`` (n_cells, k + 1), one `while_loop` for the batch.
+
+    A cell is done when its Newton decrement (twice what there is to gain, nats) is sure to be below
+    ``last_step``.
 
     A step is accepted when the slope along it has not turned below minus a quarter of what it was
     (the objective is concave, so along the step it rises while the slope is positive); otherwise
@@ -194,8 +205,8 @@ def find_mode(cells, params, zeta):
     Returns the :class:`Mode`.
     """
     d = params.noise[None, :]
-    scales = lowrank.column_scale(cells.scale, params.loadings.shape[1])
-    centre = location(cells, params) + lift(params, scales, zeta)
+    factors = lowrank.Factors.of(params.loadings) if factors is None else factors
+    centre = log_rates(cells, params, factors, zeta, jnp.zeros_like(cells.counts))
     alpha = _genes_alone(cells, params, centre)
     zero, nowhere = jnp.zeros_like(cells.offset), jnp.zeros_like(centre)
     n, size = zeta.shape
@@ -226,14 +237,14 @@ def find_mode(cells, params, zeta):
         zeta = state.zeta + t * state.dzeta
         alpha = state.alpha + t * state.dalpha
         y = state.y + t * state.dy
-        lin = linearize(cells, params, y)
+        lin = linearize(cells, params, y, factors)
         slope = lowrank.row_sums(lin.terms.gradient * state.dy - d * alpha * state.dalpha)
         slope = slope - jnp.sum(lin.prior_precision * zeta * state.dzeta, 1)
         accept = state.last | (slope >= -0.25 * state.slope)
         length = state.length + t[:, 0]
         secant = length * state.slope / jnp.maximum(state.slope - slope, 1e-300)
         cut = jnp.clip(secant, 0.1 * length, 0.7 * length)
-        dzeta, dalpha, decrement, dy = _direction(cells, params, lin, zeta, alpha)
+        dzeta, dalpha, decrement, dy = _direction(params, factors, lin, zeta, alpha)
         largest = _largest(dy)
         far = (state.n_iter >= 0) & (slope >= 0.5 * state.slope)
         reach = jnp.where(far, 2.0 * state.reach, FARTHEST)
@@ -252,7 +263,7 @@ def find_mode(cells, params, zeta):
             length=jnp.where(accept, 0.0, length),
             step=jnp.where(accept, reach / jnp.maximum(largest, reach), cut - length),
             reach=reach,
-            last=accept & (_left_after(decrement, largest) <= LAST_STEP),
+            last=accept & (_left_after(decrement, largest) <= last_step),
             done=state.done | state.last,
             n_iter=state.n_iter + 1,
             rate=lin.terms.rate,
@@ -269,6 +280,6 @@ def find_mode(cells, params, zeta):
         state.rate,
         state.L,
         decrement,
-        state.done & (decrement <= DECREMENT_TOL),
+        state.done & (decrement <= jnp.maximum(DECREMENT_TOL, last_step)),
         state.n_iter,
     )

@@ -17,17 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from .mode import lift, linearization_at
+from . import lowrank
+from .mode import linearize, log_rates
 
 
 @jax.jit
-def draw_rates(cells, params, mode, score_noise, gene_noise):
+def draw_rates(cells, params, zeta, alpha, score_noise, gene_noise):
     """One draw of y = x - eta for each cell of a batch, (n_cells, n_genes), from its Laplace posterior.
 
-    ``score_noise`` (n_cells, k + 1) and ``gene_noise`` (n_cells, n_genes) are standard normal.
+    ``zeta`` and ``alpha`` are what the solver says of the modes; ``score_noise`` (n_cells, k + 1) and
+    ``gene_noise`` (n_cells, n_genes) are standard normal.
     """
-    lin = linearization_at(cells, params, mode)
+    factors = lowrank.Factors.of(params.loadings)
+    y = log_rates(cells, params, factors, zeta, alpha)
+    lin = linearize(cells, params, y, factors)
     deviation = solve_triangular(lin.L, score_noise[..., None], trans=1, lower=True)[..., 0]
-    lifted = lift(params, lin.scales, deviation)
-    noise = jnp.sqrt(params.noise[None, :] / lin.den) * gene_noise
-    return mode.y + lifted / lin.den + noise
+    lifted = factors.lift(deviation * lin.scales)
+    noise = jnp.sqrt(params.noise[None, :] * lin.rest) * gene_noise
+    return y + lifted * lin.rest + noise

@@ -17,7 +17,7 @@ from scipy.special import log_ndtr, ndtri_exp
 from sklearn.utils import check_random_state
 
 from .. import _capture
-from .._jax import RowBatches, float64, no_sums, pad_columns, padded_rank, solve_cells
+from .._jax import RowBatches, float64, pad_columns, padded_rank
 from .._laplace.mode import Globals
 from .._laplace.rates import draw_rates
 
@@ -109,10 +109,10 @@ def poisson(log_rates, stream):
 
 
 @float64
-def _draw_batch(cells, params, nothing, zeta, score_noise, gene_noise):
-    mode, _, _ = solve_cells(cells, params, zeta, nothing)
-    y = draw_rates(cells, params, mode, score_noise, gene_noise)
-    return np.asarray(mode.zeta), np.asarray(y)
+def _draw_batch(batches, cells, params, zeta, score_noise, gene_noise):
+    alpha, results, _ = batches.solve(cells, params, zeta)
+    y = draw_rates(cells, params, results.zeta, alpha, score_noise, gene_noise)
+    return np.asarray(results.zeta), np.asarray(y)
 
 
 class Replicates:
@@ -209,7 +209,6 @@ class Replicates:
         batches = RowBatches(self.X, *capture, batch_size=self.estimator.batch_size)
         padded = padded_rank(k)
         params = Globals(model.mean, pad_columns(model.loadings, padded), model.noise, 1 / model.r)
-        nothing = no_sums(n_genes, padded)
         if self._scores is None:
             self._scores = np.zeros((self.n_rows, padded + 1))
         for rows, cells in batches:
@@ -218,7 +217,7 @@ class Replicates:
             score_noise = np.zeros((n, padded + 1))
             score_noise[:, :k], score_noise[:, -1] = normal[:, :k], normal[:, k]
             padded_rows = (self._scores[rows], score_noise, normal[:, k + 1 :])
-            zeta, y = _draw_batch(cells, params, nothing, *(batches.padded(a) for a in padded_rows))
+            zeta, y = _draw_batch(batches, cells, params, *(batches.padded(a) for a in padded_rows))
             # the next replicate starts from the last finite scores
             self._scores[rows] = np.where(np.isfinite(zeta[:n]), zeta[:n], 0.0)
             yield rows, y[:n]

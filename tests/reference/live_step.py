@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from sknbln._laplace import lowrank
-from sknbln._laplace.likelihood import log_likelihood_terms
-from sknbln._laplace.mode import Globals, find_mode, lift, linearize, location
+from sknbln._laplace.likelihood import log_likelihood_terms, log_odds_terms
+from sknbln._laplace.mode import Globals, find_mode, linearize, location, log_rates
 
 
 def newton_step(cells, params, y):
     """Scores and alpha that solve the Newton system expanded at any ``y``."""
     lin = linearize(cells, params, y)
     v = (lin.terms.curvature * (y - location(cells, params)) + lin.terms.gradient) / lin.den
-    rhs = (v @ lowrank.with_capture(params.loadings)) * lin.scales
+    factors = lowrank.Factors.of(params.loadings)
+    rhs = factors.project(v) * lin.scales
     zeta = lowrank.solve(lin.L, rhs)
-    return zeta, v - lin.b * lift(params, lin.scales, zeta)
+    return zeta, v - lin.b * factors.lift(zeta * lin.scales)
 
 
 def total_log_marginal(mean, loadings, noise, log_r, cells, zeta):
@@ -28,10 +29,10 @@ def total_log_marginal(mean, loadings, noise, log_r, cells, zeta):
     fixed = jax.tree.map(jax.lax.stop_gradient, params)
     mode = find_mode(cells, fixed, zeta)
     zeta, alpha = newton_step(cells, params, jax.lax.stop_gradient(mode.y))
-    scales = lowrank.column_scale(cells.scale, loadings.shape[1])
-    y = location(cells, params) + lift(params, scales, zeta) + noise[None, :] * alpha
+    y = log_rates(cells, params, lowrank.Factors.of(loadings), zeta, alpha)
     there = linearize(cells, params, y)
-    likelihood = jnp.sum(log_likelihood_terms(cells.counts, y, there.terms), 1)
+    logs = log_odds_terms(params.phi[None, :], there.terms)
+    likelihood = jnp.sum(log_likelihood_terms(cells.counts, y, logs), 1)
     prior = jnp.sum(there.prior_precision * zeta**2, 1) + jnp.sum(noise[None, :] * alpha**2, 1)
     log_det = jnp.sum(jnp.log(there.den), 1) + lowrank.log_det(there.L)
     return jnp.sum(cells.weight * (likelihood - 0.5 * (prior + log_det)))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sknbln._laplace.marginal import no_sums, solve_cells
+from sknbln._laplace.marginal import solve_cells
 from sknbln._laplace.mode import Cells, Globals
 
 N_CELLS, N_GENES, RANK = 8, 12, 4
@@ -42,5 +42,5 @@ def zeros(cells, params):
 
 
 def solved(cells, params):
-    """The kernel's modes and results, from scores of zero."""
-    return solve_cells(cells, params, zeros(cells, params), no_sums(*params.loadings.shape))[:2]
+    """The kernel's alpha and results, from scores of zero."""
+    return solve_cells(cells, params, zeros(cells, params))[:2]

@@ -130,7 +130,7 @@ class NBLNProblem:
         )
         self.batches = RowBatches(X, *rows, batch_size=estimator.batch_size)
         self.objective = Objective(
-            Sweeper(self.batches, k, estimator.tol_),
+            Sweeper(self.batches, k),
             CountHistogram(X),
             priors.log_mean.times(weak_mean_prior(log_mean)) if self.free.mean else flat,
             priors.log_r if self.free.log_r else flat,
@@ -194,6 +194,7 @@ class NBLNProblem:
             max_iter=estimator.max_iter,
             report=report if estimator.verbose else None,
         )
+        self.objective.sweep.tol = estimator.tol_
         if self.strategy.type == "none":
             return ascend(self.objective, self.start, self.free, **options), None
         return ascend_with_prior(self.objective, self.strategy, self.start, self.free, **options)

@@ -34,13 +34,14 @@ _RANK_BUCKET = 4  # latent dimensions are padded to a multiple of this
 # Automatic batches hold about this many counts, 8 bytes each in a few arrays; and of those, so many
 # are worked on at a time that the dozen arrays of a Newton iteration stay in a processor's own cache.
 _BATCH_ENTRIES = 2**17
+_BATCH_ENTRIES_OF_ACCELERATOR = 2**22
 _BLOCK_ENTRIES = 2**14
 _LEAST_BLOCK = 8
 _MOST_WORKERS = 8
 # What is left of a Newton decrement changes the objective by less than its square root, nats: by this
 # share of what a sweep has to gain, and never by more than that.
-_MODE_SHARE = 1e-2
-_LARGEST_LAST_STEP = 1e-4
+_MODE_SHARE = 1e-4
+_LARGEST_LAST_STEP = 1e-6
 
 
 def warn_about_jaxlib(version=jaxlib.__version__):
@@ -120,9 +121,16 @@ def compiled_once(kernel):
 solve_cells, score_products = (compiled_once(tidy(k)) for k in (solve_cells, score_products))
 
 
+def on_cpu():
+    """Whether JAX computes on the processor here."""
+    device = jax.config.jax_default_device
+    platform = jax.default_backend() if device is None else getattr(device, "platform", device)
+    return platform == "cpu"
+
+
 def n_workers():
     """Batches that are solved at the same time: as many as this process has processors, a few at most."""
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return 1
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
@@ -167,7 +175,7 @@ def pad_columns(a, k):
 
 def _solved_at_once(rows, n_genes):
     """Rows of a batch that are solved together, a divisor of their number."""
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return rows
     wanted = max(_BLOCK_ENTRIES // max(n_genes, 1), _LEAST_BLOCK)
     return rows if rows <= wanted else math.gcd(rows, 2 ** int(math.log2(wanted)))
@@ -194,7 +202,8 @@ class RowBatches:
         precision = np.ones(n) if precision is None else precision
         self.capture = np.stack([offset, scale, precision], 1).astype(float)
         if batch_size is None:
-            batch_size = max(_BATCH_ENTRIES // max(n_genes, 1), _LEAST_ROWS)
+            entries = _BATCH_ENTRIES if on_cpu() else _BATCH_ENTRIES_OF_ACCELERATOR
+            batch_size = max(entries // max(n_genes, 1), _LEAST_ROWS)
         rows = min(batch_size, max(n, 1))
         bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
         self.rows = -(-rows // bucket) * bucket
@@ -355,15 +364,19 @@ class Sweeper:
     ----------
     batches : RowBatches
     k : int
-    tol : float, default=0.0
-        Fraction of the objective's magnitude that matters to who asks. The rows' modes are found to so much
-        that the objective is known far better; 0 is to rounding.
+
+    Attributes
+    ----------
+    scores : ndarray of shape (n_cells, padded k + 1)
+    tol : float
+        Fraction of the objective's magnitude that matters to who asks: the rows' modes are found to so much
+        that the objective is known far better. 0, to rounding, unless it is set.
     """
 
-    def __init__(self, batches, k, tol=0.0):
+    def __init__(self, batches, k):
         self.batches = batches
         self.scores = np.zeros((batches.X.shape[0], padded_rank(k) + 1))
-        self.tol = tol
+        self.tol = 0.0
         self._last_step = LAST_STEP
 
     def rotate(self, rotation):
@@ -389,7 +402,7 @@ class Sweeper:
         for sums in self.batches.map(solved):
             total = jax.tree.map(np.add, total, sums)
         # of the first sweep nobody knows the magnitude: it is solved to rounding
-        size = magnitude(float(total.log_marginal), self.batches.X.shape[0])
+        size = magnitude(float(total.log_marginal), max(self.batches.X.shape[0], 1))
         if np.isfinite(size):
             self._last_step = min(
                 max(LAST_STEP, (_MODE_SHARE * self.tol * size) ** 2), _LARGEST_LAST_STEP

@@ -177,7 +177,9 @@ def _solved_at_once(rows, n_genes):
     """Rows of a batch that are solved together, a divisor of their number."""
     if not on_cpu():
         return rows
-    wanted = max(_BLOCK_ENTRIES // max(n_genes, 1), _LEAST_BLOCK)
+    wanted = _BLOCK_ENTRIES // max(n_genes, 1)
+    # where the cache holds not even a few rows, more of them share what is read of every gene
+    wanted = max(wanted, _LEAST_BLOCK) if wanted >= _LEAST_BLOCK // 2 else 2 * _LEAST_BLOCK
     return rows if rows <= wanted else math.gcd(rows, 2 ** int(math.log2(wanted)))
 
 

@@ -79,6 +79,12 @@ _TRIM = _malloc_trim()
 _COMPILING = threading.Lock()
 
 
+def give_back():
+    """Return what was freed to the system: threads have their own heaps, and what they free stays there."""
+    if _TRIM is not None:
+        _TRIM(0)
+
+
 def tidy(kernel):
     """A jitted function that gives back what its compilation freed.
 
@@ -102,7 +108,10 @@ def tidy(kernel):
 
 @functools.cache
 def compiled_once(kernel):
-    """A jitted function that threads may share: it is compiled by the first of them, the others wait."""
+    """A jitted function that threads may share: it is compiled by the first of them, the others wait.
+
+    What the threads have freed is given back before: a compilation is the peak of a fit's memory.
+    """
     seen = set()
 
     @functools.wraps(kernel)
@@ -111,10 +120,13 @@ def compiled_once(kernel):
         if shapes in seen:
             return kernel(*args, **kwargs)
         with _COMPILING:
+            if shapes not in seen:
+                give_back()
             found = kernel(*args, **kwargs)
             seen.add(shapes)
         return found
 
+    called._cache_size = getattr(kernel, "_cache_size", None)
     return called
 
 

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+from ._jax import give_back
 from .exceptions import FitInterrupted, InconsistentVersionWarning
 
 _VERSION = "_sknbln_version"
@@ -12,7 +13,8 @@ def whole_or_nothing(fit):
     """Make a `fit` that does not end leave the estimator as it was before the call.
 
     Every attribute that it set is taken back, after an exception and after Ctrl-C, unless it raised
-    `FitInterrupted` for this estimator, having written a complete state.
+    `FitInterrupted` for this estimator, having written a complete state. The memory that it has freed goes
+    back to the system.
 
     Raises
     ------
@@ -36,6 +38,8 @@ def whole_or_nothing(fit):
                 f"interrupted while {type(self).__name__}.fit fitted its {type(error.estimator).__name__}; "
                 f"the {type(self).__name__} is as it was before."
             ) from error
+        finally:
+            give_back()
 
     return wrapped
 

@@ -13,8 +13,8 @@ def whole_or_nothing(fit):
     """Make a `fit` that does not end leave the estimator as it was before the call.
 
     Every attribute that it set is taken back, after an exception and after Ctrl-C, unless it raised
-    `FitInterrupted` for this estimator, having written a complete state. The memory that it has freed goes
-    back to the system.
+    `FitInterrupted` for this estimator, having written a complete state. The memory that a fit has freed
+    goes back to the system.
 
     Raises
     ------
@@ -26,7 +26,9 @@ def whole_or_nothing(fit):
     def wrapped(self, X, y=None):
         before = vars(self).copy()
         try:
-            return fit(self, X, y)
+            found = fit(self, X, y)
+            give_back()
+            return found
         except BaseException as error:
             if not isinstance(error, FitInterrupted):
                 self.__dict__ = before
@@ -38,8 +40,6 @@ def whole_or_nothing(fit):
                 f"interrupted while {type(self).__name__}.fit fitted its {type(error.estimator).__name__}; "
                 f"the {type(self).__name__} is as it was before."
             ) from error
-        finally:
-            give_back()
 
     return wrapped
 

@@ -66,6 +66,7 @@ def test_log1p_is_numpys():
     x = np.concatenate([x, np.nextafter(np.sqrt(2.0) - 1.0, [0.0, 1.0]), 2.0 ** np.arange(900)])
     found = np.asarray(jax.jit(log1p_of_positive)(x))
     assert_allclose(found, np.log1p(x), rtol=5e-16, atol=0)
+    assert_array_equal(jax.jit(log1p_of_positive)(np.array([np.inf, np.nan])), [np.inf, np.nan])
     slope = np.asarray(jax.vmap(jax.grad(log1p_of_positive))(x))
     assert_allclose(slope, 1.0 / (1.0 + x), rtol=3e-16)
 

@@ -24,8 +24,9 @@ _STIRLING = 30.0
 _POISSON = 1e30
 # Log-rates above this are taken as this: far beyond any count, and its exponential is finite.
 MAX_LOG_RATE = 600.0
-# Below this overdispersion its reciprocal may overflow; what it adds to a count is below rounding.
-_SMALLEST_OVERDISPERSION = 1e-290
+# An overdispersion that is not 0 is this at least: its reciprocal is finite, and what it adds to a count is
+# below rounding.
+SMALLEST_OVERDISPERSION = 1e-280
 _SQRT_HALF_BITS = np.int64(0x3FE6A09E00000000)  # of a number just below sqrt(1/2)
 _TWO_52_BITS = np.int64(0x4330000000000000)
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -71,7 +72,7 @@ def log_odds_terms(phi, terms):
     """``log(1 + phi e^y)`` and ``log(1 + phi e^y) / phi``, which at ``phi = 0`` is ``e^y``."""
     # the barrier has it made once for all that use it
     log1p = jax.lax.optimization_barrier(log1p_of_positive(terms.odds))
-    positive = phi > _SMALLEST_OVERDISPERSION
+    positive = phi >= SMALLEST_OVERDISPERSION
     return log1p, jnp.where(positive, log1p / jnp.where(positive, phi, 1.0), terms.rate)
 
 
@@ -83,7 +84,7 @@ def log_likelihood_terms(u, y, logs):
 
 @jax.custom_jvp
 def log1p_of_positive(x):
-    """``log(1 + x)`` of finite x >= 0, within two units in the last place.
+    """``log(1 + x)`` of x >= 0, within two units in the last place; NaN and inf are as they are.
 
     The library's own is not vectorized in double precision and takes four times as long. With
     ``1 + x = 2^n m`` and m near 1, and ``s = f / (2 + f)``, ``f = m - 1``, the series of
@@ -101,7 +102,8 @@ def log1p_of_positive(x):
     for c in reversed(_LOG_SERIES):
         series = z * (c + series)
     half = 0.5 * f * f
-    return n * _LN2_HIGH - ((half - (s * (half + series) + n * _LN2_LOW)) - f)
+    found = n * _LN2_HIGH - ((half - (s * (half + series) + n * _LN2_LOW)) - f)
+    return jnp.where(x < jnp.inf, found, x)
 
 
 @log1p_of_positive.defjvp

@@ -61,6 +61,10 @@ class GeneSums(NamedTuple):
     missing_log_r: jnp.ndarray  # (n_genes,) how much of it is lost because y is not known
 
 
+#: sums that are one product of all cells of a batch, and not added up block by block
+_OF_THE_WHOLE_BATCH = dict(gradient_loadings=None, moments=None)
+
+
 class BatchSums(NamedTuple):
     """Sums over a batch of cells."""
 
@@ -132,9 +136,9 @@ def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
         own, *found = _solve_block(part[0], params, factors, part[1], last_step)
         return jax.tree.map(jnp.add, sums, own), found
 
-    zeros = jax.tree.map(jnp.asarray, no_sums(n_genes, k))
-    simple = zeros._replace(genes=zeros.genes._replace(gradient_loadings=0.0, moments=0.0))
-    sums, found = jax.lax.scan(solve, simple, blocks)
+    nothing = jax.tree.map(jnp.asarray, no_sums(n_genes, k))
+    nothing = nothing._replace(genes=nothing.genes._replace(**_OF_THE_WHOLE_BATCH))
+    sums, found = jax.lax.scan(solve, nothing, blocks)
     results, regression = jax.tree.map(
         lambda a: a.reshape(n_cells, *a.shape[2:]) if a.ndim > 1 else a.max(), found
     )
@@ -227,10 +231,10 @@ def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
 
 
 class _Regression(NamedTuple):
-    """What the sums over cells behind the loadings are made of."""
+    """What the sums over cells behind the loadings are made of; 0 for padding."""
 
-    b: jnp.ndarray  # (n_cells, n_genes) weights
-    v_beta: jnp.ndarray  # (n_cells, n_genes)
+    b: jnp.ndarray  # (n_cells, n_genes) weights of the genes' regressions
+    v_beta: jnp.ndarray  # (n_cells, n_genes) weighted working responses, and beta
     alpha: jnp.ndarray  # (n_cells, n_genes)
     z: jnp.ndarray  # (n_cells, k)
     xi: jnp.ndarray  # (n_cells, k)
@@ -239,7 +243,7 @@ class _Regression(NamedTuple):
 
 
 def _gene_sums(cells, params, factors, mode, lin, logs, covariance):
-    """`GeneSums` without those of regressions, and a `_Regression`."""
+    """`GeneSums` but for those of the whole batch, and the `_Regression` that they are made of."""
     k = params.loadings.shape[1]
     weight = cells.weight[:, None]
     alpha, zeta = mode.alpha, mode.zeta
@@ -251,15 +255,14 @@ def _gene_sums(cells, params, factors, mode, lin, logs, covariance):
         return cells.weight @ jax.lax.optimization_barrier(x)
 
     sums = GeneSums(
-        total(scores.mean),
-        0.0,
-        total(scores.noise),
-        total(scores.log_r),
-        0.0,
+        gradient_mean=total(scores.mean),
+        gradient_noise=total(scores.noise),
+        gradient_log_r=total(scores.log_r),
         # variance of the score of d: of Gaussian responses, and a quarter of a count's fourth cumulant
-        total(0.5 * scores.K**2 + 0.25 * scores.K),
-        total(scores.information_log_r),
-        total(scores.missing_log_r),
+        information_noise=total(0.5 * scores.K**2 + 0.25 * scores.K),
+        information_log_r=total(scores.information_log_r),
+        missing_log_r=total(scores.missing_log_r),
+        **_OF_THE_WHOLE_BATCH,
     )
     return sums, _Regression(
         weight * lin.b,

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .driver import Point
+from .likelihood import SMALLEST_OVERDISPERSION
 from .lowrank import triangle
 from .marginal import rotated
 from .sweeps import (
@@ -28,8 +29,6 @@ from .sweeps import (
     packed,
 )
 
-#: 1/r of a gene whose whole overdispersion is explained by Sigma: not 0, to stay finite
-SMALLEST_OVERDISPERSION = 1e-280
 #: rate of the exponential prior of every noise variance d: mean 1/2 nat squared. It matters for genes
 #: with next to no counts, whose d is otherwise unbounded.
 NOISE_RATE = 2.0

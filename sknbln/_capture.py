@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import log_ndtr
 
-from ._jax import RowBatches, solve_rows
+from ._batches import RowBatches, solve_rows
 from ._laplace.likelihood import row_constants
 from ._validation import user_stacklevel
 

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from . import _capture, _cascade
-from ._jax import RowBatches, Sweeper, sum_over_batches
+from ._batches import RowBatches, Sweeper, sum_over_batches
 from ._laplace.driver import Free, ascend
 from ._laplace.likelihood import CountHistogram
 from ._laplace.objective import Identity, MarginalCoupling, Objective

@@ -17,8 +17,8 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _cascade, _posterior
+from ._batches import RowBatches, solve_rows
 from ._fitting import NBLNProblem, default_tol, loadings_strategy, row_capture, row_posterior
-from ._jax import RowBatches, solve_rows
 from ._laplace.driver import magnitude
 from ._laplace.shrinkage import TYPES, compositional, effective_rank, singular_basis
 from ._nbvcp import CountModelMixin, NBVCPEstimator

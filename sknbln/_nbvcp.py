@@ -12,7 +12,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _svi
-from ._jax import RowBatches, Sweeper, solve_rows
+from ._batches import RowBatches, Sweeper, solve_rows
 from ._laplace.driver import Free, ascend
 from ._laplace.likelihood import CountHistogram
 from ._laplace.objective import Objective

@@ -28,8 +28,8 @@ from scipy.special import lambertw
 from scipy.stats import truncnorm
 from sklearn.utils import Bunch
 
-from ._jax import RowBatches, gene_score_products
-from ._laplace.objective import SMALLEST_OVERDISPERSION
+from ._batches import RowBatches, gene_score_products
+from ._laplace.likelihood import SMALLEST_OVERDISPERSION
 
 
 class CoupledDispersion(Transform):

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from sknbln import NBLNEstimator, NBVCPEstimator, _nbvcp
+from sknbln._batches import RowBatches, solve_rows
 from sknbln._capture import CapturePrior
-from sknbln._jax import RowBatches, solve_rows
 from sknbln.datasets import load_immune_cells, make_nbln_counts
 
 from .reference.importance import log_marginal

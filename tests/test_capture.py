@@ -7,6 +7,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import optimize, stats
 
+from sknbln._batches import RowBatches, solve_rows
 from sknbln._capture import (
     ORGANISMS,
     CapturePrior,
@@ -17,7 +18,6 @@ from sknbln._capture import (
     score_rows,
     warn_about_truncation,
 )
-from sknbln._jax import RowBatches, solve_rows
 
 from .reference import direct, small
 from .reference.csr import csr

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import optimize
 
-from sknbln._jax import RowBatches, Sweeper
+from sknbln._batches import RowBatches, Sweeper
 from sknbln._laplace import driver
 from sknbln._laplace.driver import Free, ascend
 from sknbln._laplace.likelihood import CountHistogram

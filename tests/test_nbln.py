@@ -10,8 +10,8 @@ from scipy.stats import nbinom
 from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln._batches import RowBatches, solve_rows
 from sknbln._capture import CapturePrior, score_rows
-from sknbln._jax import RowBatches, solve_rows
 from sknbln.datasets import make_nbln_counts
 
 from .reference.importance import log_marginal

@@ -14,8 +14,8 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 from sknbln import NBVCPEstimator, _nbvcp, _svi
+from sknbln._batches import RowBatches, solve_rows
 from sknbln._capture import CapturePrior
-from sknbln._jax import RowBatches, solve_rows
 from sknbln._laplace.likelihood import CountHistogram
 from sknbln.datasets import make_nbvcp_counts
 

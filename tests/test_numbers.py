@@ -21,9 +21,10 @@ from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln import _batches as batches_module
 from sknbln import _jax as jax_module
+from sknbln._batches import RowBatches, Sweeper, solve_rows
 from sknbln._fitting import HYPER_PARAMETER_RANGE
-from sknbln._jax import RowBatches, Sweeper, solve_rows
 from sknbln._laplace import lowrank
 from sknbln._laplace import mode as mode_module
 from sknbln._laplace.mode import MAX_NEWTON, Cells, Globals
@@ -314,13 +315,13 @@ def test_many_genes_or_many_cells(shape, options):
 
 def test_cells_whose_mode_is_not_found_are_counted_and_said(monkeypatch):
     X = drawn(5.0)
-    real = jax_module.solve_cells
+    real = batches_module.solve_cells
 
     def solve_cells(*args, **kwargs):
         *found, sums = real(*args, **kwargs)
         return *found, sums._replace(n_unconverged=sums.n_unconverged + 3)
 
-    monkeypatch.setattr(jax_module, "solve_cells", solve_cells)
+    monkeypatch.setattr(batches_module, "solve_cells", solve_cells)
     source = NBVCPEstimator(random_state=0).fit(X)
     with pytest.warns(ConvergenceWarning, match="The mode of 3 of 40 cells was not found"):
         model = NBLNEstimator(1, informative_prior_estimator=source, random_state=0).fit(X)

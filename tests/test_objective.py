@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sknbln._jax import RowBatches, Sweeper
+from sknbln._batches import RowBatches, Sweeper
 from sknbln._laplace.likelihood import CountHistogram, log_rising
 from sknbln._laplace.objective import (
     NOISE_RATE,

@@ -5,7 +5,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.linalg import subspace_angles
 
-from sknbln._jax import RowBatches, sum_over_batches
+from sknbln._batches import RowBatches, sum_over_batches
 from sknbln._laplace import start as start_module
 from sknbln._laplace.start import loadings_from_scores
 from sknbln.datasets import make_nbln_counts

@@ -17,7 +17,8 @@ from scipy.special import log_ndtr, ndtri_exp
 from sklearn.utils import check_random_state
 
 from .. import _capture
-from .._jax import RowBatches, float64, pad_columns, padded_rank
+from .._batches import RowBatches, pad_columns, padded_rank
+from .._jax import float64
 from .._laplace.mode import Globals
 from .._laplace.rates import draw_rates
 

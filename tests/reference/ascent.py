@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sknbln._jax import RowBatches, Sweeper
+from sknbln._batches import RowBatches, Sweeper
 from sknbln._laplace.likelihood import CountHistogram
 from sknbln._laplace.objective import Objective
 from sknbln._laplace.sweeps import NOISE_UNIT, GaussianPrior, Parameters

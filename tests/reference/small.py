@@ -5,6 +5,9 @@ import numpy as np
 from sknbln._laplace.marginal import solve_cells
 from sknbln._laplace.mode import Cells, Globals
 
+from .csr import csr
+
+K_ROWS = 3  # latent dimension of `rows`
 N_CELLS, N_GENES, RANK = 8, 12, 4
 
 
@@ -44,3 +47,12 @@ def zeros(cells, params):
 def solved(cells, params):
     """The kernel's alpha and results, from scores of zero."""
     return solve_cells(cells, params, zeros(cells, params))[:2]
+
+
+def rows(n=20, seed=60):
+    """A matrix of n rows with its capture data, and globals of latent dimension `K_ROWS`."""
+    parts = [problem(seed + i)[0] for i in range(-(-n // N_CELLS))]
+    counts, offset, scale, precision, _ = (np.concatenate(a)[:n] for a in zip(*parts, strict=True))
+    params = problem(seed)[1]
+    params = params._replace(loadings=params.loadings[:, :K_ROWS])
+    return csr(counts), offset, scale, precision, params

@@ -11,10 +11,7 @@ from matplotlib.colors import to_rgb
 from sknbln.plotting import CorrelationDisplay, EmbeddingDisplay
 from sknbln.plotting._common import PALETTE
 
-from .test_plotting import DRAW, close_figures, counts, drawn_axes, every_display, model, source
-
-__all__ = ["close_figures", "counts", "model", "source"]  # the fixtures
-
+from .displays import DRAW, drawn_axes, every_display
 
 # ------------------------------------------------------------------ text
 

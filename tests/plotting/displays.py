@@ -1,0 +1,49 @@
+"""Every display by name, and what its tests look for."""
+
+import pytest
+
+from sknbln.plotting import (
+    CalibrationDisplay,
+    CompositionalCornerDisplay,
+    ConvergenceDisplay,
+    CorrelationDisplay,
+    EmbeddingDisplay,
+    LoadingsSpectrumDisplay,
+    PPCDisplay,
+)
+
+N_CELLS, N_GENES = 120, 20
+
+
+def legend_texts(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def line(ax, label):
+    """The line whose label starts so."""
+    (found,) = [each for each in ax.lines if str(each.get_label()).startswith(label)]
+    return found
+
+
+# name -> draws it; all that is drawn from the small fits
+DRAW = {
+    "spectrum": lambda model, X, **k: LoadingsSpectrumDisplay.from_estimator(model, **k),
+    "correlation": lambda model, X, **k: CorrelationDisplay.from_estimator(model, **k),
+    "convergence": lambda model, X, **k: ConvergenceDisplay.from_estimator(model, **k),
+    "embedding": lambda model, X, **k: EmbeddingDisplay.from_estimator(model, X, **k),
+    "ppc": lambda model, X, **k: PPCDisplay.from_estimator(model, X, n_genes=4, n_samples=5, **k),
+    "corner": lambda model, X, **k: CompositionalCornerDisplay.from_estimator(
+        model, X, n_genes=2, n_samples=100, **k
+    ),
+    "calibration": lambda model, X, **k: CalibrationDisplay.from_estimator(
+        model, X, n_samples=5, **k
+    ),
+}
+SHAPE = {"convergence": (1, 2), "ppc": (2, 2), "corner": (2, 2), "calibration": (1, 2)}
+NEED_LOADINGS = ["spectrum", "correlation", "embedding"]
+NEED_COUNTS = ["embedding", "ppc", "corner", "calibration"]
+every_display = pytest.mark.parametrize("name", sorted(DRAW))
+
+
+def drawn_axes(display):
+    return list(display.axes_.flat) if hasattr(display, "axes_") else [display.ax_]

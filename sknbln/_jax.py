@@ -85,10 +85,7 @@ def tidy(kernel):
 
 @functools.cache
 def compiled_once(kernel):
-    """A jitted function that threads may share: it is compiled by the first of them, the others wait.
-
-    What the threads have freed is given back before: a compilation is the peak of a fit's memory.
-    """
+    """A jitted function that threads may share: it is compiled by the first of them, the others wait."""
     seen = set()
 
     @functools.wraps(kernel)
@@ -97,13 +94,10 @@ def compiled_once(kernel):
         if shapes in seen:
             return kernel(*args, **kwargs)
         with _COMPILING:
-            if shapes not in seen:
-                give_back()
             found = kernel(*args, **kwargs)
             seen.add(shapes)
         return found
 
-    called._cache_size = getattr(kernel, "_cache_size", None)
     return called
 
 
@@ -124,7 +118,10 @@ def n_workers():
 
 
 def in_order(function, tasks, workers):
-    """``function(task)`` of each task, in their order, ``workers`` at a time in threads of their own."""
+    """``function(task)`` of each task, in their order, ``workers`` at a time in threads of their own.
+
+    What the threads have freed is given back at the end.
+    """
     if workers == 1:
         yield from map(function, tasks)
         return
@@ -147,3 +144,4 @@ def in_order(function, tasks, workers):
         finally:
             for future in ahead:
                 future.cancel()
+    give_back()

@@ -3,7 +3,6 @@
 import functools
 import warnings
 
-from ._jax import give_back
 from .exceptions import FitInterrupted, InconsistentVersionWarning
 
 _VERSION = "_sknbln_version"
@@ -13,8 +12,7 @@ def whole_or_nothing(fit):
     """Make a `fit` that does not end leave the estimator as it was before the call.
 
     Every attribute that it set is taken back, after an exception and after Ctrl-C, unless it raised
-    `FitInterrupted` for this estimator, having written a complete state. The memory that a fit has freed
-    goes back to the system.
+    `FitInterrupted` for this estimator, having written a complete state.
 
     Raises
     ------
@@ -26,9 +24,7 @@ def whole_or_nothing(fit):
     def wrapped(self, X, y=None):
         before = vars(self).copy()
         try:
-            found = fit(self, X, y)
-            give_back()
-            return found
+            return fit(self, X, y)
         except BaseException as error:
             if not isinstance(error, FitInterrupted):
                 self.__dict__ = before

@@ -45,7 +45,7 @@ import optax
 from jax.scipy.special import gammaln
 from numpyro.infer import Trace_ELBO
 
-from ._jax import compiled_once, float64, tidy
+from ._jax import float64, tidy
 from ._laplace.likelihood import log1p_of_positive
 
 #: rows per step; independent of the estimator's batch_size, which only sets memory
@@ -186,7 +186,6 @@ def _moved(name, start):
     return loc + scale * shift, scale * jnp.exp(log_scale)
 
 
-@compiled_once
 @tidy
 @jax.jit
 def _step(params, average, state, learning_rate, decay, problem, start, batch):

@@ -1,11 +1,12 @@
 """The capture model: from the user's `capture_efficiency` to a prior on each cell's offset."""
 
+import reprlib
 import warnings
 from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import log_ndtr
+from scipy.special import gammaln, log_ndtr, logsumexp
 
 from ._batches import RowBatches, solve_rows
 from ._laplace.likelihood import row_constants
@@ -17,6 +18,8 @@ _DEFAULT_SIGMA = 0.5
 #: the largest |log M0|, and the range of sigma: far beyond, offsets leave the range of floating point
 _LARGEST_LOG_M0 = 50.0
 _SIGMA_RANGE = (1e-8, 1e8)
+#: offset of a row without counts whose prior is flat, nats: nothing is captured
+_NO_CAPTURE = 500.0
 
 
 class CapturePrior(NamedTuple):
@@ -57,19 +60,20 @@ def resolve(capture_efficiency, X):
             )
         return CapturePrior(float(np.log(ORGANISMS[capture_efficiency])), _DEFAULT_SIGMA)
     pair = tuple(capture_efficiency)
+    shown = reprlib.repr(pair)  # a vector of libraries is not printed whole
     if (
         len(pair) != 2
         or not all(isinstance(v, Real) and np.isfinite(v) for v in pair)
         or pair[1] <= 0
     ):
         raise ValueError(
-            f"capture_efficiency={capture_efficiency!r}: expected two finite numbers (log_M0, sigma_M) "
-            "with sigma_M > 0, e.g. (np.log(1e5), 0.5)."
+            f"capture_efficiency={shown} of length {len(pair)}: expected two finite numbers "
+            "(log_M0, sigma_M) with sigma_M > 0, e.g. (np.log(1e5), 0.5)."
         )
     low, high = _SIGMA_RANGE
     if abs(pair[0]) > _LARGEST_LOG_M0 or not low <= pair[1] <= high:
         raise ValueError(
-            f"capture_efficiency={capture_efficiency!r}: expected log_M0 between {-_LARGEST_LOG_M0:g} and "
+            f"capture_efficiency={shown}: expected log_M0 between {-_LARGEST_LOG_M0:g} and "
             f"{_LARGEST_LOG_M0:g}, the logarithm of a number of molecules, and sigma_M between {low:g} and "
             f"{high:g} nats."
         )
@@ -82,11 +86,12 @@ def warn_about_truncation(prior, X):
         return
     sizes = library_sizes(X)
     above = int(np.sum(np.log(np.maximum(sizes, 1.0)) > prior.log_m0))
-    if above > max(3, 0.01 * sizes.size):
+    # of few cells, a half
+    if above > min(max(3, 0.01 * sizes.size), sizes.size / 2):
         warnings.warn(
-            f"{above} of {sizes.size} cells have more counts than the prior total mRNA of a cell, "
-            f"{np.exp(prior.log_m0):.4g} (the largest has {sizes.max():.4g}). Their capture offset is "
-            "held near 0 by its truncation. Give a larger log_M0 in capture_efficiency.",
+            f"{above} of {sizes.size} cells have more counts than M0, the prior total mRNA of a cell, "
+            f"{np.exp(prior.log_m0):.4g} (the largest has {sizes.max():.4g}). Their capture offset is held "
+            "near 0 by its truncation. Fit with a larger log_M0 in capture_efficiency.",
             UserWarning,
             stacklevel=user_stacklevel(),
         )
@@ -105,6 +110,59 @@ class OffsetPosterior(NamedTuple):
     loc: np.ndarray  # mode, >= 0
     scale: np.ndarray
     raw_loc: np.ndarray  # of the Gaussian before truncation; negative where the bound is active
+
+
+def same_offsets(one, other):
+    """Whether two posteriors are of the same rows: nothing else agrees in every row to rounding."""
+    return one.loc.shape == other.loc.shape and all(
+        np.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(one, other, strict=True)
+    )
+
+
+def refined_prior(source, source_prior, prior, tau):
+    r"""Prior of offsets that are not frozen: the capture prior once, and what a source's counts say.
+
+    The source's posterior of an offset, precision `p` and location `m`, already holds its capture
+    prior, `p_s` and `m_s`. The rest is its likelihood, whose precision counts by ``1 / tau^2``:
+
+    .. math:: \mathrm{precision} = p_0 + (p - p_s) / \tau^2
+
+    with `p_0` of the model's own capture prior. ``tau = 1`` is the source's posterior (where the capture
+    priors are the same), ``tau -> inf`` the capture prior, ``tau -> 0`` the freeze: below 1 the location
+    does not go on from the source's mode towards the likelihood's.
+
+    Parameters
+    ----------
+    source : OffsetPosterior
+        Of each row. Where its mode is at the bound 0, the offset is held there.
+    source_prior, prior : tuple of ndarray
+        Location and scale of the source's and of the model's capture prior, (n_rows,) each.
+    tau : float
+
+    Returns
+    -------
+    loc, scale : ndarray of shape (n_rows,)
+    """
+    weight = tau**-2.0
+    p, p_s, p_0 = source.scale**-2.0, source_prior[1] ** -2.0, prior[1] ** -2.0
+    precision = p_0 + weight * np.maximum(p - p_s, 0.0)
+    taken = min(weight, 1.0)
+    pull = weight * p * source.raw_loc + p_0 * prior[0] - taken * p_s * source_prior[0]
+    loc = pull / (weight * p + p_0 - taken * p_s)
+    bound = source.raw_loc < 0
+    return np.where(bound, 0.0, loc), np.where(bound, 0.0, precision**-0.5)
+
+
+def flat_rows(X, mean):
+    """Offset, scale and precision of rows whose offset has a flat prior.
+
+    It is expanded around the offset that explains the total at the mean log-rates. A row without counts says
+    nothing, which is what a vanishing capture says.
+    """
+    totals = library_sizes(X)
+    some = totals > 0
+    offset = np.where(some, logsumexp(mean) - np.log(np.where(some, totals, 1.0)), _NO_CAPTURE)
+    return offset, some.astype(float), np.where(some, 0.0, 1.0)
 
 
 def offset_posterior(X, mean, loadings, noise, phi, prior, batch_size=None, found=None):
@@ -167,3 +225,25 @@ def score_rows(X, mean, loadings, noise, r, prior, batch_size=None):
             )
         value = value - log_ndtr(offset / scale)
     return value + row_constants(X, r)
+
+
+def score_rows_given_totals(X, mean, loadings, noise, r, batch_size=None):
+    r"""Laplace marginal ``log p(u_c | total)`` of every row, constants included, shape (n_cells,).
+
+    Given the rates a row's total is Poisson, and with a flat log-scale its probability is ``1 / total``
+    whatever the rates: the marginal under a flat capture offset, plus ``log total``. No capture prior enters.
+
+    Laplace's method on the offset alone is Stirling's formula of Gamma(total); its error is known and
+    taken out, so that the score of Poisson counts is exact as Sigma -> 0.
+    """
+    totals = library_sizes(X)
+    some = totals > 0
+    n = totals[some]
+    batches = RowBatches(X, *flat_rows(X, mean), batch_size=batch_size)
+    found = solve_rows(batches, mean, loadings, noise, 1.0 / r)["log_marginal"]
+    stirling = gammaln(n) - (0.5 * np.log(2 * np.pi / n) + n * np.log(n) - n)
+    value = np.zeros(X.shape[0])  # a row without counts has one composition
+    value[some] = (
+        found[some] + row_constants(X[some], r) + 0.5 * np.log(2 * np.pi) + np.log(n) + stirling
+    )
+    return value

@@ -156,20 +156,32 @@ def row_offsets(source, X, *, frozen, tau, capture_prior, found=None):
     """Location and scale of each row's capture offset in the NBLN model, two arrays (n_rows,).
 
     One rule for training rows and new rows. Each row's offset has a one-dimensional posterior given
-    the source's globals, ``found`` where it is at hand. Frozen: its mode, scale 0. Otherwise: the
-    product of that posterior, its scale times `tau`, and the capture prior, so that `tau` spans from
-    the freeze to the capture prior alone. Rows whose posterior mode is at the bound 0 stay there.
+    the source's globals, ``found`` where it is at hand. Frozen: its mode, scale 0. Otherwise: as
+    `_capture.refined_prior`; without a capture model there is no offset.
     """
     found = source._offsets(X) if found is None else found
     if source.capture_prior_ is None or frozen:
         return found.loc, np.zeros_like(found.loc)
-    from_source = (tau * found.scale) ** -2.0
-    loc, scale = _capture.row_prior(capture_prior, X)
-    from_prior = scale**-2.0 if capture_prior is not None else np.zeros_like(loc)
-    precision = from_source + from_prior
-    bound = found.raw_loc < 0
-    offset = (from_source * found.raw_loc + from_prior * loc) / precision
-    return np.where(bound, 0.0, offset), np.where(bound, 0.0, precision**-0.5)
+    if capture_prior is None:
+        return np.zeros_like(found.loc), np.zeros_like(found.loc)
+    priors = (_capture.row_prior(prior, X) for prior in (source.capture_prior_, capture_prior))
+    return _capture.refined_prior(found, *priors, tau)
+
+
+def on_rows(source, X, offsets):
+    """The source with the rows of X in place of those of its own fit; itself where they are the same.
+
+    ``offsets`` are the posteriors of the rows of X given the source's globals.
+    """
+    if _capture.same_offsets(offsets, source._training_offsets):
+        return source
+    moved = copy.copy(source)
+    moved._training_offsets = offsets
+    moved._library_size = _capture.library_sizes(X)
+    moved.capture_offset_ = offsets.loc
+    if source._guide.capture_offset is not None:
+        moved._guide = source._guide._replace(capture_offset=(offsets.raw_loc, offsets.scale))
+    return moved
 
 
 def restricted(source, genes):

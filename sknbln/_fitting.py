@@ -5,7 +5,6 @@ from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp
 
 from . import _capture, _cascade
 from ._batches import RowBatches, Sweeper, sum_over_batches
@@ -19,7 +18,6 @@ from ._nbvcp import weak_dispersion_prior, weak_mean_prior
 from ._posterior import curvature
 
 _START_NOISE = 0.05
-_NO_CAPTURE = 500.0  # nats
 #: hyper-parameters of a loadings prior lie between these, and their squares far from overflow
 HYPER_PARAMETER_RANGE = (1e-8, 1e8)
 
@@ -55,12 +53,7 @@ def row_capture(source, X, observation, frozen, tau, capture_prior, mean, found=
             found=found,
         )
         return offset, scale, np.ones(X.shape[0])
-    # flat, around the offset that explains the total; a row without counts says nothing, which is
-    # what a vanishing capture says
-    totals = _capture.library_sizes(X)
-    some = totals > 0
-    offset = np.where(some, logsumexp(mean) - np.log(np.where(some, totals, 1.0)), _NO_CAPTURE)
-    return offset, some.astype(float), np.where(some, 0.0, 1.0)
+    return _capture.flat_rows(X, mean)
 
 
 def less_overdispersion(log_r, variance):
@@ -81,7 +74,7 @@ class NBLNProblem:
         k = min(estimator.latent_dim, n_cells, n_genes)
         coupled = estimator.cascade == "marginal"
         negative_binomial = estimator.observation == "nb"
-        self.source, self.frozen, self.coupled = source, frozen, coupled
+        self.frozen, self.coupled = frozen, coupled
         self.strategy = strategy
         self.free = Free(
             mean="mu" not in frozen,
@@ -101,6 +94,7 @@ class NBLNProblem:
         log_mean = np.log(source.mean_)
         log_r = np.log(source.dispersion_) if negative_binomial else np.full(n_genes, np.inf)
         offsets = source._offsets(X)
+        self.source = _cascade.on_rows(source, X, offsets)
         known = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=estimator.batch_size)
         if previous is None:
             sums = sum_over_batches(known, log_mean, 1.0 / source.dispersion_)

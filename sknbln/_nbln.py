@@ -4,7 +4,6 @@ import warnings
 from numbers import Integral, Real
 
 import numpy as np
-from scipy.special import gammaln
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
@@ -12,7 +11,7 @@ from sklearn.base import (
     _fit_context,
 )
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
+from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
@@ -284,13 +283,14 @@ class NBLNEstimator(
                 random_state=self.random_state,
                 verbose=self.verbose,
             )
-        # a source that is fitted here says what there is to say of fractional counts
+        # a source that is fitted here says what there is to say of the counts
         given, X = (
             X,
             validate_counts(self, X, reset=True, warn=not _cascade.needs_fit(source)),
         )
         previous = self._previous(X)
         rng = check_random_state(self.random_state)
+        fitted_here = _cascade.needs_fit(source)
         source = _cascade.fitted_source(
             source,
             given if hasattr(self, "feature_names_in_") else X,
@@ -300,7 +300,9 @@ class NBLNEstimator(
         matched = _cascade.matched_to_genes(
             source, X.shape[1], getattr(self, "feature_names_in_", None)
         )
-        if self.capture_efficiency == "auto":
+        if self.observation != "multinomial" and not fitted_here:
+            _capture.warn_about_truncation(source.capture_prior_, X)
+        if isinstance(self.capture_efficiency, str) and self.capture_efficiency == "auto":
             capture_prior = source.capture_prior_
         else:
             capture_prior = _capture.resolve(self.capture_efficiency, X)
@@ -313,7 +315,7 @@ class NBLNEstimator(
         self._coordinates = outcome.point.params
         self._coordinate_variance = problem.coordinate_variance(outcome.point.params)
         self.informative_prior_estimator_ = source
-        self._source = matched
+        self._source = problem.source
         self.capture_prior_ = capture_prior
         self._library_size = _capture.library_sizes(X)
         self.frozen_params_ = frozen
@@ -420,6 +422,10 @@ class NBLNEstimator(
             self.mean_,
         )
 
+    def _offset_prior(self):
+        """The capture prior that bounds the rows' offsets; None where it does not enter."""
+        return None if self.observation == "multinomial" else self._source.capture_prior_
+
     def _globals(self):
         return self.mean_, self.loadings_, self.noise_variance_, 1.0 / self.dispersion_
 
@@ -440,7 +446,7 @@ class NBLNEstimator(
         ndarray of shape (n_cells, latent_dim)
             Standardized scores (a priori standard normal).
         """
-        return self._solve(self._validated(X))["scores"]
+        return self._solve(self._validated(X, self._offset_prior()))["scores"]
 
     def posterior_scores(self, X):
         """Posterior mean and covariance of the factor scores.
@@ -457,54 +463,8 @@ class NBLNEstimator(
         covariance : ndarray of shape (n_cells, latent_dim, latent_dim)
             Given the globals; a free capture offset is integrated.
         """
-        found = self._solve(self._validated(X))
+        found = self._solve(self._validated(X, self._offset_prior()))
         return found["scores"], found["score_covariance"]
-
-    def score_samples(self, X):
-        """Laplace marginal log-likelihood of each row.
-
-        Log-rates and capture offset are both integrated, the offset under the capture prior whatever
-        was frozen, constants included: the numbers compare between estimators, freeze sets, channels
-        and latent dimensions. For ``observation="multinomial"`` they are conditional on the row's total.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
-
-        Returns
-        -------
-        ndarray of shape (n_cells,)
-            Nats.
-        """
-        X = self._validated(X)
-        mean, loadings, noise, _ = self._globals()
-        if self.observation == "multinomial":
-            return self._multinomial_score(X)
-        return _capture.score_rows(
-            X, mean, loadings, noise, self.dispersion_, self.capture_prior_, self.batch_size
-        )
-
-    def _multinomial_score(self, X):
-        r"""``log p(u | total)``: a Poisson total with a flat log-rate has density 1/total.
-
-        Laplace's method on the offset alone is Stirling's formula of Gamma(total); its error is known
-        and taken out, so that the score is exact as Sigma -> 0.
-        """
-        totals = _capture.library_sizes(X)
-        some = totals > 0
-        n = totals[some]
-        value = np.zeros(X.shape[0])
-        stirling = gammaln(n) - (0.5 * np.log(2 * np.pi / n) + n * np.log(n) - n)
-        constants = _capture.row_constants(X[some], self.dispersion_)
-        value[some] = (
-            self._solve(X)["log_marginal"][some]
-            + constants
-            + 0.5 * np.log(2 * np.pi)
-            + np.log(n)
-            + stirling
-        )
-        return value
 
     # ------------------------------------------------------------------ covariance
 
@@ -603,24 +563,23 @@ class NBLNEstimator(
             ``r`` (n_samples, n_genes), ``mu`` (n_samples, n_genes) log-rates, ``eta`` (n_samples, n_rows).
         """
         check_is_fitted(self)
-        X = None if X is None else self._validated(X)
-        offsets = None
-        if "eta" not in self.frozen_params_:
-            rows = self._rows
-            if X is not None:
-                found = self._solve(X)
-                rows = row_posterior(found)
-            offsets = rows.offset, rows.offset_scale
+        X = None if X is None else self._validated(X, self._offset_prior())
         n_samples = checked_n_samples(
             self.informative_priors_n_samples if n_samples is None else n_samples
         )
         rng = check_random_state(self.random_state if random_state is None else random_state)
-        return _posterior.draws(self, n_samples, X, offsets, rng)
+        found = self._posterior_draws(n_samples, X, rng, eta="all")
+        return Bunch(r=found.r, mu=found.log_mean, eta=found.eta)
 
-    def _posterior_draws(self, n_samples, X, rng, *, offsets=True):
-        """Draws that replicated counts are made with; eta where it is frozen."""
-        offsets = offsets and "eta" in self.frozen_params_
-        return _posterior.parameter_draws(self, n_samples, X, rng, offsets=offsets)
+    def _posterior_draws(self, n_samples, X, rng, *, eta):
+        """Draws that replicated counts are made with, of no offsets (`eta` None), "frozen" or "all"."""
+        frozen = "eta" in self.frozen_params_
+        found = _posterior.parameter_draws(self, n_samples, X, rng, eta=eta if frozen else None)
+        if frozen or eta != "all":
+            return found
+        rows = self._rows if X is None else row_posterior(self._solve(X))
+        draws = _posterior.offset_draws(rows.offset, rows.offset_scale, n_samples, rng)
+        return found._replace(eta=draws)
 
     def get_covariance(self):
         """Covariance of the log-rates, ``W W' + diag(d)``.

@@ -54,11 +54,53 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         tags.input_tags.positive_only = True
         return tags
 
-    def _validated(self, X):
+    def _validated(self, X, prior=None):
+        """Counts as canonical CSR; said where rows exceed the M0 of a capture prior that is used on them."""
         check_is_fitted(self)
-        return validate_counts(self, X, reset=False)
+        X = validate_counts(self, X, reset=False)
+        _capture.warn_about_truncation(prior, X)
+        return X
 
-    def score(self, X, y=None):
+    def score_samples(self, X, *, given_totals=False):
+        r"""Laplace marginal log-likelihood of each row, constants included.
+
+        Log-rates and capture offset are both integrated, the offset under the capture prior whatever was
+        frozen: the numbers compare between estimators, freeze sets and latent dimensions. They do not
+        compare between values of `capture_efficiency`: the prior is centred on the scored row's own total,
+        and a smaller sigma_M scores better for that alone. What compares is
+
+        .. math:: \log p(u_c \mid \textstyle\sum_g u_{cg})
+
+        the likelihood of a row's composition (``given_totals=True``). It takes no capture prior, and
+        `capture_efficiency` enters through the fitted parameters alone. For ``observation="multinomial"``
+        it is the only score that there is.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+        given_totals : bool, default=False
+            True for the log-likelihood given each row's total.
+
+        Returns
+        -------
+        ndarray of shape (n_cells,)
+            Nats.
+
+        Warns
+        -----
+        UserWarning
+            When rows have more counts than the M0 of the capture prior (not with `given_totals`).
+        """
+        given_totals = given_totals or getattr(self, "observation", None) == "multinomial"
+        X = self._validated(X, None if given_totals else self.capture_prior_)
+        mean, loadings, noise, _ = self._globals()
+        model = mean, loadings, noise, self.dispersion_
+        if given_totals:
+            return _capture.score_rows_given_totals(X, *model, self.batch_size)
+        return _capture.score_rows(X, *model, self.capture_prior_, self.batch_size)
+
+    def score(self, X, y=None, *, given_totals=False):
         """Mean over rows of :meth:`score_samples`; higher is better.
 
         Parameters
@@ -67,13 +109,16 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
             Counts.
         y : Ignored
             Present for scikit-learn's conventions.
+        given_totals : bool, default=False
+            As of :meth:`score_samples`. To choose a `capture_efficiency` by it, give a search
+            ``scoring=lambda model, X, y=None: model.score(X, given_totals=True)``.
 
         Returns
         -------
         float
             Nats per cell.
         """
-        return float(np.mean(self.score_samples(X)))
+        return float(np.mean(self.score_samples(X, given_totals=given_totals)))
 
 
 class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, BaseEstimator):
@@ -93,7 +138,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         The pair ``(log_M0, sigma_M)``. An organism's name stands for a known M0 (human and mouse
         200,000; yeast 60,000; ecoli 3,000) with sigma 0.5. ``"auto"`` takes sigma 0.5 and log M0 =
         log(largest library) + 3 sigma, so that the truncation never bites. ``None`` means no capture
-        model: eta = 0.
+        model: eta = 0. To choose between settings by held-out rows use ``score(X, given_totals=True)``.
     n_steps : int, default=1000
         Steps of stochastic variational inference at most.
     learning_rate : float, default=0.02
@@ -158,7 +203,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     """
 
     _parameter_constraints: dict = {
-        "capture_efficiency": [StrOptions({"auto", *_capture.ORGANISMS}), tuple, list, None],
+        "capture_efficiency": [StrOptions({"auto", *_capture.ORGANISMS}), "array-like", None],
         "n_steps": [Interval(Integral, 1, None, closed="left")],
         "learning_rate": [Interval(Real, 0, 1, closed="right")],
         "tol": [Interval(Real, 0, None, closed="left")],
@@ -258,7 +303,8 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         self.mean_ = np.exp(found.guide.log_mean[0])
         self.dispersion_ = np.exp(found.guide.log_dispersion[0])
         self._guide = found.guide
-        self.capture_offset_ = self._offsets(X).loc
+        self._training_offsets = self._offsets(X)
+        self.capture_offset_ = self._training_offsets.loc
         self.loss_curve_ = found.losses
         self.n_iter_ = int(found.losses.size)
         self.converged_ = bool(outcome.converged and found.converged)
@@ -376,6 +422,10 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         """Posterior of the capture offsets of the rows of X given the globals."""
         return _capture.offset_posterior(X, *self._globals(), self.capture_prior_, self.batch_size)
 
+    def _offset_prior(self):
+        """The capture prior that bounds the rows' offsets."""
+        return self.capture_prior_
+
     def transform(self, X):
         """Denoised log-expression: log of the posterior mean of each biological rate.
 
@@ -392,29 +442,10 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         ndarray of shape (n_cells, n_genes)
             In nats (natural logarithm of expected counts at full capture).
         """
-        X = self._validated(X)
+        X = self._validated(X, self.capture_prior_)
         capture = np.exp(-self._offsets(X).loc)
         r = self.dispersion_
         return np.log((r + X.toarray()) / (r / self.mean_ + capture[:, None]))
-
-    def score_samples(self, X):
-        """Log-likelihood of each row, its capture offset integrated under the capture prior.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
-
-        Returns
-        -------
-        ndarray of shape (n_cells,)
-            Nats; constants included, so that scores compare between models.
-        """
-        X = self._validated(X)
-        mean, loadings, noise, _ = self._globals()
-        return _capture.score_rows(
-            X, mean, loadings, noise, self.dispersion_, self.capture_prior_, self.batch_size
-        )
 
     def sample_posterior(self, n_samples=None, X=None, *, random_state=None):
         """Draws from the posterior.
@@ -436,7 +467,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             unit of ``mean_``, ``eta`` (n_samples, n_rows) capture offset in nats.
         """
         check_is_fitted(self)
-        X = None if X is None else self._validated(X)
+        X = None if X is None else self._validated(X, self.capture_prior_)
         n_samples = checked_n_samples(self.n_posterior_samples if n_samples is None else n_samples)
         rng = check_random_state(self.random_state if random_state is None else random_state)
         return self._draw(n_samples, X, rng)
@@ -464,9 +495,9 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         )
         return draws
 
-    def _posterior_draws(self, n_samples, X, rng, *, offsets=True):
-        """Draws that replicated counts are made with."""
-        draws = self._draw(n_samples, X, rng, offsets=offsets)
+    def _posterior_draws(self, n_samples, X, rng, *, eta):
+        """Draws that replicated counts are made with; without offsets where `eta` is None."""
+        draws = self._draw(n_samples, X, rng, offsets=eta is not None)
         return ParameterDraws(draws.r, np.log(draws.mu), draws.eta)
 
     def _log_draws(self, n_samples, rng):

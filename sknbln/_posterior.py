@@ -26,7 +26,6 @@ import numpyro.distributions as dist
 from numpyro.distributions.transforms import Transform
 from scipy.special import lambertw
 from scipy.stats import truncnorm
-from sklearn.utils import Bunch
 
 from ._batches import RowBatches, gene_score_products
 from ._laplace.likelihood import SMALLEST_OVERDISPERSION
@@ -177,13 +176,16 @@ class ParameterDraws(NamedTuple):
 
     r: np.ndarray  # (n_samples, n_genes); inf for Poisson channels
     log_mean: np.ndarray  # (n_samples, n_genes) mu, log-rates
-    eta: np.ndarray | None  # (n_samples, n_rows) offsets; None where free or not asked for
+    eta: np.ndarray | None  # (n_samples, n_rows) offsets; None where not asked for
     inflation: np.ndarray | None = None  # (n_samples, n_genes) Sigma_gg by the model's; None is 1
 
 
-def parameter_draws(model, n_samples, X, rng, *, offsets=True):
-    """Draws of r and mu, of the factor of Sigma_gg under a coupled r, and of the source's offsets."""
-    source = model._source._posterior_draws(n_samples, X, rng, offsets=offsets)
+def parameter_draws(model, n_samples, X, rng, *, eta):
+    """Draws of r and mu, of the factor of Sigma_gg under a coupled r, and of the source's offsets.
+
+    Without offsets where `eta` is None.
+    """
+    source = model._source._posterior_draws(n_samples, X, rng, eta=eta)
     fitted = variance = np.diag(model.get_covariance())
     coupled = model.cascade == "marginal"
     r = source.r
@@ -204,20 +206,16 @@ def parameter_draws(model, n_samples, X, rng, *, offsets=True):
     return ParameterDraws(r, log_mean, source.eta, inflation)
 
 
-def draws(model, n_samples, X, offsets, rng):
-    """Draws of r, mu and eta, coupled per draw; ``offsets`` (loc, scale) of free rows or None."""
-    found = parameter_draws(model, n_samples, X, rng)
-    eta = found.eta
-    if offsets is not None:
-        loc, scale = offsets
-        some = scale > 0
-        eta = np.broadcast_to(np.maximum(loc, 0.0), (n_samples, loc.size)).copy()
-        eta[:, some] = truncnorm.rvs(
-            -loc[some] / scale[some],
-            np.inf,
-            loc[some],
-            scale[some],
-            size=(n_samples, int(some.sum())),
-            random_state=rng,
-        )
-    return Bunch(r=found.r, mu=found.log_mean, eta=eta)
+def offset_draws(loc, scale, n_samples, rng):
+    """Draws of offsets, (n_samples, n_rows), from Gaussians truncated at 0; scale 0 is a known offset."""
+    some = scale > 0
+    eta = np.broadcast_to(np.maximum(loc, 0.0), (n_samples, loc.size)).copy()
+    eta[:, some] = truncnorm.rvs(
+        -loc[some] / scale[some],
+        np.inf,
+        loc[some],
+        scale[some],
+        size=(n_samples, int(some.sum())),
+        random_state=rng,
+    )
+    return eta

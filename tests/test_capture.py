@@ -6,18 +6,25 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import optimize, stats
+from scipy.special import logsumexp
+from sklearn.base import clone
 
+from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln._batches import RowBatches, solve_rows
 from sknbln._capture import (
     ORGANISMS,
     CapturePrior,
+    OffsetPosterior,
     library_sizes,
     offset_posterior,
+    refined_prior,
     resolve,
     row_prior,
     score_rows,
+    score_rows_given_totals,
     warn_about_truncation,
 )
+from sknbln.datasets import make_nbln_counts
 
 from .reference import direct, small
 from .reference.csr import csr
@@ -100,6 +107,54 @@ def test_truncation_warns_from_the_fourth_cell_on():
         # of a thousand cells ten are a few
         many = csr(np.repeat([[10.0], [1.0]], [10, 990], axis=0))
         warn_about_truncation(CapturePrior(np.log(5.0), 0.5), many)
+
+
+@pytest.mark.parametrize(("above", "of"), [(1, 1), (2, 2), (2, 3)])
+def test_truncation_warns_when_most_of_few_cells_are_above(above, of):
+    X = csr(np.diag([10.0] * above + [1.0] * (of - above)))
+    with pytest.warns(UserWarning, match=f"{above} of {of} cells"):
+        warn_about_truncation(CapturePrior(np.log(5.0), 0.5), X)
+
+
+def test_a_long_array_is_not_printed_whole():
+    with pytest.raises(ValueError, match="of length 5000: expected two") as caught:
+        NBVCPEstimator(capture_efficiency=np.arange(5000.0)).fit(np.eye(3))
+    assert len(str(caught.value)) < 300
+
+
+def test_deeper_rows_are_said_wherever_rows_come_in():
+    """Once per call, with their number and M0."""
+    X = make_nbln_counts(n_cells=80, n_genes=12, n_factors=1, random_state=0).data
+    source = NBVCPEstimator(random_state=0).fit(X)
+    model = NBLNEstimator(1, informative_prior_estimator=source, random_state=0).fit(X)
+    deep = 100 * X[:40].toarray()
+    m0 = np.exp(source.capture_prior_.log_m0)
+    calls = [
+        lambda: source.transform(deep),
+        lambda: source.score(deep),
+        lambda: source.score_samples(deep),
+        lambda: source.sample_posterior(2, deep),
+        lambda: model.transform(deep),
+        lambda: model.posterior_scores(deep),
+        lambda: model.score(deep),
+        lambda: model.score_samples(deep),
+        lambda: model.sample_posterior(2, deep),
+        lambda: model.posterior_predictive(deep, level="per_cell", n_samples=1),
+        lambda: clone(model).set_params(informative_prior_estimator=source).fit(deep),
+        lambda: NBLNEstimator(1, capture_efficiency=(np.log(m0), 0.5), random_state=0).fit(deep),
+    ]
+    for call in calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        said = [str(w.message) for w in caught if "have more counts than M0" in str(w.message)]
+        assert len(said) == 1
+        assert said[0].startswith("40 of 40 cells") and f"{m0:.4g}" in said[0]
+        assert "log_M0" in said[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.score(deep, given_totals=True)
+        model.transform(X)
 
 
 # ------------------------------------------------------------------ data
@@ -187,6 +242,60 @@ def test_offsets_of_a_row_do_not_depend_on_the_others():
         alone = offset_posterior(X[c], mean, loadings, noise, 1 / r, prior)
         for a, b in zip(alone, together, strict=True):
             assert_allclose(a[0], b[c], rtol=1e-9, atol=1e-9)
+
+
+# ------------------------------------------------------------------ offsets that are refined
+
+
+@pytest.fixture
+def informed():
+    """A source's posterior of some offsets, its capture prior, and another one."""
+    X, mean, loadings, noise, r, prior = independent(small.N_GENES, 1.5)
+    found = offset_posterior(X, mean, loadings, noise, 1 / r, prior)
+    assert np.all(found.raw_loc > 0)
+    other = CapturePrior(prior.log_m0 + 0.4, 0.8)
+    return found, row_prior(prior, X), row_prior(other, X)
+
+
+def test_refined_at_tau_1_is_the_sources_posterior(informed):
+    found, prior, _ = informed
+    loc, scale = refined_prior(found, prior, prior, 1.0)
+    assert_allclose(loc, found.loc, rtol=1e-12)
+    assert_allclose(scale, found.scale, rtol=1e-12)
+
+
+def test_refined_as_tau_grows_is_the_capture_prior(informed):
+    found, prior, other = informed
+    for tau in (1e6, np.inf):
+        for given, expected in zip(refined_prior(found, prior, other, tau), other, strict=True):
+            assert_allclose(given, expected, rtol=1e-9)
+
+
+def test_refined_as_tau_vanishes_is_the_freeze(informed):
+    for prior in informed[1:]:
+        loc, scale = refined_prior(informed[0], informed[1], prior, 1e-6)
+        assert_allclose(loc, informed[0].loc, rtol=0, atol=1e-9)
+        assert np.all(scale < 1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0, 2.0, 10.0])
+def test_refined_takes_the_prior_once_and_a_power_of_the_likelihood(informed, tau):
+    found, prior, other = informed
+    likelihood = found.scale**-2.0 - prior[1] ** -2.0
+    for own in (prior, other):
+        loc, scale = refined_prior(found, prior, own, tau)
+        assert_allclose(scale**-2.0, own[1] ** -2.0 + likelihood / tau**2, rtol=1e-10)
+        if tau >= 1:  # the product of two Gaussians
+            peak = (found.raw_loc / found.scale**2 - prior[0] / prior[1] ** 2) / likelihood
+            expected = own[0] / own[1] ** 2 + likelihood / tau**2 * peak
+            assert_allclose(loc, expected * scale**2, rtol=1e-9)
+
+
+def test_offsets_at_the_bound_stay_there():
+    found = OffsetPosterior(np.zeros(1), np.array([0.2]), np.array([-0.3]))
+    prior = np.array([0.1]), np.array([0.5])
+    for tau in (0.5, 1.0, np.inf):
+        assert_array_equal(np.ravel(refined_prior(found, prior, prior, tau)), [0.0, 0.0])
 
 
 # ------------------------------------------------------------------ scores
@@ -333,3 +442,66 @@ def test_probabilities_sum_to_one():
         prior = Held(log_m0, 0.5)
         scores = score_rows(X, mean, np.zeros((1, 0)), np.zeros(1), r, prior)
         assert_allclose(np.exp(scores).sum(), 1.0, atol=0.04)
+
+
+# ------------------------------------------------------------------ scores given the totals
+
+
+COMPOSITIONS = np.array([[1, 0], [3, 4], [20, 2], [0, 60], [0, 0]])
+
+
+def given_total_by_integration(u, mean, loadings, noise, r, nodes=60):
+    """``log p(u | total)``: log-rates by Gauss-Hermite, offset by a trapezoid rule, times the total."""
+    t, w = np.polynomial.hermite_e.hermegauss(nodes)
+    L = np.linalg.cholesky(direct.covariance(loadings, noise, 0.0))
+    grid = np.stack(np.meshgrid(t, t, indexing="ij"), -1).reshape(-1, 2)
+    log_weight = np.log(np.outer(w, w).ravel() / (2 * np.pi))
+    eta = np.linspace(-25.0, 25.0, 1201)
+    # the flat offset takes up the level: it is the same for every x, so the window moves with it
+    x = mean + grid @ L.T
+    level = logsumexp(x, axis=1) - np.log(u.sum())
+    y = x[:, None, :] - (level[:, None] + eta)[:, :, None]
+    given = logsumexp(np.sum(nb_log_pmf(u, y, r), -1), axis=1) + np.log(eta[1] - eta[0])
+    return logsumexp(given + log_weight) + np.log(u.sum())
+
+
+@pytest.mark.parametrize("r", [2.0, 8.0, np.inf])
+def test_score_given_totals_of_two_genes_against_integration(r):
+    mean, r = np.array([0.5, 1.5]), np.full(2, r)
+    loadings, noise = np.array([[0.4], [-0.3]]), np.array([0.05, 0.1])
+    found = score_rows_given_totals(csr(COMPOSITIONS), mean, loadings, noise, r)
+    assert found[-1] == 0.0  # one composition of nothing
+    for u, value in zip(COMPOSITIONS[:-1], found, strict=False):
+        exact = given_total_by_integration(u, mean, loadings, noise, r)
+        assert abs(value - exact) < 0.03
+
+
+def test_score_given_totals_of_independent_poisson_genes_is_the_multinomial():
+    X, mean, loadings, noise, r, _ = independent(small.N_GENES, 1.0)
+    found = score_rows_given_totals(X, mean, loadings, noise, np.full_like(r, np.inf))
+    p = np.exp(mean) / np.exp(mean).sum()
+    assert_allclose(found, stats.multinomial.logpmf(X.toarray(), library_sizes(X), p), rtol=1e-9)
+
+
+def test_score_given_totals_of_one_gene_says_nothing():
+    found = score_rows_given_totals(
+        csr([[1.0], [7.0], [300.0]]), np.ones(1), np.zeros((1, 0)), np.zeros(1), np.full(1, 50.0)
+    )
+    assert_allclose(found, 0.0, atol=0.005)
+
+
+def test_score_given_totals_takes_no_capture_prior():
+    X = make_nbln_counts(n_cells=80, n_genes=12, n_factors=1, random_state=0).data
+    source = NBVCPEstimator(random_state=0).fit(X)
+    model = NBLNEstimator(1, informative_prior_estimator=source, random_state=0).fit(X)
+    poisson = NBLNEstimator(
+        1, informative_prior_estimator=source, observation="multinomial", random_state=0
+    ).fit(X)
+    for fitted in (source, model):
+        plain, given = fitted.score(X), fitted.score(X, given_totals=True)
+        fitted.capture_prior_ = CapturePrior(fitted.capture_prior_.log_m0, 0.05)
+        assert fitted.score(X) > plain + 0.2  # a narrower prior scores better for that alone
+        assert fitted.score(X, given_totals=True) == given
+        assert given == fitted.score_samples(X, given_totals=True).mean()
+    # the multinomial channel has no other score
+    assert_array_equal(poisson.score_samples(X), poisson.score_samples(X, given_totals=True))

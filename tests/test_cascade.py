@@ -148,16 +148,55 @@ def test_infinite_tau_is_no_prior(counts, source):
 
 
 def test_free_offsets_lie_between_the_source_and_the_capture_prior(counts, source):
+    """The three ends are in test_capture.py; here what the model asks for."""
     X = validate_counts(source, counts, reset=False)
     found = source._offsets(X)
     prior = source.capture_prior_
     narrow = row_offsets(source, X, frozen=False, tau=1e-6, capture_prior=prior)
     np.testing.assert_allclose(narrow[0], found.loc, atol=1e-6)
-    np.testing.assert_allclose(narrow[1], 1e-6 * found.scale, rtol=1e-6)
+    assert np.all(narrow[1] < 2e-6 * found.scale)
+    as_it_is = row_offsets(source, X, frozen=False, tau=1.0, capture_prior=prior)
+    np.testing.assert_allclose(as_it_is[0], found.loc, rtol=1e-9)
+    np.testing.assert_allclose(as_it_is[1], found.scale, rtol=1e-9)
     wide = row_offsets(source, X, frozen=False, tau=np.inf, capture_prior=prior)
     loc, scale = prior.rows(np.asarray(X.sum(1)).ravel())
     np.testing.assert_allclose(wide[0], loc)
     np.testing.assert_allclose(wide[1], scale)
+    # no capture model, no offset
+    none = row_offsets(source, X, frozen=False, tau=1.0, capture_prior=None)
+    np.testing.assert_array_equal(none, np.zeros((2, X.shape[0])))
+
+
+# ------------------------------------------------------------------ rows of the model, rows of the source
+
+
+@pytest.mark.parametrize("freeze", [("r", "eta"), ("r",)])
+def test_offsets_are_of_the_model_s_own_rows(counts, source, freeze):
+    """A source fitted on other rows, as many of them, and in another order."""
+    X = counts.tocsr()
+    for train, rest in ((X[:90], X[90:]), (X[:75], X[75:]), (X, X[::-1])):
+        elsewhere = NBVCPEstimator(random_state=0).fit(train)
+        model = fit(rest, elsewhere, informative_priors_freeze=freeze)
+        drawn = model.sample_posterior(400, random_state=0).eta
+        assert drawn.shape == (400, rest.shape[0])
+        # those of the training rows as of the same rows given
+        given = model.sample_posterior(400, rest, random_state=0).eta
+        np.testing.assert_allclose(drawn, given, rtol=1e-9)
+        spread = drawn.std(0)
+        assert np.all(np.abs(drawn.mean(0) - model.capture_offset_) < 6 * spread)
+        eta = model.get_distributions()["eta"].base_dist
+        assert np.all(np.abs(np.asarray(eta.loc) - model.capture_offset_) < 6 * spread)
+        np.testing.assert_allclose(np.asarray(eta.scale), spread, rtol=0.25)
+        totals = np.asarray(rest.sum(1)).ravel()
+        replicated = model.posterior_predictive(level="marginal", n_samples=20, random_state=0)
+        assert np.corrcoef(np.log(totals), np.log(replicated.sum(-1) + 1).mean(0))[0, 1] > 0.9
+        assert elsewhere.capture_offset_.size == train.shape[0]
+
+
+def test_the_source_s_own_rows_keep_its_posterior(counts, source):
+    model = fit(counts, source)
+    eta = model.get_distributions()["eta"].base_dist
+    np.testing.assert_allclose(np.asarray(eta.loc), source._guide.capture_offset[0], rtol=1e-6)
 
 
 # ------------------------------------------------------------------ gene sets

@@ -11,6 +11,7 @@ from scipy import stats
 from sklearn.exceptions import NotFittedError
 
 from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln.datasets import make_nbln_counts
 from sknbln.predictive import (
     compositional_samples,
     iter_posterior_predictive,
@@ -66,12 +67,56 @@ def test_marginal_offsets_follow_the_capture_prior_of_the_rows():
     mean, prior = np.full(N_GENES, 50.0), (np.log(400.0), 0.3)
     size = np.repeat([20.0, 100.0, 1000.0], 10_000)
     model = truth.nbvcp(mean, np.full(N_GENES, 1e8), capture_prior=prior, library_size=size)
-    totals = model.posterior_predictive(level="marginal", n_samples=1, random_state=0)[0].sum(1)
+    options = dict(level="marginal", capture="prior", n_samples=1, random_state=0)
+    totals = model.posterior_predictive(**options)[0].sum(1)
     for L in (20.0, 100.0, 1000.0):
         loc = prior[0] - np.log(L)
         eta = stats.truncnorm(-loc / prior[1], np.inf, loc, prior[1])
         expected = mean.sum() * eta.expect(lambda e: np.exp(-e))
         assert abs(standardized(totals[size == L].astype(float), expected)) < Z_MAX
+
+
+def test_marginal_offsets_are_those_of_the_rows():
+    """Frozen offsets at the source's posterior, free ones at the model's own: a point here."""
+    mean, W, d, r = globals_()
+    X = simulate(mean - 1.0, W, d, r, 4, np.random.default_rng(4))
+    prior = (np.log(X.sum(1).mean()) + 1.0, 0.5)
+    options = dict(capture_prior=prior, library_size=X.sum(1))
+    rows = sp.csr_matrix(X, dtype=float)
+    for frozen in (("r", "mu", "eta"), ("r", "mu")):
+        model = truth.nbln(mean, W, d, r, frozen=frozen, **options)
+        many = model.posterior_predictive(X, level="marginal", n_samples=8000, random_state=0)
+        eta = model.sample_posterior(8000, X, random_state=0).eta
+        expected = np.exp(mean + (np.sum(W**2, 1) + d) / 2) * np.exp(-eta).mean(0)[:, None]
+        for c in range(4):
+            assert np.all(np.abs(standardized(many[:, c], expected[c])) < Z_MAX)
+        if frozen[-1] == "eta":
+            np.testing.assert_allclose(eta.mean(0), model._source._offsets(rows).loc, atol=0.05)
+        else:
+            free = model._solve(rows)["offset"]
+            np.testing.assert_allclose(eta.mean(0), free, atol=0.1)
+
+
+def test_marginal_totals_of_a_fit_vary_as_the_data_s():
+    """Offsets by the capture prior around each row's total vary twice: sd .67 where the data have .41."""
+    X = make_nbln_counts(n_cells=300, n_genes=60, random_state=0).data.toarray()
+    model = NBLNEstimator(4, random_state=0).fit(X)
+    observed = np.log(X.sum(1)).std()
+    for given in (None, X):
+        draws = model.posterior_predictive(given, level="marginal", n_samples=20, random_state=0)
+        ratio = np.log(draws.sum(-1) + 1).std(-1).mean() / observed
+        # above 1: frozen offsets of independent genes have taken up what the log-rates share
+        assert 0.9 < ratio < 1.25
+    wide = model.posterior_predictive(level="marginal", capture="prior", n_samples=20)
+    assert np.log(wide.sum(-1) + 1).std(-1).mean() / observed > 1.4
+
+
+def test_capture_is_of_marginal_replicates_only(fits):
+    frame, models = fits
+    with pytest.raises(ValueError, match=r"capture='prior'.*level='library_anchored'"):
+        models["default"].posterior_predictive(frame, capture="prior")
+    with pytest.raises(ValueError, match="capture"):
+        models["default"].posterior_predictive(frame, level="marginal", capture="fresh")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -215,8 +260,8 @@ def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
     """Sigma takes each draw's share: (1 + 1/r) exp(Sigma_gg) is the source's 1 + 1/r of that draw."""
     _, models = fits
     model = models["coupled"]
-    draws = model._posterior_draws(20, None, np.random.RandomState(0), offsets=False)
-    source = model._source._posterior_draws(20, None, np.random.RandomState(0), offsets=False)
+    draws = model._posterior_draws(20, None, np.random.RandomState(0), eta=None)
+    source = model._source._posterior_draws(20, None, np.random.RandomState(0), eta=None)
     variance = draws.inflation * np.diag(model.get_covariance())
     np.testing.assert_allclose((1 + 1 / draws.r) * np.exp(variance), 1 + 1 / source.r, rtol=1e-8)
     # and the marginal mean does not follow the share

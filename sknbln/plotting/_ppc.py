@@ -84,6 +84,7 @@ class PPCDisplay:
         genes=None,
         n_genes=9,
         level="library_anchored",
+        capture="posterior",
         n_samples=100,
         random_state=None,
         n_cols=None,
@@ -104,6 +105,8 @@ class PPCDisplay:
             How many, where `genes` is None.
         level : {"library_anchored", "marginal", "per_cell"}, default="library_anchored"
             What is replicated: see :func:`sknbln.predictive.posterior_predictive`.
+        capture : {"posterior", "prior"}, default="posterior"
+            Of ``level="marginal"``; see there.
         n_samples : int, default=100
             Replicated data sets.
         random_state : int, RandomState instance or None, default=None
@@ -136,6 +139,7 @@ class PPCDisplay:
             estimator,
             X,
             level=level,
+            capture=capture,
             n_samples=n_samples,
             genes=chosen,
             random_state=random_state,

@@ -6,10 +6,11 @@ import numpy as np
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from ._replicates import LEVELS, Replicates
+from ._replicates import CAPTURE, LEVELS, Replicates
 
 CONSTRAINTS = {
     "level": [StrOptions(set(LEVELS))],
+    "capture": [StrOptions(set(CAPTURE))],
     "n_samples": [Interval(Integral, 1, None, closed="left")],
     "random_state": ["random_state"],
 }
@@ -33,7 +34,13 @@ def refuse_multinomial(estimator, what):
         )
 
 
-def replicates_of(estimator, X, level, n_samples, random_state, *, needs_counts=False):
+def replicates_of(
+    estimator, X, level, n_samples, random_state, *, capture="posterior", needs_counts=False
+):
+    if capture == "prior" and level != "marginal":
+        raise ValueError(
+            f"capture='prior' draws totals afresh, found level={level!r}: give level='marginal' with it."
+        )
     if level == "marginal":
         refuse_multinomial(estimator, "level='marginal'")
     if X is None and needs_counts:
@@ -43,8 +50,9 @@ def replicates_of(estimator, X, level, n_samples, random_state, *, needs_counts=
             "level='per_cell' draws from each row's posterior given its counts, and an estimator does not "
             "keep the counts of its fit: give them as X."
         )
-    X = None if X is None else estimator._validated(X)
-    return Replicates(estimator, X, level, n_samples, random_state)
+    if X is not None:
+        X = estimator._validated(X, estimator._offset_prior() if LEVELS[level] else None)
+    return Replicates(estimator, X, level, n_samples, random_state, capture)
 
 
 def gene_positions(estimator, genes):

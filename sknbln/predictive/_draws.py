@@ -15,6 +15,7 @@ def posterior_predictive(
     X=None,
     *,
     level="library_anchored",
+    capture="posterior",
     n_samples=100,
     genes=None,
     random_state=None,
@@ -28,10 +29,11 @@ def posterior_predictive(
     channels):
 
     ``"marginal"``
-        Everything is fresh: ``x ~ N(mu, Sigma)``, ``eta_c ~ TruncNormal(log M0 - log L_c, sigma_M, low=0)``,
-        ``u ~ Poisson(exp(x - eta) * gamma)``. The capture prior of a row depends on its library size
-        ``L_c``, which is a design here: that of the rows given, as observed. Totals therefore scatter
-        around the observed ones, by sigma_M nats and by the model's own variation.
+        Fresh log-rates and totals of cells of the same depths: ``x ~ N(mu, Sigma)``,
+        ``u ~ Poisson(exp(x - eta) * gamma)``. The row's capture offset has its posterior given its counts:
+        the source's where it is frozen, the model's own where it is free. With ``capture="prior"``
+        ``eta_c ~ TruncNormal(log M0 - log L_c, sigma_M, low=0)``, ``L_c`` the row's observed total: totals
+        then scatter by sigma_M nats more.
     ``"library_anchored"``
         Fresh compositions, observed totals: ``u_c ~ Multinomial(L_c, p_c)``, ``p_c`` proportional to
         ``exp(x_c) * gamma_c``, so that overdispersion is kept. The capture offset drops out.
@@ -51,6 +53,9 @@ def posterior_predictive(
         Fractional totals are rounded.
     level : {"marginal", "library_anchored", "per_cell"}, default="library_anchored"
         What is drawn afresh.
+    capture : {"posterior", "prior"}, default="posterior"
+        Where ``level="marginal"`` takes the rows' capture offsets from: their posterior given their
+        counts, or the capture prior, for cells that are still to come.
     n_samples : int, default=100
         Replicates.
     genes : array-like of int or str, or None, default=None
@@ -68,8 +73,8 @@ def posterior_predictive(
     ------
     ValueError
         For unknown or repeated genes, for ``"per_cell"`` without X, for ``"marginal"`` with
-        ``observation="multinomial"`` (it has no distribution of totals), and when a drawn rate is
-        beyond 64-bit counts.
+        ``observation="multinomial"`` (it has no distribution of totals), for ``capture="prior"`` with
+        another level, and when a drawn rate is beyond 64-bit counts.
     TypeError
         When `estimator` is neither of the two.
 
@@ -99,7 +104,7 @@ def posterior_predictive(
     True
     """
     positions = gene_positions(estimator, genes)
-    replicates = replicates_of(estimator, X, level, n_samples, random_state)
+    replicates = replicates_of(estimator, X, level, n_samples, random_state, capture=capture)
     out = np.empty((n_samples, replicates.n_rows, positions.size), np.int64)
     for s in range(n_samples):
         for rows, counts in replicates.chunks(s):
@@ -113,6 +118,7 @@ def iter_posterior_predictive(
     X=None,
     *,
     level="library_anchored",
+    capture="posterior",
     n_samples=100,
     genes=None,
     random_state=None,
@@ -130,6 +136,9 @@ def iter_posterior_predictive(
         Rows to replicate; None for the training rows.
     level : {"marginal", "library_anchored", "per_cell"}, default="library_anchored"
         What is drawn afresh.
+    capture : {"posterior", "prior"}, default="posterior"
+        Where ``level="marginal"`` takes the rows' capture offsets from: their posterior given their
+        counts, or the capture prior, for cells that are still to come.
     n_samples : int, default=100
         Replicates.
     genes : array-like of int or str, or None, default=None
@@ -159,7 +168,7 @@ def iter_posterior_predictive(
     5
     """
     positions = gene_positions(estimator, genes)
-    replicates = replicates_of(estimator, X, level, n_samples, random_state)
+    replicates = replicates_of(estimator, X, level, n_samples, random_state, capture=capture)
     return _stacked_chunks(replicates, positions)
 
 

@@ -14,7 +14,14 @@ class PredictiveMixin:
     """Replicated counts and moments as methods of an estimator."""
 
     def posterior_predictive(
-        self, X=None, *, level="library_anchored", n_samples=100, genes=None, random_state=None
+        self,
+        X=None,
+        *,
+        level="library_anchored",
+        capture="posterior",
+        n_samples=100,
+        genes=None,
+        random_state=None,
     ):
         """Counts drawn from the fitted model: :func:`sknbln.predictive.posterior_predictive`.
 
@@ -24,6 +31,8 @@ class PredictiveMixin:
             Rows to replicate; None for the training rows (not with ``level="per_cell"``).
         level : {"marginal", "library_anchored", "per_cell"}, default="library_anchored"
             What is drawn afresh.
+        capture : {"posterior", "prior"}, default="posterior"
+            Where ``level="marginal"`` takes the rows' capture offsets from.
         n_samples : int, default=100
             Replicates, each with a posterior draw of its own.
         genes : array-like of int or str, or None, default=None
@@ -36,7 +45,13 @@ class PredictiveMixin:
         ndarray of shape (n_samples, n_rows, n_genes_selected), int64
         """
         return posterior_predictive(
-            self, X, level=level, n_samples=n_samples, genes=genes, random_state=random_state
+            self,
+            X,
+            level=level,
+            capture=capture,
+            n_samples=n_samples,
+            genes=genes,
+            random_state=random_state,
         )
 
     def moments(self, *, offset=0.0):

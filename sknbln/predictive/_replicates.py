@@ -22,7 +22,10 @@ from .._jax import float64
 from .._laplace.mode import Globals
 from .._laplace.rates import draw_rates
 
-LEVELS = ("marginal", "library_anchored", "per_cell")
+#: levels, and of which offsets they take posterior draws (of a free one per_cell integrates)
+LEVELS = {"marginal": "all", "library_anchored": None, "per_cell": "frozen"}
+#: where marginal replicates take the offsets of rows from
+CAPTURE = ("posterior", "prior")
 _CHUNK_ENTRIES = 2**18  # 2 MB an array
 _LARGEST_RATE = 1e18  # counts are 64-bit integers
 
@@ -127,16 +130,18 @@ class Replicates:
     level : one of `LEVELS`
     n_samples : int
     random_state : int, RandomState instance or None
+    capture : one of `CAPTURE`
     """
 
-    def __init__(self, estimator, X, level, n_samples, random_state):
+    def __init__(self, estimator, X, level, n_samples, random_state, capture="posterior"):
         seed = estimator.random_state if random_state is None else random_state
         rng = check_random_state(seed)
         self.estimator, self.X, self.level, self.n_samples = estimator, X, level, n_samples
         self.library_size = estimator._library_size if X is None else _capture.library_sizes(X)
         self.n_rows, self.n_genes = self.library_size.size, estimator.n_features_in_
         per_cell = level == "per_cell"
-        self._draws = estimator._posterior_draws(n_samples, X, rng, offsets=per_cell)
+        eta = None if capture == "prior" else LEVELS[level]
+        self._draws = estimator._posterior_draws(n_samples, X, rng, eta=eta)
         self._streams = Streams.spawn(rng)
         self._totals = np.rint(self.library_size).astype(np.int64)
         multinomial = getattr(estimator, "observation", "nb") == "multinomial"
@@ -190,7 +195,9 @@ class Replicates:
 
     def _prior_rates(self, model, s):
         offset = np.zeros(self.n_rows)
-        if self.level == "marginal":
+        if self._draws.eta is not None:
+            offset = self._draws.eta[s]
+        elif self.level == "marginal":
             prior = self.estimator.capture_prior_
             offset = capture_offsets(prior, self.library_size, self._streams.offset)
         for rows in self.row_chunks():

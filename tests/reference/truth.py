@@ -3,7 +3,7 @@
 import numpy as np
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._capture import CapturePrior
+from sknbln._capture import CapturePrior, OffsetPosterior
 from sknbln._posterior import Curvature
 from sknbln._svi import Guide
 
@@ -25,6 +25,11 @@ def nbvcp(mean, r, *, capture_prior=None, library_size=(), **params):
     model.mean_, model.dispersion_ = np.array(mean, float), np.array(r, float)
     model.n_features_in_ = len(mean)
     model._library_size = np.asarray(library_size, float)
+    model._training_offsets = OffsetPosterior(
+        model.capture_offset_,
+        np.full(n_rows, POINT),
+        model.capture_offset_ if offsets is None else offsets[0],
+    )
     model._guide = Guide(
         log_mean=(np.log(mean), point),
         log_dispersion=(np.log(r), point),

@@ -143,7 +143,7 @@ class NBLNEstimator(
         The tolerance that was used.
     objective_history_ : ndarray of shape (n_iter + 1,)
         Log-posterior per cell, from the start on; never falls, except where a loadings prior is
-        updated between stages of sweeps.
+        updated between stages of sweeps. A last sweep of which no step was accepted repeats the value.
     promised_gain_ : float
         What another sweep promised when the fit ended, nats per cell: half the slope along its step.
     n_iter_ : int

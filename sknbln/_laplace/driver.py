@@ -238,9 +238,7 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
         elif little:
             reason = f"the next sweep promises less than {SURE:g} tol={tol:g} of the objective"
         done = small == 2 or little
-        yield Outcome(
-            point, done, reason, history, iteration, gain / n_cells, promised / n_cells
-        )
+        yield Outcome(point, done, reason, history, iteration, gain / n_cells, promised / n_cells)
         if report is not None:
             report(iteration, point)
         if done:

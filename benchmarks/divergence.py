@@ -28,7 +28,6 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator, _fitting, _nbvcp
 from sknbln._laplace import shrinkage
-from sknbln._laplace.driver import ROUNDING
 
 # few widths and buckets of rows: what is compiled is shared
 WIDTHS = (2, 12, 40)
@@ -126,7 +125,7 @@ def setting(seed):
 
 
 class Stages:
-    """Objective histories of the stages of a fit, a list of lists."""
+    """Objective histories of the stages of a fit, each with its rounding error, nats per cell."""
 
     def __init__(self):
         self.histories = []
@@ -138,7 +137,7 @@ class Stages:
         def recording(original):
             def ascend(*args, **kwargs):
                 outcome = original(*args, **kwargs)
-                self.histories.append(outcome.history)
+                self.histories.append((outcome.history, outcome.point.rounding / kwargs["n_cells"]))
                 return outcome
 
             return ascend
@@ -151,11 +150,10 @@ class Stages:
     def falls(self):
         """Largest fall of the objective within a stage, beyond rounding; 0 where there is none."""
         worst = 0.0
-        for history in self.histories:
+        for history, rounding in self.histories:
             history = np.asarray(history)
             if history.size > 1:
-                slack = 2 * ROUNDING * np.abs(history[:-1])
-                worst = max(worst, float(np.max(history[:-1] - history[1:] - slack)))
+                worst = max(worst, float(np.max(history[:-1] - history[1:] - 2 * rounding)))
         return worst
 
 

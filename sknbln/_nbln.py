@@ -1,6 +1,5 @@
 """NBLNEstimator: the negative binomial log-normal factor model."""
 
-import warnings
 from numbers import Integral, Real
 
 import numpy as np
@@ -10,19 +9,17 @@ from sklearn.base import (
     TransformerMixin,
     _fit_context,
 )
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from . import _capture, _cascade, _posterior
+from . import _capture, _cascade, _fit_warnings, _posterior
 from ._batches import RowBatches, solve_rows
 from ._fitting import NBLNProblem, default_tol, loadings_strategy, row_capture, row_posterior
-from ._laplace.driver import magnitude
 from ._laplace.shrinkage import TYPES, compositional, effective_rank, singular_basis
 from ._nbvcp import CountModelMixin, NBVCPEstimator
 from ._state import whole_or_nothing
-from ._validation import checked_n_samples, user_stacklevel, validate_counts
+from ._validation import checked_n_samples, validate_counts
 from .exceptions import FitInterrupted
 
 _DEFAULT_FREEZE = ("r", "eta")
@@ -142,7 +139,7 @@ class NBLNEstimator(
         The tolerance that was used.
     objective_history_ : ndarray of shape (n_iter + 1,)
         Log-posterior per cell, from the start on; never falls, except where a loadings prior is
-        updated between stages of sweeps.
+        updated between stages of sweeps. A last sweep of which no step was accepted repeats the value.
     promised_gain_ : float
         What another sweep promised when the fit ended, nats per cell: half the slope along its step.
     n_iter_ : int
@@ -172,7 +169,7 @@ class NBLNEstimator(
     >>> from sknbln import NBLNEstimator
     >>> from sknbln.datasets import make_nbln_counts
     >>> sim = make_nbln_counts(n_cells=200, n_genes=30, n_factors=2, random_state=0)
-    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(sim.data)
+    >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(sim.data)
     >>> model.transform(sim.data).shape
     (200, 2)
     >>> model.components_.shape
@@ -272,6 +269,11 @@ class NBLNEstimator(
         -----
         ConvergenceWarning
             When `max_iter` sweeps did not meet `tol`, or when cells' modes were not found.
+        UserWarning
+            When a gene's log-rate has a variance above 50 nats squared; and where the fit converged, when the
+            scores of a real column have a mean square outside 0.5 to 2, when a `loadings_prior` that
+            chooses the rank left as many columns as `latent_dim`, and when a literal freeze of r counts
+            overdispersion twice.
         """
         frozen = self._frozen()
         strategy = loadings_strategy(self.loadings_prior)
@@ -345,7 +347,7 @@ class NBLNEstimator(
         self.capture_offset_ = np.maximum(rows["offset"], 0.0)
         if outcome.interrupted:
             raise FitInterrupted(self)
-        self._warn_unless_converged(outcome, X.shape[0])
+        _fit_warnings.say(self, outcome)
         return self
 
     def _previous(self, X):
@@ -390,23 +392,6 @@ class NBLNEstimator(
             found["sigma_k"] = column_scales
             found["scale_effective_rank"] = effective_rank(column_scales, 1)
         return {**found, **strategy.diagnostics()}
-
-    def _warn_unless_converged(self, outcome, n_cells):
-        if not outcome.converged:
-            share = outcome.gain / magnitude(outcome.point.value, n_cells)
-            warnings.warn(
-                f"NBLNEstimator did not converge: {outcome.reason}; the last one gained {share:.2g} of the "
-                f"log-posterior's magnitude, tol={self.tol_:g}. Increase max_iter or tol.",
-                ConvergenceWarning,
-                stacklevel=user_stacklevel(),
-            )
-        if outcome.point.n_unconverged:
-            warnings.warn(
-                f"The mode of {outcome.point.n_unconverged} of {n_cells} cells was not found to tolerance in "
-                "the last sweep. Look for extreme counts in those rows.",
-                ConvergenceWarning,
-                stacklevel=user_stacklevel(),
-            )
 
     # ------------------------------------------------------------------ rows
 

@@ -431,6 +431,17 @@ def test_one_step_does_not_converge_and_says_so(sim, capture):
     assert model.n_iter_ == 1 and model.loss_curve_.shape == (1,)
 
 
+@pytest.mark.parametrize("overdispersed", [False, True])
+def test_a_maximum_that_rounding_hides_is_found(overdispersed):
+    """Counts around 1e8: log-factorials of 1e12 nats in all, rounded by more than the tolerance."""
+    rng = np.random.default_rng(3)
+    rate = 1e8 * np.exp(rng.normal(0, 1, 10)) * np.exp(rng.normal(0, 0.3, (50, 1)))
+    if overdispersed:
+        rate = rate * rng.gamma(5, 0.2, (50, 10))
+    fitted = NBVCPEstimator(random_state=0).fit(rng.poisson(rate))  # a warning is an error
+    assert fitted.converged_
+
+
 def test_another_matrix_of_the_same_shape_compiles_nothing(sim, capture, model):
     """As the folds of a cross-validation are; the step's compilation takes twenty times its fit."""
     X = sim.data.toarray()

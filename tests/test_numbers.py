@@ -414,9 +414,9 @@ def falling(ascend):
 
 def test_the_checks_see_what_is_wrong():
     stages = divergence.Stages()
-    stages.histories = [[-2.0, -1.0], [-3.0, -2.5, -2.6]]
+    stages.histories = [([-2.0, -1.0], 0.0), ([-3.0, -2.5, -2.6], 0.0)]
     assert stages.falls() == pytest.approx(0.1)
-    stages.histories = [[-2.0, -1.0], [-3.0, -2.5]]
+    stages.histories = [([-2.0, -1.0], 0.0), ([-3.0, -2.5], 0.0), ([-3.0, -2.5, -2.6], 0.06)]
     assert stages.falls() == 0.0
 
     class Broken:

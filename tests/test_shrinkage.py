@@ -305,6 +305,7 @@ def test_stages_that_move_nothing_end_the_fit_and_are_said(rank_three, monkeypat
         model.fit(sim.data)
     assert not model.converged_
     assert model.n_iter_ == 2
+    assert model.objective_history_.size == model.n_iter_ + 1
 
 
 def test_penalized_objective_has_the_exact_gradient(rank_three):

@@ -27,8 +27,6 @@ MEMORY_CUTS = 2  # of a quasi-Newton step
 LEAST_CURVATURE = 0.1
 LARGEST_STEP = 1.5  # nats
 SURE = 0.5  # a sweep gains between half and twice what it promises, mostly
-#: relative rounding error of a sum over all counts; a smaller fall is not a fall
-ROUNDING = 1e-11
 
 
 class Free(NamedTuple):
@@ -45,6 +43,8 @@ class Point(NamedTuple):
 
     params: Parameters
     value: float
+    #: rounding error of the value, nats: a smaller fall is not a fall, a smaller promise promises nothing
+    rounding: float
     grad: Gradients
     n_unconverged: int
     moments: np.ndarray  # sums over cells of b [1 z][1 z]', packed; (n_genes, T)
@@ -164,6 +164,7 @@ def ascend(evaluate, params, free, *, n_cells, tol, max_iter, report=None):
     tol : float
         Stop when the next sweep, of a quasi-Newton step, promises less than `SURE` times this fraction
         of the objective's magnitude (at least of one nat per cell), or two in a row gained less than it.
+        What is less than the objective's rounding error is not told from it.
     max_iter : int
         Sweeps at most.
     report : callable or None
@@ -205,18 +206,15 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
             memory.forget()
             step, promised = _next_step(point, memory, free)
             trial, moved = _search(evaluate, point, step, MAX_CUTS)
-        size = magnitude(point.value, n_cells)
+        least = max(tol * magnitude(point.value, n_cells) * n_cells, point.rounding)
         if trial is None:
-            promised = promised / n_cells
-            yield Outcome(
-                point,
-                promised < tol * size,
-                f"no damped step raises the objective (the full one promised {promised:.2g} nats per cell)",
-                history,
-                iteration,
-                0.0,
-                promised,
+            history.append(point.value / n_cells)
+            per_cell = promised / n_cells
+            reason = (
+                "no damped step raises the objective (the full one promised "
+                f"{per_cell:.2g} nats per cell)"
             )
+            yield Outcome(point, promised < least, reason, history, iteration, 0.0, per_cell)
             return
         if iteration > PLAIN_SWEEPS:
             memory.add(
@@ -224,12 +222,12 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
                 _flat(_blocks(point.grad), free_flags) - _flat(_blocks(trial.grad), free_flags),
                 _flat(curvature_product(point.grad, moved, free), free_flags),
             )
-        gain = (trial.value - point.value) / n_cells
+        gain = trial.value - point.value
         point = trial
         history.append(point.value / n_cells)
         step, promised = _next_step(point, memory, free)
-        small = small + 1 if gain < tol * size else 0
-        least = SURE * tol * size * n_cells
+        small = small + 1 if gain < least else 0
+        least *= SURE
         if memory.pairs and promised < least:  # a memory may have lost sight of what is left
             promised = max(promised, _next_step(point, _Memory(), free)[1])
         # the metric alone overestimates the curvature of what moves slowly: it is not enough
@@ -240,7 +238,7 @@ def _sweeps(evaluate, params, free, n_cells, tol, max_iter, report):
         elif little:
             reason = f"the next sweep promises less than {SURE:g} tol={tol:g} of the objective"
         done = small == 2 or little
-        yield Outcome(point, done, reason, history, iteration, gain, promised / n_cells)
+        yield Outcome(point, done, reason, history, iteration, gain / n_cells, promised / n_cells)
         if report is not None:
             report(iteration, point)
         if done:
@@ -291,11 +289,11 @@ def _change(params, step, length):
 
 def _search(evaluate, point, step, cuts):
     """The first damped trial that does not lower the objective, and the move to it; or None twice."""
-    length, slack = 1.0, ROUNDING * abs(point.value)
+    length = 1.0
     for _ in range(cuts):
         params, moved = _change(point.params, step, length)
         trial = evaluate(params)
-        if np.isfinite(trial.value) and trial.value >= point.value - slack:
+        if np.isfinite(trial.value) and trial.value >= point.value - point.rounding:
             return trial, moved
         length *= 0.35
     return None, None

@@ -32,6 +32,8 @@ from .sweeps import (
 #: rate of the exponential prior of every noise variance d: mean 1/2 nat squared. It matters for genes
 #: with next to no counts, whose d is otherwise unbounded.
 NOISE_RATE = 2.0
+#: relative rounding error of a sum over all counts: a few units in the last place of its parts
+ROUNDING = 1e-15
 
 
 class NaturalGradient(NamedTuple):
@@ -241,7 +243,13 @@ class Objective:
             genes.gradient_noise,
             genes.gradient_log_r + first,
         )
-        return float(sums.log_marginal) + constants, grad, sums, genes.information_log_r - second
+        rising, factorials = constants
+        value = float(sums.log_marginal) + (rising - factorials)
+        return value, grad, sums, genes.information_log_r - second
+
+    def rounding(self, log_r, sums):
+        """Rounding error of the log-likelihood: of large counts the parts are far larger than the sum."""
+        return ROUNDING * (abs(float(sums.log_marginal)) + sum(self._constants(log_r)[0]))
 
     def rotate(self, rotation):
         """Follow a rotation (k, k) of the loadings: what is known of the last parameters stays known."""
@@ -252,11 +260,12 @@ class Objective:
             self._swept = params, sums._replace(genes=rotated(sums.genes, rotation))
 
     def _constants(self, log_r):
-        """What does not depend on the log-rates: its sum, and two derivatives in log r per gene."""
+        """What does not depend on the log-rates: its two sums, and two derivatives in log r per gene."""
         if self._known is None or not np.array_equal(self._known[0], log_r):
             r = np.exp(log_r)
-            total = float(np.sum(self.histogram.constants(r))) - self.histogram.log_factorials
-            self._known = log_r.copy(), (total, *self.histogram.constant_derivatives(r))
+            rising = float(np.sum(self.histogram.constants(r)))
+            sums = rising, self.histogram.log_factorials
+            self._known = log_r.copy(), (sums, *self.histogram.constant_derivatives(r))
         return self._known[1]
 
     def __call__(self, x):
@@ -289,6 +298,7 @@ class Objective:
         return Point(
             x,
             value + self.prior_mean.log_density(x.mean) + self.prior_log_r.log_density(x.log_r),
+            self.rounding(params.log_r, sums),
             Gradients(
                 grad.mean + self.prior_mean.gradient(x.mean),
                 grad.loadings,

@@ -73,7 +73,7 @@ class CalibrationDisplay:
     >>> from sknbln.datasets import make_nbln_counts
     >>> from sknbln.plotting import CalibrationDisplay
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
-    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
+    >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(X)
     >>> display = CalibrationDisplay.from_estimator(model, X, n_samples=20, random_state=0)
     >>> display.residuals.shape
     (150, 24)

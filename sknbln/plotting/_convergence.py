@@ -61,7 +61,7 @@ class ConvergenceDisplay:
     >>> from sknbln.datasets import make_nbln_counts
     >>> from sknbln.plotting import ConvergenceDisplay
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
-    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
+    >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(X)
     >>> ConvergenceDisplay.from_estimator(model).axes_.shape
     (1, 2)
     """

@@ -69,7 +69,7 @@ class CompositionalCornerDisplay:
     >>> from sknbln.datasets import make_nbln_counts
     >>> from sknbln.plotting import CompositionalCornerDisplay
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
-    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
+    >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(X)
     >>> display = CompositionalCornerDisplay.from_estimator(model, X, n_genes=3, n_samples=500)
     >>> display.axes_.shape
     (3, 3)

@@ -62,7 +62,7 @@ class CorrelationDisplay:
     >>> from sknbln.datasets import make_nbln_counts
     >>> from sknbln.plotting import CorrelationDisplay
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
-    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
+    >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(X)
     >>> display = CorrelationDisplay.from_estimator(model, n_genes=10)
     >>> display.correlation.shape
     (10, 10)

@@ -65,7 +65,7 @@ class EmbeddingDisplay:
     >>> from sknbln.datasets import make_nbln_counts
     >>> from sknbln.plotting import EmbeddingDisplay
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
-    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
+    >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(X)
     >>> half = np.where(np.arange(150) < 75, "first", "second")
     >>> display = EmbeddingDisplay.from_estimator(model, X, groups=half)
     >>> display.embedding.shape, len(display.scatters_)

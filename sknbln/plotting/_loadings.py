@@ -59,7 +59,7 @@ class LoadingsSpectrumDisplay:
     >>> from sknbln.datasets import make_nbln_counts
     >>> from sknbln.plotting import LoadingsSpectrumDisplay
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
-    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
+    >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(X)
     >>> display = LoadingsSpectrumDisplay.from_estimator(model)
     >>> display.column_norms.shape
     (2,)

@@ -65,7 +65,7 @@ class PPCDisplay:
     >>> from sknbln.datasets import make_nbln_counts
     >>> from sknbln.plotting import PPCDisplay
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
-    >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
+    >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(X)
     >>> display = PPCDisplay.from_estimator(model, X, n_genes=6, n_samples=20)
     >>> display.axes_.shape
     (2, 3)

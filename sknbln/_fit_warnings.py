@@ -1,0 +1,131 @@
+"""What a fit of NBLN says of itself when it ends: sentences, each from a few arrays, or None."""
+
+import warnings
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+
+from ._laplace.driver import magnitude
+from ._validation import user_stacklevel
+
+#: nats squared. A rate varies by a factor of exp(7) per standard deviation there, and its mean lies far
+#: beyond every count that was seen.
+LARGEST_VARIANCE = 50.0
+#: mean square of the scores of a real column that is near enough to 1
+MEAN_SQUARE_RANGE = (0.5, 2.0)
+#: a literal freeze of r is said where this share of the genes wants less dispersion ...
+NEARLY_ALL = 0.95
+#: ... and the log-likelihood has this slope, nats per cell and unit of log r
+LEAST_SLOPE = 1.0
+_MOST_NAMES = 10
+#: loadings priors that choose how many columns are real
+_CHOOSES_RANK = ("ard", "horseshoe_columnwise", "neg_columnwise")
+
+
+def say(model, outcome):
+    """Warn of what is wrong with a fit that has just ended, of the driver's ``outcome``."""
+    n_cells, n_genes = model.capture_offset_.size, model.mean_.size
+    for sentence in (
+        not_converged(outcome, n_cells, model.tol_),
+        modes_not_found(outcome.point.n_unconverged, n_cells),
+    ):
+        _warn(sentence, ConvergenceWarning)
+    names = getattr(model, "feature_names_in_", np.arange(n_genes))
+    variance = np.sum(model.loadings_**2, 1) + model.noise_variance_
+    _warn(heavy_tails(variance, names))
+    if not model.converged_:
+        return  # the rest is of a maximum
+    rows = model._rows
+    rank = model.w_prior_diagnostics_["effective_rank"]
+    _warn(scores_off_scale(rows.scores[:, :rank], rows.score_covariance[:, :rank, :rank]))
+    if model.w_prior_diagnostics_["strategy_type"] in _CHOOSES_RANK:
+        _warn(rank_is_a_bound(rank, model.latent_dim_, min(n_cells, n_genes)))
+    if "r" in model.frozen_params_ and model.cascade == "parameter":
+        _warn(dispersion_counted_twice(model.dispersion_gradient_, n_cells))
+
+
+def _warn(sentence, category=UserWarning):
+    if sentence is not None:
+        warnings.warn(sentence, category, stacklevel=user_stacklevel())
+
+
+def not_converged(outcome, n_cells, tol):
+    """The sweeps ended before they met the tolerance."""
+    if outcome.converged:
+        return None
+    share = outcome.gain / magnitude(outcome.point.value, n_cells)
+    return (
+        f"NBLNEstimator did not converge: {outcome.reason}; the last one gained {share:.2g} of the "
+        f"log-posterior's magnitude, tol={tol:g}. Increase max_iter or tol."
+    )
+
+
+def modes_not_found(n_unconverged, n_cells):
+    """Newton's method did not find the mode of a cell."""
+    if not n_unconverged:
+        return None
+    return (
+        f"The mode of {n_unconverged} of {n_cells} cells was not found to tolerance in the last sweep. Look "
+        "for extreme counts in those rows."
+    )
+
+
+def heavy_tails(variance, names):
+    """Variances of the log-rates that no count can have shown."""
+    beyond = np.flatnonzero(variance > LARGEST_VARIANCE)
+    if not beyond.size:
+        return None
+    largest = beyond[np.argsort(-variance[beyond], kind="stable")]
+    return (
+        f"The log-rates of {beyond.size} of {variance.size} genes have a variance above "
+        f"{LARGEST_VARIANCE:g} nats squared, up to {variance.max():.4g} ({_listed(names[largest])}): their "
+        "means and draws are ruled by tails that no count has shown. Leave out genes with few counts, or "
+        "give the model less freedom: a smaller latent_dim, a loadings_prior or informative_priors_tau=1."
+    )
+
+
+def scores_off_scale(scores, covariance):
+    """Columns whose scores are not of unit variance, as the model takes them to be.
+
+    Of ``E[z^2]``, the square of the posterior mean *and* the posterior variance: that is 1 at a maximum of
+    the likelihood, whose columns are as long as their scores want them. The posterior means alone
+    have the scores' reliability as their mean square, which for a weak real factor is small.
+    """
+    squares = np.mean(scores**2 + np.einsum("cii->ci", covariance), axis=0)
+    least, most = MEAN_SQUARE_RANGE
+    off = np.flatnonzero((squares < least) | (squares > most))
+    if not off.size:
+        return None
+    found = ", ".join(f"{value:.2g}" for value in squares[off][:_MOST_NAMES])
+    return (
+        f"The mean square of the scores over the training rows, 1 in the model, is {found} in the components "
+        f"{_listed(off)}: their loadings are too short or too long by its root. So few rows do not "
+        'determine these columns: take a smaller latent_dim, fewer genes or loadings_prior="none".'
+    )
+
+
+def rank_is_a_bound(rank, latent_dim, most):
+    """All columns are real: there may be more."""
+    if rank < latent_dim or latent_dim >= most:
+        return None
+    return (
+        f"All {latent_dim} columns of the loadings are real: effective_rank is bounded by latent_dim and not "
+        "found by the loadings_prior. Fit again with a larger latent_dim."
+    )
+
+
+def dispersion_counted_twice(gradient, n_cells):
+    """A literal freeze of r that nearly all genes pull at."""
+    share, slope = np.mean(gradient > 0), gradient.sum() / n_cells
+    if share < NEARLY_ALL or slope < LEAST_SLOPE:
+        return None
+    return (
+        "Overdispersion is counted twice: r is frozen at the source's, which holds the variance of the "
+        f"factors too, and {100 * share:.0f} % of the genes want a larger r ({slope:.2g} nats per cell and "
+        'unit of log r). Use cascade="marginal", or informative_priors_freeze=("eta",) with '
+        "informative_priors_tau=inf."
+    )
+
+
+def _listed(names):
+    return ", ".join(map(str, names[:_MOST_NAMES])) + (", ..." if len(names) > _MOST_NAMES else "")

@@ -431,6 +431,7 @@ class NBLNEstimator(
         ndarray of shape (n_cells, latent_dim)
             Standardized scores (a priori standard normal).
         """
+        check_is_fitted(self)
         return self._solve(self._validated(X, self._offset_prior()))["scores"]
 
     def posterior_scores(self, X):
@@ -448,6 +449,7 @@ class NBLNEstimator(
         covariance : ndarray of shape (n_cells, latent_dim, latent_dim)
             Given the globals; a free capture offset is integrated.
         """
+        check_is_fitted(self)
         found = self._solve(self._validated(X, self._offset_prior()))
         return found["scores"], found["score_covariance"]
 

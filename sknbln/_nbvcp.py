@@ -92,6 +92,7 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         UserWarning
             When rows have more counts than the M0 of the capture prior (not with `given_totals`).
         """
+        check_is_fitted(self)
         given_totals = given_totals or getattr(self, "observation", None) == "multinomial"
         X = self._validated(X, None if given_totals else self.capture_prior_)
         mean, loadings, noise, _ = self._globals()
@@ -442,6 +443,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         ndarray of shape (n_cells, n_genes)
             In nats (natural logarithm of expected counts at full capture).
         """
+        check_is_fitted(self)
         X = self._validated(X, self.capture_prior_)
         capture = np.exp(-self._offsets(X).loc)
         r = self.dispersion_
@@ -455,8 +457,8 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         n_samples : int or None, default=None
             None takes ``n_posterior_samples``.
         X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
-            Rows whose offsets are drawn, by their one-dimensional problem given the globals. None draws
-            those of the training rows from the variational posterior.
+            Rows whose offsets are drawn, by their one-dimensional problem given the globals. Those of the
+            training rows, None or the same rows given, come from the variational posterior.
         random_state : int, RandomState instance or None, default=None
             None takes the estimator's.
 
@@ -484,8 +486,8 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             draws["eta"] = np.zeros((n_samples, n_rows))
             return draws
         loc, scale = guide.capture_offset
-        if X is not None:
-            rows = self._offsets(X)
+        rows = self._training_offsets if X is None else self._offsets(X)
+        if not _capture.same_offsets(rows, self._training_offsets):
             loc, scale = rows.raw_loc, rows.scale
         centre, sd = guide.log_mean
         shift = _svi.shift_of(logs["mu"] - centre, sd, guide.common_shift[0])

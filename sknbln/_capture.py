@@ -90,8 +90,8 @@ def warn_about_truncation(prior, X):
     if above > min(max(3, 0.01 * sizes.size), sizes.size / 2):
         warnings.warn(
             f"{above} of {sizes.size} cells have more counts than the prior total mRNA of a cell (M0 of "
-            f"capture_efficiency), {np.exp(prior.log_m0):.4g} (the largest has {sizes.max():.4g}). Their capture "
-            "offset is held near 0 by its truncation. Fit with a larger log_M0 in capture_efficiency.",
+            f"capture_efficiency), {np.exp(prior.log_m0):.4g} (the largest has {sizes.max():.4g}). Their "
+            "capture offset is held near 0 by its truncation. Fit with a larger log_M0.",
             UserWarning,
             stacklevel=user_stacklevel(),
         )

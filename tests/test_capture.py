@@ -147,10 +147,14 @@ def test_deeper_rows_are_said_wherever_rows_come_in():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             call()
-        said = [str(w.message) for w in caught if "more counts than the prior total mRNA" in str(w.message)]
+        said = [
+            str(w.message)
+            for w in caught
+            if "more counts than the prior total mRNA" in str(w.message)
+        ]
         assert len(said) == 1
         assert said[0].startswith("40 of 40 cells") and f"{m0:.4g}" in said[0]
-        assert "log_M0" in said[0]
+        assert "larger log_M0" in said[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.score(deep, given_totals=True)

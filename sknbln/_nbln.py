@@ -267,12 +267,15 @@ class NBLNEstimator(
             After Ctrl-C, once there was a complete sweep: the fitted attributes are those of the last
             one. An earlier Ctrl-C, or a second one, leaves the estimator as it was.
         TypeError
-            When `informative_prior_estimator` is not an NBVCPEstimator.
+            When `informative_prior_estimator` is not an NBVCPEstimator, and for what holds a matrix and is
+            none in memory, as AnnData and Dask arrays.
 
         Warns
         -----
         ConvergenceWarning
             When `max_iter` sweeps did not meet `tol`, or when cells' modes were not found.
+        UserWarning
+            When counts are fractional, look like no counts, or when there are none.
         """
         frozen = self._frozen()
         strategy = loadings_strategy(self.loadings_prior)
@@ -284,7 +287,7 @@ class NBLNEstimator(
                 random_state=self.random_state,
                 verbose=self.verbose,
             )
-        # a source that is fitted here says what there is to say of fractional counts
+        # a source that is fitted here says what there is to say of the counts
         given, X = (
             X,
             validate_counts(self, X, reset=True, warn=not _cascade.needs_fit(source)),

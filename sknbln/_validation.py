@@ -79,11 +79,12 @@ def validate_counts(estimator, X, *, reset, warn=True):
     ------
     ValueError
         "Negative values in data ...", "NaN in data ...", "inf in data ...", "Text in data ...", "Dates in
-        data ...", "Objects in data ...", "Complex data not supported ..." with what was found where; "Masked
-        entries in data ..."; "Columns of the same name in data ..."; scikit-learn's messages for shapes,
-        numbers of features and names of features.
+        data ...", "Complex data not supported ..." with what was found where; "Masked entries in data ...";
+        "Columns of the same name in data ..."; scikit-learn's messages for shapes, numbers of features and
+        names of features.
     TypeError
-        "... expects a matrix of counts ...", for what holds one, is not computed yet or not in memory.
+        "... expects a matrix of counts ...", for what holds one, is not computed yet or not in memory;
+        "Objects in data ..." with what was found where.
 
     Warns
     -----
@@ -186,10 +187,7 @@ def _numbers_of_column(name, values, j, label):
     if kind in ("m", "M"):
         _refuse_dates(name, dtype, f" in {where}")
     if values.ndim != 1 or kind == "V":
-        raise ValueError(
-            f"Objects in data passed to {name}: expected counts, found {dtype} in {where}. "
-            "Leave out columns that are no counts."
-        )
+        _refuse_objects(name, dtype, f" in {where}")
     if kind in ("O", "S", "U", "T"):
         return _numbers_of_objects(name, values[:, None], where)[:, 0]
     return values
@@ -197,6 +195,13 @@ def _numbers_of_column(name, values, j, label):
 
 def _refuse_complex(name):
     raise ValueError(f"Complex data not supported: {name} expects counts. {_RAW}")
+
+
+def _refuse_objects(name, found, where):
+    raise TypeError(  # scikit-learn's checks look for Python's words in the last brackets
+        f"Objects in data passed to {name}: expected counts, found {found}{where}. Leave out columns that "
+        "are no counts (float() argument must be a string or a real number)."
+    )
 
 
 def _refuse_dates(name, found, where=""):
@@ -228,10 +233,7 @@ def _numbers_of_objects(name, values, where=None):
                 "columns of names and labels; turn numbers that were read as text into numbers, e.g. by "
                 "X.astype(float)."
             )
-        raise ValueError(
-            f"Objects in data passed to {name}: expected counts, found {type(found).__name__}{place}. "
-            "Leave out columns that are no counts."
-        )
+        _refuse_objects(name, type(found).__name__, place)
     return np.where(pd.isna(values), np.nan, values).astype(float)
 
 

@@ -162,7 +162,9 @@ def test_sparse_frames(counts, dtype):
     expected = counts.astype(dtype)
     X = pd.DataFrame(expected, columns=[f"gene{g}" for g in range(G)])
     X = X.astype(pd.SparseDtype(dtype, dtype(0)))
-    assert_array_equal(validated(X).toarray(), expected)
+    found = validated(X)
+    assert found.dtype == np.float64
+    assert_array_equal(found.toarray(), expected)
     assert X.dtypes.iloc[0] == pd.SparseDtype(dtype, dtype(0))
 
 

@@ -261,6 +261,8 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             For counts that are negative, not finite or not numbers, and for a `capture_efficiency` that is
             neither a known name nor a pair of finite numbers with sigma_M > 0; under `warm_start`, for
             another number of genes than before.
+        TypeError
+            For what holds a matrix and is none in memory, as AnnData and Dask arrays.
         FitInterrupted
             After Ctrl-C, once there was a complete sweep: the fitted attributes are those of the last
             one, or of the last variational step. An earlier Ctrl-C, or a second one, leaves the
@@ -271,7 +273,8 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         ConvergenceWarning
             When a stage did not meet its tolerance.
         UserWarning
-            When counts are fractional, when there are none, or when more than a few cells exceed M0.
+            When counts are fractional or look like no counts (a common divisor in most rows, one total for
+            all rows), when there are none, or when more than a few cells exceed M0.
         """
         X = validate_counts(self, X, reset=True)
         rng = check_random_state(self.random_state)

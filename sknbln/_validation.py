@@ -1,24 +1,47 @@
 """Counts in, canonical CSR out: every message that a user sees about input."""
 
+import datetime
 import os
 import sys
 import warnings
-from numbers import Integral
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal
+from numbers import Complex, Integral, Real
 
 import joblib
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import sklearn
+from scipy.stats import chi2
 from sklearn.utils import check_scalar
 from sklearn.utils.validation import validate_data
 
-from ._laplace.likelihood import n_fractional
+from ._laplace.likelihood import in_parts, n_fractional
 
 #: where a warning's line is not the user's
 _NOT_THE_USERS = tuple(
     os.path.dirname(file) + os.sep for file in (__file__, sklearn.__file__, joblib.__file__)
 )
 _RAW = "Give raw counts, not normalized, centred or log-transformed values."
+#: what is a number among objects; a missing one is NaN
+_NUMBERS = (Real, Decimal, np.bool_, type(None), type(pd.NA))
+_DATES = (
+    *(datetime.date, datetime.time, datetime.timedelta),
+    *(np.datetime64, np.timedelta64, pd.Period, type(pd.NaT)),
+)
+#: what holds counts and is no matrix in memory: an attribute of its class, what to give instead
+_HOLDERS = {
+    "X": "Give its matrix of raw counts: adata.X, adata.layers['counts'] or adata.raw.X.",
+    "dask": "Its values are not computed yet: give X.compute().",
+    "collect": "Its values are not computed yet: give X.collect().",
+    "to_memory": "Its values are in a file: give X.to_memory(), or the rows that you need, as X[:1000].",
+}
+#: relative and absolute distance from a whole number that is rounding
+_ROUNDING = 1e-6, 1e-8
+#: Non-zero counts whose common divisor is no chance: 20 large ones are all even with a probability of 1e-6.
+_NOT_TINY = 20
 
 
 def user_stacklevel():
@@ -35,7 +58,8 @@ def user_stacklevel():
 def validate_counts(estimator, X, *, reset, warn=True):
     """Check a count matrix and return it as float64 CSR, sorted, without duplicates or zeros.
 
-    The caller's matrix is never modified.
+    Values within 1e-6 of themselves, or within 1e-8, of whole numbers are rounded. The caller's matrix is
+    never modified.
 
     Parameters
     ----------
@@ -56,17 +80,20 @@ def validate_counts(estimator, X, *, reset, warn=True):
     ValueError
         "Negative values in data ...", "NaN in data ...", "inf in data ...", "Text in data ...", "Dates in
         data ...", "Complex data not supported ..." with what was found where; "Masked entries in data ...";
-        scikit-learn's messages for shapes, numbers of features and names of features.
+        "Columns of the same name in data ..."; scikit-learn's messages for shapes, numbers of features and
+        names of features.
+    TypeError
+        "... expects a matrix of counts ...", for what holds one, is not computed yet or not in memory;
+        "Objects in data ..." with what was found where.
 
     Warns
     -----
     UserWarning
-        When counts are not whole numbers, or (in fit) when there are none.
+        When counts are not whole numbers; in fit also when there are none, when whole rows have a common
+        divisor, and when all rows have the same total.
     """
     name = type(estimator).__name__
-    if isinstance(X, (list, tuple)):
-        X = np.asarray(X)
-    _refuse_kinds(name, X)
+    X = _numbers(name, X)
     X = validate_data(
         estimator,
         X,
@@ -81,51 +108,133 @@ def validate_counts(estimator, X, *, reset, warn=True):
         X = X.copy()  # what follows works in place, maybe on the caller's arrays
         X.sum_duplicates()
         X.eliminate_zeros()
+    X = _rounded(X)
     _refuse_values(name, X, getattr(estimator, "feature_names_in_", None))
     if warn:
         _warn_about_values(name, X, reset)
     return X
 
 
-def _refuse_kinds(name, X):
-    """What NumPy would make numbers of though it is no count, or drop in silence."""
+def _numbers(name, X):
+    """X as an array, a sparse matrix or a pandas DataFrame of numbers.
+
+    Refused is what NumPy would make numbers of though it is no count, drop in silence or take apart for
+    minutes.
+    """
+    _refuse_holders(name, X)
+    if hasattr(type(X), "column_names") or hasattr(type(X), "columns"):
+        return _numbers_of_frame(name, X)
+    if isinstance(X, Sequence):
+        X = np.asarray(X)
     if np.ma.is_masked(X):
         raise ValueError(
             f"Masked entries in data passed to {name}: found {np.ma.count_masked(X)} of {X.size}, and there "
             "is no model of missing counts. Drop those rows or genes, or fill the mask with counts."
         )
-    frame = hasattr(X, "dtypes") and hasattr(X, "iloc") and X.ndim == 2
-    dtypes = X.dtypes if frame else [getattr(X, "dtype", None)]
-    for j, dtype in enumerate(dtypes):
-        kind = getattr(dtype, "kind", None)
-        if kind == "c":
-            _refuse_complex(name)
-        if kind in ("m", "M"):
-            where = f" in column {j}" if frame else ""
-            raise ValueError(
-                f"Dates in data passed to {name}: expected counts, found {dtype}{where}. "
-                "Leave out columns that are no counts."
-            )
-        if kind in ("O", "S", "U", "T") and not sp.issparse(X):
-            _refuse_objects(name, np.asarray(X.iloc[:, j])[:, None] if frame else X, j)
+    kind = getattr(getattr(X, "dtype", None), "kind", None)
+    if kind == "c":
+        _refuse_complex(name)
+    if kind in ("m", "M"):
+        _refuse_dates(name, X.dtype)
+    if kind in ("O", "S", "U", "T") and not sp.issparse(X) and X.ndim == 2:
+        return _numbers_of_objects(name, np.asarray(X))
+    return X
+
+
+def _refuse_holders(name, X):
+    """Known by attributes of the class, so that no package has to be imported."""
+    array_like = hasattr(type(X), "__array__") or isinstance(X, Sequence) or sp.issparse(X)
+    if array_like and not hasattr(type(X), "dask"):
+        return
+    advice = (advice for attribute, advice in _HOLDERS.items() if hasattr(type(X), attribute))
+    raise TypeError(
+        f"{name} expects a matrix of counts: an array, a SciPy sparse matrix or a DataFrame, all in memory; "
+        f"found {type(X).__module__}.{type(X).__qualname__}. {next(advice, '')}".rstrip()
+    )
+
+
+def _numbers_of_frame(name, X):
+    """A pandas DataFrame of the columns of a frame (pandas, polars, pyarrow), NaN where a value is missing.
+
+    Every column is asked for its own type. Sparse ones stay sparse.
+    """
+    columns = list(X.column_names if hasattr(type(X), "column_names") else X.columns)
+    repeated = [str(column) for column, times in Counter(columns).items() if times > 1]
+    if repeated:
+        raise ValueError(
+            f"Columns of the same name in data passed to {name}: {', '.join(repeated[:5])}"
+            f"{', ...' if len(repeated) > 5 else ''}, {len(repeated)} such names in all. Genes are matched "
+            "by name: rename them or add their counts up, so that every name stands once."
+        )
+    if isinstance(X, pd.DataFrame) and all(
+        isinstance(dtype, np.dtype) and dtype.kind in "biuf" for dtype in X.dtypes
+    ):
+        return X  # without a copy
+    return pd.DataFrame(
+        {column: _numbers_of_column(name, X[column], j, column) for j, column in enumerate(columns)}
+    )
+
+
+def _numbers_of_column(name, values, j, label):
+    dtype = values.dtype if hasattr(values, "dtype") else values.type
+    if isinstance(dtype, pd.SparseDtype) and dtype.subtype.kind in "biuf":
+        return values.array.astype(pd.SparseDtype(float, float(dtype.fill_value)))
+    where = f"column {j}" if label == j else f"column {j} ({label!r})"
+    values = np.asarray(values)
+    kind = values.dtype.kind
+    if kind == "c":
+        _refuse_complex(name)
+    if kind in ("m", "M"):
+        _refuse_dates(name, dtype, f" in {where}")
+    if values.ndim != 1 or kind == "V":
+        _refuse_objects(name, dtype, f" in {where}")
+    if kind in ("O", "S", "U", "T"):
+        return _numbers_of_objects(name, values[:, None], where)[:, 0]
+    return values
 
 
 def _refuse_complex(name):
     raise ValueError(f"Complex data not supported: {name} expects counts. {_RAW}")
 
 
-def _refuse_objects(name, values, first_column):
-    if values.ndim != 2:  # refused below
-        return
-    for (row, column), value in np.ndenumerate(values):
-        if isinstance(value, (complex, np.complexfloating)):
+def _refuse_objects(name, found, where):
+    raise TypeError(  # scikit-learn's checks look for Python's words in the last brackets
+        f"Objects in data passed to {name}: expected counts, found {found}{where}. Leave out columns that "
+        "are no counts (float() argument must be a string or a real number)."
+    )
+
+
+def _refuse_dates(name, found, where=""):
+    raise ValueError(
+        f"Dates in data passed to {name}: expected counts, found {found}{where}. "
+        "Leave out columns that are no counts."
+    )
+
+
+def _numbers_of_objects(name, values, where=None):
+    """float64 of a 2-D array of objects; text, dates and whatever else is no number are refused."""
+    others = [
+        kind
+        for kind in set(map(type, values.flat))
+        if not issubclass(kind, _NUMBERS) or issubclass(kind, _DATES)  # np.timedelta64 is both
+    ]
+    if others:
+        (row, column), found = next(
+            (at, value) for at, value in np.ndenumerate(values) if type(value) in others
+        )
+        place = f" at row {row}, {where or f'column {column}'}"
+        if isinstance(found, _DATES):
+            _refuse_dates(name, repr(found), place)
+        if isinstance(found, Complex):
             _refuse_complex(name)
-        if isinstance(value, (str, bytes)):
+        if isinstance(found, (str, bytes)):
             raise ValueError(
-                f"Text in data passed to {name}: expected counts, found {str(value)!r} at row {row}, column "
-                f"{column + first_column}. Leave out columns of names and labels; turn numbers that were "
-                "read as text into numbers, e.g. by X.astype(float)."
+                f"Text in data passed to {name}: expected counts, found {str(found)!r}{place}. Leave out "
+                "columns of names and labels; turn numbers that were read as text into numbers, e.g. by "
+                "X.astype(float)."
             )
+        _refuse_objects(name, type(found).__name__, place)
+    return np.where(pd.isna(values), np.nan, values).astype(float)
 
 
 def checked_n_samples(n_samples):
@@ -137,6 +246,21 @@ def checked_n_samples(n_samples):
         Where it is not a whole number >= 1.
     """
     return check_scalar(n_samples, "n_samples", Integral, min_val=1)
+
+
+def _rounded(X):
+    """X, or a copy in which values next to whole numbers are these; zeros among them leave the structure."""
+    if not n_fractional(X.data):
+        return X
+    X = X.copy()
+    relative, absolute = _ROUNDING
+    for part in in_parts(X.data):
+        whole = np.round(part)
+        with np.errstate(invalid="ignore"):  # inf - inf
+            near = np.abs(part - whole) <= absolute + relative * np.abs(whole)
+        part[near] = whole[near]
+    X.eliminate_zeros()
+    return X
 
 
 def _refuse_values(name, X, genes):
@@ -165,16 +289,67 @@ def _refuse_values(name, X, genes):
 def _warn_about_values(name, X, fitting):
     fractional = n_fractional(X.data)
     if fractional:
-        warnings.warn(
+        said = (
             f"{name} expects counts, found values that are not whole numbers ({fractional / X.nnz:.1%} of "
-            "the non-zero entries). They are used as they are; give raw counts if you have them.",
-            UserWarning,
-            stacklevel=user_stacklevel(),
+            "the non-zero entries). They are used as they are; give raw counts if you have them."
         )
-    if fitting and X.nnz == 0:
-        warnings.warn(
+    elif fitting and X.nnz == 0:
+        said = (
             f"{name} is fitted to a matrix without a single count, shape {X.shape}: what it returns are "
-            "its priors. Look at what X holds.",
-            UserWarning,
-            stacklevel=user_stacklevel(),
+            "its priors. Look at what X holds."
         )
+    elif fitting:
+        said = _scaled(name, X) or _same_depth(name, X)
+    else:
+        said = None
+    if said:
+        warnings.warn(said, UserWarning, stacklevel=user_stacklevel())
+
+
+def _scaled(name, X):
+    """What to say of whole numbers with common divisors, as counts times a constant have; None without."""
+    size = np.diff(X.indptr)
+    starts, size = X.indptr[:-1][size > 0], size[size > 0]
+    if size.max() < _NOT_TINY:  # all as one row
+        starts, size = X.indptr[:1], np.array([X.nnz])
+    large = size >= _NOT_TINY
+    half = large.sum() / 2
+    above_one = large & (np.minimum.reduceat(X.data, starts) > 1)  # most rows of counts have a 1
+    # beyond 2^53 float64 holds even numbers only
+    if np.count_nonzero(above_one) <= half or X.data.max() > 2**53:
+        return None
+    divisor = np.gcd.reduceat(X.data.astype(np.int64), starts)
+    found = np.flatnonzero(large & (divisor > 1))
+    if found.size <= half:
+        return None
+    rows = f"of {found.size} of {large.sum()} rows" if large.size > 1 else "of all rows"
+    return (
+        f"{name} expects counts, found whole numbers that look like counts times a constant: the values "
+        f"{rows} have a common divisor ({divisor[found[0]]} in the first). Their dispersion is not that of "
+        "counts: give the counts themselves."
+    )
+
+
+def _same_depth(name, X):
+    """What to say of rows whose totals are equal but for rounding; None where they are not.
+
+    Totals of counts have the variance of Poisson variables, their mean, or more. Equal are those with a
+    standard deviation below 0.2 % and a variance, with 1/12 for their own steps, below a quarter of that,
+    and below what Poisson variables have by chance once in a million: those of very few rows never are.
+    """
+    totals = np.asarray(X.sum(axis=1)).ravel()
+    totals = totals[totals > 0]
+    mean, df = totals.mean(), totals.size - 1
+    if df == 0 or mean < _NOT_TINY:  # one count each, as in one-hot rows or very shallow ones
+        return None
+    variance = totals.var(ddof=1)
+    if variance > (0.002 * mean) ** 2 or variance + 1 / 12 > mean * min(
+        0.25, chi2.ppf(1e-6, df) / df
+    ):
+        return None
+    return (
+        f"{name} expects counts, found rows whose totals are equal but for rounding ({totals.min():.0f} to "
+        f"{totals.max():.0f}). A table that was rarefied, subsampled to one depth, has such totals, and "
+        "nothing is wrong. Rounded counts per million have them too, but not the dispersion of counts: "
+        "give raw counts."
+    )

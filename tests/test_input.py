@@ -254,12 +254,12 @@ REFUSED = {
     ),
     "a column of labels": (
         lambda X: pd.DataFrame(X, columns=NAMES).assign(gene2="T cell"),
-        "Text in data .* found 'T cell' at row 0, column 2. Leave out columns",
+        r"Text in data .* found 'T cell' at row 0, column 2 \('gene2'\)\. Leave out columns",
     ),
     "dates": (lambda X: X.astype("M8[D]"), "Dates in data"),
     "a column of dates": (
         lambda X: pd.DataFrame(X, columns=NAMES).assign(gene2=pd.Timestamp(0)),
-        "Dates in data .* in column 2",
+        r"Dates in data .* in column 2 \('gene2'\)",
     ),
     "masked": (
         lambda X: np.ma.masked_array(X, X > X.max() - 1),
@@ -333,7 +333,7 @@ ODD = {
     "rows without counts": lambda X: without(X, rows=(0, 5, 39)),
     "genes without counts": lambda X: without(X, columns=(0, 11)),
     "a count of 1e9": lambda X: changed(X, 1e9),
-    "totals over 2^31": lambda X: (X * 2**24).astype(np.int64),
+    "totals over 2^31": lambda X: (X * 2**24 + (X > 0)).astype(np.int64),  # no common divisor
     "one row": lambda X: X[:1],
     "one gene": lambda X: X[:, :1],
 }
@@ -365,25 +365,28 @@ def test_odd_matrices_give_finite_numbers(counts, make):
 
 def test_totals_over_2_to_the_31_do_not_wrap(counts):
     """Row and column totals of 32-bit counts are float64: the same as those of float64 counts."""
-    X = (counts * 2**24).astype(np.uint32)
+    X = (counts * 2**24 + (counts > 0)).astype(np.uint32)  # no common divisor
     assert X.sum(dtype=np.uint64) > 2**31
     found = validate_counts(NBVCPEstimator(), sp.csr_array(X), reset=True)
-    assert_array_equal(np.asarray(found.sum(axis=1)).ravel(), counts.sum(1) * 2.0**24)
+    assert_array_equal(np.asarray(found.sum(axis=1)).ravel(), X.sum(1, dtype=np.uint64))
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_a_matrix_without_counts_is_said_once(counts):
-    with pytest.warns(UserWarning, match="without a single count") as caught:
+@pytest.mark.parametrize(
+    "factor, message", [(0, "without a single count"), (7, "like counts times a constant")]
+)
+def test_a_matrix_of_no_counts_is_said_once(counts, factor, message):
+    with pytest.warns(UserWarning, match=message) as caught:
         model = NBLNEstimator(2, informative_prior_estimator=NBVCPEstimator(), random_state=0).fit(
-            np.zeros((N, G))
+            factor * counts
         )
-    said = [w for w in caught if "single count" in str(w.message)]
+    said = [w for w in caught if message in str(w.message)]
     assert len(said) == 1
     assert said[0].filename == __file__
     assert np.all(np.isfinite(model.transform(counts)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.transform(np.zeros((2, G)))  # new rows may well have none
+        model.transform(factor * counts[:2])  # new rows may well be such
 
 
 @pytest.mark.parametrize("method", ["fit", "transform", "score_samples", "score"])

@@ -271,11 +271,11 @@ class NBLNEstimator(
         ConvergenceWarning
             When `max_iter` sweeps did not meet `tol`, or when cells' modes were not found.
         UserWarning
-            When counts are fractional, look like no counts, or when there are none; when rows have more counts
-            than the M0 of the source's capture prior; when a gene's log-rate has a variance above 50 nats
-            squared; and where the fit converged, when the scores of a real column have a mean square outside
-            0.5 to 2, when a `loadings_prior` that chooses the rank left as many columns as `latent_dim`, and
-            when a literal freeze of r counts overdispersion twice.
+            When counts are fractional, look like no counts, or when there are none; when rows have more
+            counts than the M0 of the source's capture prior; when a gene's log-rate has a variance above 50
+            nats squared; and where the fit converged, when the scores of a real column have a mean square
+            outside 0.5 to 2, when a `loadings_prior` that chooses the rank left as many columns as
+            `latent_dim`, and when a literal freeze of r counts overdispersion twice.
         """
         frozen = self._frozen()
         strategy = loadings_strategy(self.loadings_prior)

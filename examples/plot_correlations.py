@@ -7,6 +7,8 @@ fit, look whether it converged, check the fit against the held-out cells, and on
 correlations.
 """
 
+import warnings
+
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.model_selection import train_test_split
@@ -30,12 +32,16 @@ settings = {
     "literal cascade (default)": {},
     "r free": {"informative_priors_freeze": ("eta",), "informative_priors_tau": np.inf},
 }
-models = {
-    name: NBLNEstimator(
-        latent_dim=12, informative_prior_estimator=genes, random_state=0, **options
-    ).fit(train)
-    for name, options in settings.items()
-}
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    models = {
+        name: NBLNEstimator(
+            latent_dim=12, informative_prior_estimator=genes, random_state=0, **options
+        ).fit(train)
+        for name, options in settings.items()
+    }
+# the literal cascade says itself what is wrong with it
+print(*(f"{w.category.__name__}: {w.message}" for w in said), sep="\n")
 
 # %%
 # Did it converge? The objective rises to within the tolerance, and the mode of every

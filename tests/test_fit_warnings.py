@@ -123,7 +123,7 @@ def test_a_literal_freeze_names_the_setting_to_use(fitted):
 
 def test_loadings_that_a_prior_holds_too_short_are_said(fitted):
     with pytest.warns(UserWarning, match=SCORES):
-        fitted(loadings_prior={"type": "gaussian", "sigma": 0.04}, **FREE)
+        fitted(loadings_prior={"type": "gaussian", "sigma": 0.05}, **FREE)
 
 
 def test_large_variances_are_said_at_fit(fitted, monkeypatch):

@@ -1,5 +1,6 @@
 """NBLNEstimator: recovery of the truth, channels, covariance, posteriors, diagnostics."""
 
+import contextlib
 import warnings
 
 import jax
@@ -31,6 +32,11 @@ def fit(small, source, k=2, **options):
     return NBLNEstimator(k, informative_prior_estimator=source, random_state=0, **options).fit(
         small.data
     )
+
+
+def literal_freeze():
+    """The default fit of these data says that overdispersion is counted twice."""
+    return pytest.warns(UserWarning, match="Overdispersion is counted twice")
 
 
 def off_diagonal_correlation(components, loadings):
@@ -78,9 +84,10 @@ def medium():
 )
 def test_recovers_structure_and_held_out_score(medium, options, correlation, fraction):
     sim, prior, independent = medium
-    model = NBLNEstimator(
-        8, informative_prior_estimator=independent, random_state=0, **options
-    ).fit(sim.data[:500])
+    with contextlib.nullcontext() if options else literal_freeze():
+        model = NBLNEstimator(
+            8, informative_prior_estimator=independent, random_state=0, **options
+        ).fit(sim.data[:500])
     assert off_diagonal_correlation(model.components_, sim.loadings) > correlation
     test = sim.data[500:].astype(float).tocsr()
     assert gap_closed(model, independent, test, sim, prior) > fraction
@@ -90,7 +97,8 @@ def test_recovers_structure_and_held_out_score(medium, options, correlation, fra
 def test_marginal_cascade_finds_the_dispersion_where_the_literal_freeze_does_not(medium):
     sim, _, independent = medium
     options = dict(informative_prior_estimator=independent, random_state=0)
-    raw = NBLNEstimator(8, **options).fit(sim.data[:500])
+    with literal_freeze():
+        raw = NBLNEstimator(8, **options).fit(sim.data[:500])
     marginal = NBLNEstimator(8, cascade="marginal", **options).fit(sim.data[:500])
     truth = np.median(sim.dispersion)
     assert np.median(raw.dispersion_) < truth / 2
@@ -102,7 +110,7 @@ def test_marginal_cascade_finds_the_dispersion_where_the_literal_freeze_does_not
 
 
 def test_components_are_in_their_singular_basis(small, source):
-    model = fit(small, source, 3)
+    model = fit(small, source, 3, cascade="marginal")
     gram = model.components_ @ model.components_.T
     np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-9 * gram.max())
     assert np.all(np.diff(np.diag(gram)) <= 0)

@@ -133,10 +133,12 @@ def unit_scores(loadings, scores):
 def oracle_score(data):
     """Held-out log-likelihood of the true parameters, nats per cell."""
     from sknbln._capture import CapturePrior, score_rows
+    from sknbln.solver.params import Params
 
-    values = [data.truth[v] for v in ("mean", "loadings", "noise_variance", "dispersion")]
+    *values, r = (data.truth[v] for v in ("mean", "loadings", "noise_variance", "dispersion"))
     rows = data.counts[data.test].astype(float).tocsr()
-    return float(score_rows(rows, *values, CapturePrior(*data.capture_prior)).mean())
+    prior = CapturePrior(*data.capture_prior)
+    return float(score_rows(rows, Params(*values, 1 / r), prior).mean())
 
 
 # ------------------------------------------------------------------ tables

@@ -26,8 +26,7 @@ from unittest import mock
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
-from sknbln import NBLNEstimator, NBVCPEstimator, _fitting, _nbvcp
-from sknbln._laplace import shrinkage
+from sknbln import NBLNEstimator, NBVCPEstimator, _nbln, _nbvcp
 
 # few widths and buckets of rows: what is compiled is shared
 WIDTHS = (2, 12, 40)
@@ -137,13 +136,14 @@ class Stages:
         def recording(original):
             def ascend(*args, **kwargs):
                 outcome = original(*args, **kwargs)
-                self.histories.append((outcome.history, outcome.point.rounding / kwargs["n_cells"]))
+                rounding = outcome.point.rounding / kwargs["n_cells"]
+                self.histories += [(stage, rounding) for stage in outcome.stages]
                 return outcome
 
             return ascend
 
         with contextlib.ExitStack() as stack:
-            for module in (_nbvcp, _fitting, shrinkage):
+            for module in (_nbvcp, _nbln):
                 stack.enter_context(mock.patch.object(module, "ascend", recording(module.ascend)))
             yield
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import gammaln, log_ndtr, logsumexp
 
-from ._batches import RowBatches, solve_rows
-from ._laplace.likelihood import row_constants
-from ._validation import user_stacklevel
+from ._counts import row_constants, user_stacklevel
+from ._rows import RowBatches, solve_rows
+from .solver.params import dispersion
 
 #: prior total mRNA of a cell, counts
 ORGANISMS = {"human": 200_000.0, "mouse": 200_000.0, "yeast": 60_000.0, "ecoli": 3_000.0}
@@ -119,8 +119,8 @@ def same_offsets(one, other):
     )
 
 
-def refined_prior(source, source_prior, prior, tau):
-    r"""Prior of offsets that are not frozen: the capture prior once, and what a source's counts say.
+def refined(source, source_prior, prior, tau):
+    r"""Location and scale of offsets that are not frozen: the capture prior once, and a source's counts.
 
     The source's posterior of an offset, precision `p` and location `m`, already holds its capture
     prior, `p_s` and `m_s`. The rest is its likelihood, whose precision counts by ``1 / tau^2``:
@@ -153,8 +153,25 @@ def refined_prior(source, source_prior, prior, tau):
     return np.where(bound, 0.0, loc), np.where(bound, 0.0, precision**-0.5)
 
 
-def flat_rows(X, mean):
-    """Offset, scale and precision of rows whose offset has a flat prior.
+def given_source(X, found, source_prior, prior, *, frozen, tau):
+    """Offset, scale and precision of each row of a model with a source: (n_rows,) each.
+
+    One rule for training rows and new rows. ``found`` are the offsets' posteriors given the source
+    (`OffsetPosterior`). Frozen: their mode, scale 0. Otherwise as :func:`refined`; without a capture
+    model there is no offset.
+    """
+    held = np.zeros(X.shape[0])
+    if source_prior is None or frozen:
+        loc, scale = found.loc, held
+    elif prior is None:
+        loc, scale = held, held
+    else:
+        loc, scale = refined(found, row_prior(source_prior, X), row_prior(prior, X), tau)
+    return loc, scale, np.ones(X.shape[0])
+
+
+def flat(X, mean):
+    """Offset, scale and precision of rows whose offset has a flat prior: (n_rows,) each.
 
     It is expanded around the offset that explains the total at the mean log-rates. A row without counts says
     nothing, which is what a vanishing capture says.
@@ -165,8 +182,8 @@ def flat_rows(X, mean):
     return offset, some.astype(float), np.where(some, 0.0, 1.0)
 
 
-def offset_posterior(X, mean, loadings, noise, phi, prior, batch_size=None, found=None):
-    """Posterior of each row's capture offset given the globals; ``found`` are the rows' solutions if known.
+def offset_posterior(X, params, prior, batch_size=None, found=None):
+    """Posterior of each row's capture offset given the parameters; ``found`` the rows' solutions if known.
 
     Returns an `OffsetPosterior` of zeros where there is no capture model.
     """
@@ -175,46 +192,42 @@ def offset_posterior(X, mean, loadings, noise, phi, prior, batch_size=None, foun
         return OffsetPosterior(offset, scale, offset)
     batches = RowBatches(X, offset, scale, batch_size=batch_size)
     if found is None:
-        found = solve_rows(batches, mean, loadings, noise, phi)
-    raw = found["offset"].copy()
-    sd = np.sqrt(found["offset_variance"])
+        found = solve_rows(batches, params)
+    raw, sd = found.offset.copy(), found.offset_scale
     rows = np.flatnonzero(raw < 0)
     if rows.size:
         gain, curvature, _ = _at_zero(
-            batches.without_capture(rows), offset[rows], scale[rows], mean, loadings, noise, phi
+            batches.without_capture(rows), offset[rows], scale[rows], params
         )
         raw[rows], sd[rows] = gain / curvature, 1 / np.sqrt(curvature)
     return OffsetPosterior(np.maximum(raw, 0.0), sd, raw)
 
 
-def _at_zero(batches, offset, scale, mean, loadings, noise, phi):
+def _at_zero(batches, offset, scale, params):
     """Slope and curvature of log p(u, eta) at eta = 0, and log p(u | eta = 0)."""
-    found = solve_rows(batches, mean, loadings, noise, phi)
-    slope = np.minimum(found["offset_slope"] + offset / scale**2, 0.0)
-    return slope, found["offset_curvature"] + scale**-2, found["log_marginal"]
+    found = solve_rows(batches, params)
+    slope = np.minimum(found.offset_slope + offset / scale**2, 0.0)
+    return slope, found.offset_curvature + scale**-2, found.log_marginal
 
 
-def score_rows(X, mean, loadings, noise, r, prior, batch_size=None):
+def score_rows(X, params, prior, batch_size=None):
     r"""Laplace marginal ``log p(u_c)`` of every row, constants included, shape (n_cells,).
 
     Log-rates and the capture offset are both integrated, the offset under its capture prior, which
     is truncated at 0: where the mode of the offset is inside, by the Gaussian's mass above 0; where
     it is at the bound, by the integral of the expansion there.
     """
-    phi = 1.0 / r
     offset, scale = row_prior(prior, X)
     batches = RowBatches(X, offset, scale, batch_size=batch_size)
-    found = solve_rows(batches, mean, loadings, noise, phi)
-    value = found["log_marginal"]
+    found = solve_rows(batches, params)
+    value = found.log_marginal
     if prior is not None:
-        raw, sd = found["offset"], np.sqrt(found["offset_variance"])
+        raw, sd = found.offset, found.offset_scale
         value = value + log_ndtr(raw / sd)
         rows = np.flatnonzero(raw < 0)
         if rows.size:
             m, s = offset[rows], scale[rows]
-            slope, curvature, at_zero = _at_zero(
-                batches.without_capture(rows), m, s, mean, loadings, noise, phi
-            )
+            slope, curvature, at_zero = _at_zero(batches.without_capture(rows), m, s, params)
             value[rows] = (
                 at_zero
                 - 0.5 * (m / s) ** 2
@@ -224,10 +237,10 @@ def score_rows(X, mean, loadings, noise, r, prior, batch_size=None):
                 + log_ndtr(slope / np.sqrt(curvature))
             )
         value = value - log_ndtr(offset / scale)
-    return value + row_constants(X, r)
+    return value + row_constants(X, dispersion(params))
 
 
-def score_rows_given_totals(X, mean, loadings, noise, r, batch_size=None):
+def score_rows_given_totals(X, params, batch_size=None):
     r"""Laplace marginal ``log p(u_c | total)`` of every row, constants included, shape (n_cells,).
 
     Given the rates a row's total is Poisson, and with a flat log-scale its probability is ``1 / total``
@@ -239,11 +252,15 @@ def score_rows_given_totals(X, mean, loadings, noise, r, batch_size=None):
     totals = library_sizes(X)
     some = totals > 0
     n = totals[some]
-    batches = RowBatches(X, *flat_rows(X, mean), batch_size=batch_size)
-    found = solve_rows(batches, mean, loadings, noise, 1.0 / r)["log_marginal"]
+    batches = RowBatches(X, *flat(X, params.mean), batch_size=batch_size)
+    found = solve_rows(batches, params).log_marginal
     stirling = gammaln(n) - (0.5 * np.log(2 * np.pi / n) + n * np.log(n) - n)
     value = np.zeros(X.shape[0])  # a row without counts has one composition
     value[some] = (
-        found[some] + row_constants(X[some], r) + 0.5 * np.log(2 * np.pi) + np.log(n) + stirling
+        found[some]
+        + row_constants(X[some], dispersion(params))
+        + 0.5 * np.log(2 * np.pi)
+        + np.log(n)
+        + stirling
     )
     return value

@@ -5,8 +5,8 @@ import warnings
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
-from ._laplace.driver import magnitude
-from ._validation import user_stacklevel
+from ._counts import user_stacklevel
+from .solver.ascent import magnitude
 
 #: nats squared. A rate varies by a factor of exp(7) per standard deviation there, and its mean lies far
 #: beyond every count that was seen.
@@ -27,7 +27,7 @@ def say(model, outcome):
     n_cells, n_genes = model.capture_offset_.size, model.mean_.size
     for sentence in (
         not_converged(outcome, n_cells, model.tol_),
-        modes_not_found(outcome.point.n_unconverged, n_cells),
+        modes_not_found(outcome.point.sums.n_unconverged, n_cells),
     ):
         _warn(sentence, ConvergenceWarning)
     names = getattr(model, "feature_names_in_", np.arange(n_genes))

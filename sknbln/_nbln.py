@@ -13,16 +13,27 @@ from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from . import _capture, _cascade, _fit_warnings, _posterior
-from ._batches import RowBatches, solve_rows
-from ._fitting import NBLNProblem, default_tol, loadings_strategy, row_capture, row_posterior
-from ._laplace.shrinkage import TYPES, compositional, effective_rank, singular_basis
-from ._nbvcp import CountModelMixin, NBVCPEstimator
-from ._state import whole_or_nothing
-from ._validation import checked_n_samples, validate_counts
+from . import _capture, _fit_warnings, _posterior, _source
+from ._base import CountModelMixin, whole_or_nothing
+from ._counts import CountHistogram, checked_n_samples, validate_counts
+from ._nbvcp import NBVCPEstimator
+from ._rows import RowBatches, Sweeper, solve_rows, sum_over_batches
 from .exceptions import FitInterrupted
+from .solver import column_priors
+from .solver.ascent import ascend
+from .solver.gauge import compositional, effective_rank, singular_basis
+from .solver.objective import Identity, MarginalCoupling, Objective, weak_dispersion_prior
+from .solver.params import GaussianPrior, Params, in_model_units, noise_variance
+from .solver.start import loadings_from_scores, resumed, start_coordinates
 
 _DEFAULT_FREEZE = ("r", "eta")
+
+
+def _default_tol(column_prior, coupled):
+    """Tolerance of a fit whose `tol` is None: smaller where late sweeps still matter."""
+    if column_prior is not None:
+        return 1e-6
+    return 1e-5 if coupled else 1e-4
 
 
 class NBLNEstimator(
@@ -179,13 +190,13 @@ class NBLNEstimator(
     _parameter_constraints: dict = {
         "latent_dim": [Interval(Integral, 1, None, closed="left")],
         "informative_prior_estimator": [HasMethods(["fit", "transform"]), None],
-        "informative_priors_freeze": "no_validation",  # _cascade.canonical_freeze
+        "informative_priors_freeze": "no_validation",  # _source.canonical_freeze
         # below, the priors' precision drowns the rest of each gene's least squares
         "informative_priors_tau": [Interval(Real, 1e-4, None, closed="both")],
         "informative_priors_n_samples": [Interval(Integral, 2, None, closed="left")],
         "cascade": [StrOptions({"parameter", "marginal"})],
         "observation": [StrOptions({"nb", "poisson", "multinomial"})],
-        "loadings_prior": [StrOptions(set(TYPES)), dict],
+        "loadings_prior": [StrOptions(set(column_priors.TYPES)), dict],
         "capture_efficiency": NBVCPEstimator._parameter_constraints["capture_efficiency"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left"), None],
@@ -277,8 +288,68 @@ class NBLNEstimator(
             outside 0.5 to 2, when a `loadings_prior` that chooses the rank left as many columns as
             `latent_dim`, and when a literal freeze of r counts overdispersion twice.
         """
-        frozen = self._frozen()
-        strategy = loadings_strategy(self.loadings_prior)
+        self.frozen_params_ = frozen = self._frozen()
+        prior_name, column_prior = column_priors.named(self.loadings_prior)
+        coupled = self.cascade == "marginal"
+        self.tol_ = _default_tol(column_prior, coupled) if self.tol is None else self.tol
+        free = Params(
+            mean="mu" not in frozen,
+            loadings=True,
+            noise=True,
+            dispersion=self.observation == "nb" and "r" not in frozen,
+        )
+        rng = check_random_state(self.random_state)
+        source, X, previous = self._fit_source(X)
+        offsets = source._offsets(X)
+        self._source = _source.on_rows(source, X, offsets)
+        self._library_size = _capture.library_sizes(X)
+
+        priors = _source.priors(
+            source, free, self.informative_priors_tau, self.informative_priors_n_samples, rng
+        )
+        start = self._start(source, X, offsets, free, coupled, previous, rng)
+        rows = RowBatches(
+            X, *self._row_capture(X, np.log(source.mean_), offsets), batch_size=self.batch_size
+        )
+        sweeper = Sweeper(rows, start.loadings.shape[1], self.tol_)
+        n_genes = X.shape[1]
+        objective = Objective(
+            sweeper,
+            CountHistogram(X),
+            priors.mean,
+            priors.dispersion,
+            MarginalCoupling("r" in frozen) if coupled else Identity(),
+            weak_dispersion_prior(n_genes)
+            if self.observation == "nb"
+            else GaussianPrior.flat(n_genes),
+        )
+        outcome = ascend(
+            objective,
+            start,
+            free,
+            n_cells=X.shape[0],
+            tol=self.tol_,
+            max_iter=self.max_iter,
+            column_prior=column_prior,
+            report=self._report(X.shape[0]) if self.verbose else None,
+        )
+        self._set_parameters(objective, outcome.point)
+        self._set_rows(objective, rows, free, outcome)
+        self.w_prior_diagnostics_ = self._prior_diagnostics(prior_name, outcome.columns)
+        self.objective_history_ = np.asarray(outcome.history)
+        self.promised_gain_ = outcome.promised
+        self.n_iter_ = outcome.n_iter
+        self.converged_ = bool(outcome.converged and outcome.point.sums.n_unconverged == 0)
+        if outcome.interrupted:
+            raise FitInterrupted(self)
+        _fit_warnings.say(self, outcome)
+        return self
+
+    def _fit_source(self, X):
+        """The fitted source with the genes of X, X as canonical counts, and where `warm_start` goes on.
+
+        Sets `informative_prior_estimator_` and `capture_prior_`.
+        """
         source = self.informative_prior_estimator
         if source is None:
             source = NBVCPEstimator(
@@ -288,69 +359,87 @@ class NBLNEstimator(
                 verbose=self.verbose,
             )
         # a source that is fitted here says what there is to say of the counts
-        given, X = (
-            X,
-            validate_counts(self, X, reset=True, warn=not _cascade.needs_fit(source)),
-        )
+        fitted_here = _source.needs_fit(source)
+        given, X = X, validate_counts(self, X, reset=True, warn=not fitted_here)
+        names = getattr(self, "feature_names_in_", None)
         previous = self._previous(X)
-        rng = check_random_state(self.random_state)
-        fitted_here = _cascade.needs_fit(source)
-        source = _cascade.fitted_source(
+        source = _source.fitted_source(
             source,
-            given if hasattr(self, "feature_names_in_") else X,
+            X if names is None else given,
             self.memory,
             None if previous is None else self.informative_prior_estimator_,
         )
-        matched = _cascade.matched_to_genes(
-            source, X.shape[1], getattr(self, "feature_names_in_", None)
-        )
+        self.informative_prior_estimator_ = source
         if self.observation != "multinomial" and not fitted_here:
             _capture.warn_about_truncation(source.capture_prior_, X)
-        if isinstance(self.capture_efficiency, str) and self.capture_efficiency == "auto":
-            capture_prior = source.capture_prior_
-        else:
-            capture_prior = _capture.resolve(self.capture_efficiency, X)
+        self.capture_prior_ = source.capture_prior_
+        if not (isinstance(self.capture_efficiency, str) and self.capture_efficiency == "auto"):
+            self.capture_prior_ = _capture.resolve(self.capture_efficiency, X)
+        return _source.matched_to_genes(source, X.shape[1], names), X, previous
 
-        self.tol_ = default_tol(strategy, self.cascade) if self.tol is None else self.tol
-        problem = NBLNProblem(self, matched, frozen, capture_prior, strategy, X, rng, previous)
-        outcome, column_scales = problem.run()
-        params = problem.parameters(outcome.point.params)
-        sweeper = problem.objective.sweep
-        self._coordinates = outcome.point.params
-        self._coordinate_variance = problem.coordinate_variance(outcome.point.params)
-        self.informative_prior_estimator_ = source
-        self._source = problem.source
-        self.capture_prior_ = capture_prior
-        self._library_size = _capture.library_sizes(X)
-        self.frozen_params_ = frozen
-        self.mean_ = params.mean
-        self.noise_variance_ = params.noise
-        self.dispersion_ = problem.dispersion(params)
-        self.dispersion_gradient_ = outcome.point.gradient_log_r
-        rotation = singular_basis(params.loadings)
-        self.loadings_ = params.loadings @ rotation
-        sweeper.rotate(rotation)
-        self._curvature, rows = problem.curvature(params._replace(loadings=self.loadings_))
-        self.components_standard_error_ = np.ascontiguousarray(self._curvature.loadings.T)
+    def _start(self, source, X, offsets, free, coupled, previous, rng):
+        """Coordinates of the start: the source's, loadings from score moments or a previous fit's."""
+        log_mean, (n_cells, n_genes) = np.log(source.mean_), X.shape
+        log_r = np.full(n_genes, np.inf)
+        if self.observation == "nb":
+            log_r = np.log(source.dispersion_)
+        if previous is not None:
+            start = start_coordinates(log_mean, log_r, previous.loadings, free, coupled)
+            return resumed(start, previous, free)
+        known = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
+        sums = sum_over_batches(known, log_mean, 1.0 / source.dispersion_)
+        k = min(self.latent_dim, n_cells, n_genes)
+        loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
+        return start_coordinates(log_mean, log_r, loadings, free, coupled)
+
+    def _report(self, n_cells):
+        def report(iteration, point):
+            value = point.value / n_cells
+            print(f"[NBLNEstimator] sweep {iteration}: {value:.4f} nats per cell", flush=True)
+
+        return report
+
+    def _set_parameters(self, objective, point):
+        """Set the fitted parameters; what is frozen literally is the source's, bit for bit."""
+        x = objective.coupling.expand(point.x)
+        self._coordinates = point.x
+        # from which the coupling makes Sigma_gg
+        self._coordinate_variance = np.sum(point.x.loadings**2, 1) + noise_variance(point.x)
+        literal = self.frozen_params_ if self.cascade == "parameter" else ()
+        self.mean_ = np.log(self._source.mean_) if "mu" in literal else x.mean
+        self.dispersion_ = np.exp(x.dispersion)
+        if "r" in literal:
+            self.dispersion_ = self._source.dispersion_.copy()
+        self.noise_variance_ = noise_variance(x)
+        rotation = singular_basis(x.loadings)
+        objective.rotate(rotation)
+        self.loadings_ = x.loadings @ rotation
         self.components_ = np.ascontiguousarray(compositional(self.loadings_).T)
+        self.latent_dim_ = self._n_features_out = self.components_.shape[0]
         self.explained_variance_ = np.sum(self.components_**2, axis=1)
-        n_genes = params.noise.size
-        total = self.explained_variance_.sum() + (1 - 1 / n_genes) * params.noise.sum()
+        noise = (1 - 1 / self.noise_variance_.size) * self.noise_variance_.sum()
+        total = self.explained_variance_.sum() + noise
         self.explained_variance_ratio_ = self.explained_variance_ / max(total, 1e-300)
-        self.w_prior_diagnostics_ = self._prior_diagnostics(strategy, column_scales)
-        self.latent_dim_ = self.components_.shape[0]
-        self._n_features_out = self.latent_dim_
-        self._rows = row_posterior(rows)
-        self.objective_history_ = np.asarray(outcome.history)
-        self.promised_gain_ = outcome.promised
-        self.n_iter_ = outcome.n_iter
-        self.converged_ = bool(outcome.converged and outcome.point.n_unconverged == 0)
-        self.newton_decrement_ = rows["decrement"]
-        self.capture_offset_ = np.maximum(rows["offset"], 0.0)
-        if outcome.interrupted:
-            raise FitInterrupted(self)
-        _fit_warnings.say(self, outcome)
-        return self
+        self.dispersion_gradient_ = point.gradient_log_r
+
+    def _set_rows(self, objective, rows, free, outcome):
+        """Set what is known of the training rows, and standard errors, by one more pass over them."""
+        precision = 0.0 if outcome.columns is None else outcome.columns.penalty.precision
+        own = objective.coupling.expand(outcome.point.x)._replace(
+            mean=self.mean_, loadings=self.loadings_
+        )
+        self._curvature, self._rows = _posterior.curvature(
+            rows,
+            objective.sweep.scores,
+            in_model_units(own),
+            free,
+            objective.prior_mean.precision,
+            objective.prior_log_r.precision + objective.weak_log_r.precision,
+            precision,
+        )
+        self.components_standard_error_ = np.ascontiguousarray(self._curvature.loadings.T)
+        self.newton_decrement_ = self._rows.decrement
+        self.capture_offset_ = np.maximum(self._rows.offset, 0.0)
 
     def _previous(self, X):
         """The coordinates of the fit that `warm_start` goes on from, or None."""
@@ -369,7 +458,7 @@ class NBLNEstimator(
         return self._coordinates
 
     def _frozen(self):
-        frozen = _cascade.canonical_freeze(self.informative_priors_freeze)
+        frozen = _source.canonical_freeze(self.informative_priors_freeze)
         if self.observation == "nb":
             return frozen
         # Poisson counts have no dispersion, and conditional on totals there is no capture either
@@ -382,43 +471,50 @@ class NBLNEstimator(
             )
         return tuple(name for name in frozen if name not in absent)
 
-    def _prior_diagnostics(self, strategy, column_scales):
+    def _prior_diagnostics(self, name, columns):
         norms, n_genes = np.linalg.norm(self.components_, axis=1), self.components_.shape[1]
         found = {
-            "strategy_type": strategy.type,
+            "strategy_type": name,
             "column_frobenius_compositional": norms,
             "column_norm_effective_rank": effective_rank(norms, n_genes),
             "effective_rank": effective_rank(norms, n_genes),
         }
-        if column_scales is not None:
-            found["sigma_k"] = column_scales
-            found["scale_effective_rank"] = effective_rank(column_scales, 1)
-        return {**found, **strategy.diagnostics()}
+        if columns is not None:
+            found["sigma_k"] = np.sqrt(columns.variance)
+            found["scale_effective_rank"] = effective_rank(found["sigma_k"], 1)
+            if columns.found.tau is not None:
+                found["tau"] = columns.found.tau
+        return found
 
     # ------------------------------------------------------------------ rows
 
-    def _row_capture(self, X):
-        """Offset, scale and prior precision of each row: the same for training and new rows."""
-        return row_capture(
-            self._source,
+    def _row_capture(self, X, mean=None, offsets=None):
+        """Offset, scale and prior precision of each row: the same for training and new rows.
+
+        In fit the mean log-rates at the start, and the source's offsets of X, are at hand.
+        """
+        if self.observation == "multinomial":
+            return _capture.flat(X, self.mean_ if mean is None else mean)
+        return _capture.given_source(
             X,
-            self.observation,
-            self.frozen_params_,
-            self.informative_priors_tau,
+            self._source._offsets(X) if offsets is None else offsets,
+            self._source.capture_prior_,
             self.capture_prior_,
-            self.mean_,
+            frozen="eta" in self.frozen_params_,
+            tau=self.informative_priors_tau,
         )
 
     def _offset_prior(self):
         """The capture prior that bounds the rows' offsets; None where it does not enter."""
         return None if self.observation == "multinomial" else self._source.capture_prior_
 
-    def _globals(self):
-        return self.mean_, self.loadings_, self.noise_variance_, 1.0 / self.dispersion_
+    def _params(self):
+        """The parameters as the cell solver takes them."""
+        return Params(self.mean_, self.loadings_, self.noise_variance_, 1.0 / self.dispersion_)
 
     def _solve(self, X):
         batches = RowBatches(X, *self._row_capture(X), batch_size=self.batch_size)
-        return solve_rows(batches, *self._globals())
+        return solve_rows(batches, self._params())
 
     def transform(self, X):
         """Posterior mean of the factor scores, in the basis of `components_`.
@@ -434,7 +530,7 @@ class NBLNEstimator(
             Standardized scores (a priori standard normal).
         """
         check_is_fitted(self)
-        return self._solve(self._validated(X, self._offset_prior()))["scores"]
+        return self._solve(self._validated(X, self._offset_prior())).scores
 
     def posterior_scores(self, X):
         """Posterior mean and covariance of the factor scores.
@@ -453,7 +549,7 @@ class NBLNEstimator(
         """
         check_is_fitted(self)
         found = self._solve(self._validated(X, self._offset_prior()))
-        return found["scores"], found["score_covariance"]
+        return found.scores, found.score_covariance
 
     # ------------------------------------------------------------------ covariance
 
@@ -566,7 +662,7 @@ class NBLNEstimator(
         found = _posterior.parameter_draws(self, n_samples, X, rng, eta=eta if frozen else None)
         if frozen or eta != "all":
             return found
-        rows = self._rows if X is None else row_posterior(self._solve(X))
+        rows = self._rows if X is None else self._solve(X)
         draws = _posterior.offset_draws(rows.offset, rows.offset_scale, n_samples, rng)
         return found._replace(eta=draws)
 

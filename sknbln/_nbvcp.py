@@ -12,114 +12,18 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _svi
-from ._batches import RowBatches, Sweeper, solve_rows
-from ._laplace.driver import Free, ascend
-from ._laplace.likelihood import CountHistogram
-from ._laplace.objective import Objective
-from ._laplace.sweeps import GaussianPrior, Parameters
-from ._posterior import ParameterDraws
-from ._state import VersionedStateMixin, whole_or_nothing
-from ._validation import checked_n_samples, user_stacklevel, validate_counts
+from ._base import CountModelMixin, whole_or_nothing
+from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validate_counts
+from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
-from .predictive._mixin import PredictiveMixin
+from .predictive._replicates import ParameterDraws
+from .solver.ascent import ascend
+from .solver.objective import LOG_DISPERSION_PRIOR, LOG_MEAN_PRIOR_SCALE, Objective
+from .solver.params import GaussianPrior, Params, in_model_units
 
-#: standard deviation of the normal prior of log m, around the genes' average
-LOG_MEAN_PRIOR_SCALE = 4.0
-#: location and standard deviation of the normal prior of log r
-LOG_DISPERSION_PRIOR = (2.0, 1.0)
 _MAP_TOL = 1e-10
 _MAP_MAX_ITER = 100
 _PIN_ROUNDS = 3
-
-
-def weak_dispersion_prior(n_genes):
-    """The prior of log r that keeps genes with little information finite."""
-    loc, scale = LOG_DISPERSION_PRIOR
-    return GaussianPrior(np.full(n_genes, loc), np.full(n_genes, scale**-2.0))
-
-
-def weak_mean_prior(level):
-    """The prior of log m, around the genes' average, that keeps genes without counts finite."""
-    return GaussianPrior(
-        np.full(level.size, level.mean()), np.full(level.size, LOG_MEAN_PRIOR_SCALE**-2.0)
-    )
-
-
-class CountModelMixin(VersionedStateMixin, PredictiveMixin):
-    """What both estimators share: tags, the held-out score, versioned pickles, replicated counts."""
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
-        tags.input_tags.positive_only = True
-        return tags
-
-    def _validated(self, X, prior=None):
-        """Counts as canonical CSR; said where rows exceed the M0 of a capture prior that is used on them."""
-        check_is_fitted(self)
-        X = validate_counts(self, X, reset=False)
-        _capture.warn_about_truncation(prior, X)
-        return X
-
-    def score_samples(self, X, *, given_totals=False):
-        r"""Laplace marginal log-likelihood of each row, constants included.
-
-        Log-rates and capture offset are both integrated, the offset under the capture prior whatever was
-        frozen: the numbers compare between estimators, freeze sets and latent dimensions. They do not
-        compare between values of `capture_efficiency`: the prior is centred on the scored row's own total,
-        and a smaller sigma_M scores better for that alone. What compares is
-
-        .. math:: \log p(u_c \mid \textstyle\sum_g u_{cg})
-
-        the likelihood of a row's composition (``given_totals=True``). It takes no capture prior, and
-        `capture_efficiency` enters through the fitted parameters alone. For ``observation="multinomial"``
-        it is the only score that there is.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
-        given_totals : bool, default=False
-            True for the log-likelihood given each row's total.
-
-        Returns
-        -------
-        ndarray of shape (n_cells,)
-            Nats.
-
-        Warns
-        -----
-        UserWarning
-            When rows have more counts than the M0 of the capture prior (not with `given_totals`).
-        """
-        check_is_fitted(self)
-        given_totals = given_totals or getattr(self, "observation", None) == "multinomial"
-        X = self._validated(X, None if given_totals else self.capture_prior_)
-        mean, loadings, noise, _ = self._globals()
-        model = mean, loadings, noise, self.dispersion_
-        if given_totals:
-            return _capture.score_rows_given_totals(X, *model, self.batch_size)
-        return _capture.score_rows(X, *model, self.capture_prior_, self.batch_size)
-
-    def score(self, X, y=None, *, given_totals=False):
-        """Mean over rows of :meth:`score_samples`; higher is better.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
-        y : Ignored
-            Present for scikit-learn's conventions.
-        given_totals : bool, default=False
-            As of :meth:`score_samples`. To choose a `capture_efficiency` by it, give a search
-            ``scoring=lambda model, X, y=None: model.score(X, given_totals=True)``.
-
-        Returns
-        -------
-        float
-            Nats per cell.
-        """
-        return float(np.mean(self.score_samples(X, given_totals=given_totals)))
 
 
 class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, BaseEstimator):
@@ -286,7 +190,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         outcome, scores = self._maximum(X, problem, histogram, previous)
         point = outcome.point
         batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size)
-        rows = solve_rows(batches, *point.params.natural(), scores)
+        rows = solve_rows(batches, in_model_units(point.x), scores)
         start = self._curvature_guide(X, prior, point, rows)
         if previous is not None:
             start = _svi.resumed(start, previous)
@@ -295,7 +199,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
             problem,
             start,
             # the parts of the log-likelihood that are estimated from minibatches
-            rows["log_marginal"] - X @ point.params.mean,
+            rows.log_marginal - X @ point.x.mean,
             n_steps=0 if outcome.interrupted else self.n_steps,
             learning_rate=self.learning_rate,
             tol=self.tol,
@@ -354,27 +258,27 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         priors = [
             GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)
         ]
-        x = Parameters(
+        x = Params(
             np.log(problem.column_totals + 0.5) - np.log(np.sum(np.exp(-offset))),
             np.zeros((n_genes, 0)),
             np.zeros(n_genes),
             problem.dispersion_prior[0].copy(),
         )
         if previous is not None:
-            x = x._replace(mean=previous.log_mean[0], log_r=previous.log_dispersion[0])
+            x = x._replace(mean=previous.log_mean[0], dispersion=previous.log_dispersion[0])
         report = self._report("maximum a posteriori, sweep") if self.verbose else None
         for _ in range(_PIN_ROUNDS):
             sweeper = Sweeper(RowBatches(X, offset, scale, batch_size=self.batch_size), 0)
             outcome = ascend(
                 Objective(sweeper, histogram, *priors),
                 x,
-                Free(mean=True, loadings=False, log_noise=False, log_r=True),
+                Params(mean=True, loadings=False, noise=False, dispersion=True),
                 n_cells=n_cells,
                 tol=_MAP_TOL,
                 max_iter=_MAP_MAX_ITER,
                 report=None if report is None else lambda i, p: report(i, p.value / n_cells),
             )
-            x = outcome.point.params
+            x = outcome.point.x
             # the truncation of the offsets' prior: a mode below 0 is held at 0
             below = (scale > 0) & (offset - scale * sweeper.scores[:, -1] < 0)
             if outcome.interrupted or not below.any():
@@ -384,47 +288,41 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
 
     def _curvature_guide(self, X, prior, point, rows):
         """Normal posterior by the curvature at the maximum, one parameter at a time."""
-        x, grad = point.params, point.grad
-        log_mean = x.mean, 1 / np.sqrt(grad.moments[:, 0])
+        x, metric = point.x, point.metric
+        log_mean = x.mean, 1 / np.sqrt(metric.moments[:, 0])
         # never less than the prior has
         least = LOG_DISPERSION_PRIOR[1] ** -2
-        information = np.maximum(grad.information_log_r, least)
-        known = np.maximum(grad.information_log_r - grad.missing_log_r, least) / information
-        log_r = x.log_r, information**-0.5
-        shared = self._common_shift(grad), known
+        information = np.maximum(metric.dispersion, least)
+        missing = point.sums.genes.missing_log_r
+        known = np.maximum(metric.dispersion - missing, least) / information
+        log_r = x.dispersion, information**-0.5
+        shared = self._common_shift(metric), known
         if prior is None:
             return _svi.Guide(log_mean, log_r, None, *shared)
-        mean, loadings, noise, phi = x.natural()
-        offsets = _capture.offset_posterior(
-            X, mean, loadings, noise, phi, prior, self.batch_size, rows
-        )
+        offsets = _capture.offset_posterior(X, in_model_units(x), prior, self.batch_size, rows)
         return _svi.Guide(log_mean, log_r, (offsets.raw_loc, offsets.scale), *shared)
 
-    def _common_shift(self, grad):
+    def _common_shift(self, metric):
         """Shares of the likelihood in each log m, and the standard deviation of their common shift.
 
         The offsets, integrated, take ``kappa a a'`` of the information ``diag(D)`` of log m, ``a`` the
-        likelihood's part of D; ``information_shift`` says how much: ``1'D - kappa (1'a)^2``. Inverted,
+        likelihood's part of D; ``metric.shift`` says how much: ``1'D - kappa (1'a)^2``. Inverted,
         that is ``1/D + sigma^2 (a/D)(a/D)'``.
         """
-        total = grad.moments[:, 0]
+        total = metric.moments[:, 0]
         share = _svi.likelihood_share(total**-0.5, LOG_MEAN_PRIOR_SCALE)
-        taken = max(total.sum() - grad.information_shift, 0.0) / (total @ share) ** 2
+        taken = max(total.sum() - metric.shift, 0.0) / (total @ share) ** 2
         return share, np.sqrt(taken / (1.0 - taken * (share @ (total * share))))
 
-    def _globals(self):
-        """Arguments of the cell solver: no loadings, no noise beyond the counts'."""
+    def _params(self):
+        """The parameters as the cell solver takes them: no loadings, no noise beyond the counts'."""
         n_genes = self.mean_.size
-        return (
-            np.log(self.mean_),
-            np.zeros((n_genes, 0)),
-            np.zeros(n_genes),
-            1.0 / self.dispersion_,
-        )
+        nothing = np.zeros((n_genes, 0)), np.zeros(n_genes)
+        return Params(np.log(self.mean_), *nothing, 1.0 / self.dispersion_)
 
     def _offsets(self, X):
         """Posterior of the capture offsets of the rows of X given the globals."""
-        return _capture.offset_posterior(X, *self._globals(), self.capture_prior_, self.batch_size)
+        return _capture.offset_posterior(X, self._params(), self.capture_prior_, self.batch_size)
 
     def _offset_prior(self):
         """The capture prior that bounds the rows' offsets."""

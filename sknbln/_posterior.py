@@ -27,8 +27,9 @@ from numpyro.distributions.transforms import Transform
 from scipy.special import lambertw
 from scipy.stats import truncnorm
 
-from ._batches import RowBatches, gene_score_products
-from ._laplace.likelihood import SMALLEST_OVERDISPERSION
+from ._rows import RowBatches, gene_score_products
+from .predictive._replicates import ParameterDraws
+from .solver.channel import SMALLEST_OVERDISPERSION
 
 
 class CoupledDispersion(Transform):
@@ -96,11 +97,9 @@ def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r
     the outer products of the cells' exact gradients, gene by gene, all of a gene's parameters together.
     """
     n_genes, k = params.loadings.shape
-    products, information, rows = gene_score_products(
-        batches, *params.natural(), scores, free.log_r
-    )
+    products, information, rows = gene_score_products(batches, params, scores, free.dispersion)
     mean_sd, log_r_sd = np.zeros(n_genes), np.zeros(n_genes)
-    free_blocks = [free.mean, *[True] * k, free.log_noise, free.log_r]
+    free_blocks = [free.mean, *[True] * k, free.noise, free.dispersion]
     keep = np.flatnonzero(free_blocks)
     precision = np.full((n_genes, k + 3), 1e-6)  # a little information keeps the matrix regular
     precision[:, 0] += prior_mean
@@ -118,17 +117,15 @@ def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r
     variance[:, keep] = np.maximum(np.einsum("gii->gi", np.linalg.inv(J)), 0.0) * alone
     sd = np.sqrt(variance)
     if free.mean:
-        given = mean_covariance_diagonal(
-            information, params.loadings, batches.X.shape[0], prior_mean
-        )
+        given = mean_covariance_diagonal(information, params.loadings, batches.n_cells, prior_mean)
         # mu goes down as the gene's Sigma_gg goes up: the marginal mean is what the data know
         mean_sd = np.sqrt(given + np.maximum(variance[:, 0] - alone[:, 0], 0.0))
-    if free.log_r:
+    if free.dispersion:
         log_r_sd = sd[:, k + 2]
     # What the genes share: W takes up the square root of the scores' sample covariance, which
     # varies by 1/2n in the length of a column and by 1/4n from each column into the others.
     squares = params.loadings**2
-    shared = (squares + squares.sum(1, keepdims=True)) / (4 * batches.X.shape[0])
+    shared = (squares + squares.sum(1, keepdims=True)) / (4 * batches.n_cells)
     return Curvature(mean_sd, np.sqrt(sd[:, 1 : k + 1] ** 2 + shared), log_r_sd), rows
 
 
@@ -169,15 +166,6 @@ def distributions(model, scores, score_covariance, offsets):
         found["eta"] = dist.Delta(model.capture_offset_)
     found["z"] = dist.MultivariateNormal(scores, score_covariance)
     return found
-
-
-class ParameterDraws(NamedTuple):
-    """Posterior draws, one per row: what a replicate of the counts is made with."""
-
-    r: np.ndarray  # (n_samples, n_genes); inf for Poisson channels
-    log_mean: np.ndarray  # (n_samples, n_genes) mu, log-rates
-    eta: np.ndarray | None  # (n_samples, n_rows) offsets; None where not asked for
-    inflation: np.ndarray | None = None  # (n_samples, n_genes) Sigma_gg by the model's; None is 1
 
 
 def parameter_draws(model, n_samples, X, rng, *, eta):

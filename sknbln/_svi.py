@@ -46,7 +46,7 @@ from jax.scipy.special import gammaln
 from numpyro.infer import Trace_ELBO
 
 from ._jax import float64, tidy
-from ._laplace.likelihood import log1p_of_positive
+from .solver.channel import log1p_of_positive
 
 #: rows per step; independent of the estimator's batch_size, which only sets memory
 MINIBATCH = 256

@@ -1,7 +1,7 @@
 """Are the stated uncertainties right: posterior draws, intervals and scores, against simulated truth.
 
-Elsewhere: intervals of loadings and scores, covariances under "ard" (test_shrinkage.py); standard deviations
-of mu against a bootstrap (test_nbln.py); the Laplace error on few genes (test_marginal.py).
+Elsewhere: intervals of loadings and scores, covariances under "ard" (test_column_priors.py); standard
+deviations of mu against a bootstrap (test_nbln.py); the Laplace error on few genes (test_marginal.py).
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from sknbln import NBLNEstimator, NBVCPEstimator, _nbvcp
-from sknbln._batches import RowBatches, solve_rows
 from sknbln._capture import CapturePrior
+from sknbln._rows import RowBatches, solve_rows
 from sknbln.datasets import load_immune_cells, make_nbln_counts
 
 from .reference.importance import log_marginal
@@ -113,17 +113,17 @@ def test_intervals_of_free_mu_and_r_cover():
 
 def exact_scores(model, X, n_draws, rng):
     """`score_samples` by importance sampling: estimates and their standard errors, (n_cells,) each."""
-    mean, loadings, noise, phi = model._globals()
+    mean, loadings, noise, _ = params = model._params()
     r = model.dispersion_
     offset, scale = model.capture_prior_.rows(np.asarray(X.sum(axis=1)).ravel())
-    found = solve_rows(RowBatches(X, offset, scale), mean, loadings, noise, phi)
+    found = solve_rows(RowBatches(X, offset, scale), params)
     k = loadings.shape[1]
     covariance = np.empty((X.shape[0], k + 1, k + 1))
-    covariance[:, :k, :k] = found["score_covariance"]
-    shared = -found["score_offset_covariance"] / scale[:, None]
+    covariance[:, :k, :k] = found.score_covariance
+    shared = -found.score_offset_covariance / scale[:, None]
     covariance[:, :k, k] = covariance[:, k, :k] = shared
-    covariance[:, k, k] = found["offset_variance"] / scale**2
-    centre = np.column_stack([found["scores"], (offset - found["offset"]) / scale])
+    covariance[:, k, k] = found.offset_variance / scale**2
+    centre = np.column_stack([found.scores, (offset - found.offset) / scale])
     return np.transpose(
         [
             log_marginal(

@@ -10,21 +10,22 @@ from scipy.special import logsumexp
 from sklearn.base import clone
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._batches import RowBatches, solve_rows
 from sknbln._capture import (
     ORGANISMS,
     CapturePrior,
     OffsetPosterior,
     library_sizes,
     offset_posterior,
-    refined_prior,
+    refined,
     resolve,
     row_prior,
     score_rows,
     score_rows_given_totals,
     warn_about_truncation,
 )
+from sknbln._rows import RowBatches, solve_rows
 from sknbln.datasets import make_nbln_counts
+from sknbln.solver.params import Params
 
 from .reference import direct, small
 from .reference.csr import csr
@@ -198,7 +199,7 @@ def correlated(n_genes, location, sd=0.5, seed=0):
 @pytest.mark.parametrize("location", [-4.0, -1.0, 0.0, 0.5, 3.0])
 def test_offset_is_the_mode_of_its_one_dimensional_posterior(location):
     X, mean, loadings, noise, r, prior = independent(small.N_GENES, location)
-    found = offset_posterior(X, mean, loadings, noise, 1 / r, prior)
+    found = offset_posterior(X, Params(mean, loadings, noise, 1 / r), prior)
     loc, scale = row_prior(prior, X)
     U = X.toarray()
     for c in range(N):
@@ -221,7 +222,7 @@ def test_offset_is_the_mode_of_its_one_dimensional_posterior(location):
 @pytest.mark.parametrize("make", [independent, correlated])
 def test_offsets_are_never_negative(make, location):
     X, mean, loadings, noise, r, prior = make(small.N_GENES, location)
-    found = offset_posterior(X, mean, loadings, noise, 1 / r, prior)
+    found = offset_posterior(X, Params(mean, loadings, noise, 1 / r), prior)
     assert np.all(found.loc >= 0) and np.all(found.scale > 0)
     assert np.all(np.isfinite(found.raw_loc))
     assert_array_equal(found.loc, np.maximum(found.raw_loc, 0.0))
@@ -234,16 +235,16 @@ def test_offsets_are_never_negative(make, location):
 
 def test_no_capture_has_no_offsets():
     X, mean, loadings, noise, r, _ = independent(small.N_GENES, 0.0)
-    for a in offset_posterior(X, mean, loadings, noise, 1 / r, None):
+    for a in offset_posterior(X, Params(mean, loadings, noise, 1 / r), None):
         assert_array_equal(a, np.zeros(N))
 
 
 def test_offsets_of_a_row_do_not_depend_on_the_others():
     X, mean, loadings, noise, r, prior = independent(small.N_GENES, 0.0)
-    together = offset_posterior(X, mean, loadings, noise, 1 / r, prior)
+    together = offset_posterior(X, Params(mean, loadings, noise, 1 / r), prior)
     assert 0 < np.sum(together.raw_loc < 0) < N
     for c in range(N):
-        alone = offset_posterior(X[c], mean, loadings, noise, 1 / r, prior)
+        alone = offset_posterior(X[c], Params(mean, loadings, noise, 1 / r), prior)
         for a, b in zip(alone, together, strict=True):
             assert_allclose(a[0], b[c], rtol=1e-9, atol=1e-9)
 
@@ -255,7 +256,7 @@ def test_offsets_of_a_row_do_not_depend_on_the_others():
 def informed():
     """A source's posterior of some offsets, its capture prior, and another one."""
     X, mean, loadings, noise, r, prior = independent(small.N_GENES, 1.5)
-    found = offset_posterior(X, mean, loadings, noise, 1 / r, prior)
+    found = offset_posterior(X, Params(mean, loadings, noise, 1 / r), prior)
     assert np.all(found.raw_loc > 0)
     other = CapturePrior(prior.log_m0 + 0.4, 0.8)
     return found, row_prior(prior, X), row_prior(other, X)
@@ -263,7 +264,7 @@ def informed():
 
 def test_refined_at_tau_1_is_the_sources_posterior(informed):
     found, prior, _ = informed
-    loc, scale = refined_prior(found, prior, prior, 1.0)
+    loc, scale = refined(found, prior, prior, 1.0)
     assert_allclose(loc, found.loc, rtol=1e-12)
     assert_allclose(scale, found.scale, rtol=1e-12)
 
@@ -271,13 +272,13 @@ def test_refined_at_tau_1_is_the_sources_posterior(informed):
 def test_refined_as_tau_grows_is_the_capture_prior(informed):
     found, prior, other = informed
     for tau in (1e6, np.inf):
-        for given, expected in zip(refined_prior(found, prior, other, tau), other, strict=True):
+        for given, expected in zip(refined(found, prior, other, tau), other, strict=True):
             assert_allclose(given, expected, rtol=1e-9)
 
 
 def test_refined_as_tau_vanishes_is_the_freeze(informed):
     for prior in informed[1:]:
-        loc, scale = refined_prior(informed[0], informed[1], prior, 1e-6)
+        loc, scale = refined(informed[0], informed[1], prior, 1e-6)
         assert_allclose(loc, informed[0].loc, rtol=0, atol=1e-9)
         assert np.all(scale < 1e-6)
 
@@ -287,7 +288,7 @@ def test_refined_takes_the_prior_once_and_a_power_of_the_likelihood(informed, ta
     found, prior, other = informed
     likelihood = found.scale**-2.0 - prior[1] ** -2.0
     for own in (prior, other):
-        loc, scale = refined_prior(found, prior, own, tau)
+        loc, scale = refined(found, prior, own, tau)
         assert_allclose(scale**-2.0, own[1] ** -2.0 + likelihood / tau**2, rtol=1e-10)
         if tau >= 1:  # the product of two Gaussians
             peak = (found.raw_loc / found.scale**2 - prior[0] / prior[1] ** 2) / likelihood
@@ -299,7 +300,7 @@ def test_offsets_at_the_bound_stay_there():
     found = OffsetPosterior(np.zeros(1), np.array([0.2]), np.array([-0.3]))
     prior = np.array([0.1]), np.array([0.5])
     for tau in (0.5, 1.0, np.inf):
-        assert_array_equal(np.ravel(refined_prior(found, prior, prior, tau)), [0.0, 0.0])
+        assert_array_equal(np.ravel(refined(found, prior, prior, tau)), [0.0, 0.0])
 
 
 # ------------------------------------------------------------------ scores
@@ -319,7 +320,7 @@ def test_score_of_independent_genes_against_integration(n_genes, location):
     0.041 with one or two genes, 0.022 with twelve; 0.005 on average.
     """
     X, mean, loadings, noise, r, prior = independent(n_genes, location)
-    found = score_rows(X, mean, loadings, noise, r, prior)
+    found = score_rows(X, Params(mean, loadings, noise, 1 / r), prior)
     loc, scale = row_prior(prior, X)
     exact = [
         direct.exact_offset(u, mean, r, m, s)
@@ -345,7 +346,7 @@ def test_score_of_two_genes_against_integration(location):
 
 
 def assert_scores_are_exact(X, mean, loadings, noise, r, prior, n, bound):
-    found = score_rows(X, mean, loadings, noise, r, prior)
+    found = score_rows(X, Params(mean, loadings, noise, 1 / r), prior)
     loc, scale = row_prior(prior, X)
     for c in range(n):
         exact = direct.exact_truncated(X.toarray()[c], mean, loadings, noise, r, loc[c], scale[c])
@@ -367,7 +368,7 @@ def test_many_counts_against_the_bound():
     X, mean, loadings, noise, r, _ = independent(small.N_GENES, 0.0)
     X = csr(10 * X.toarray())
     prior = CapturePrior(np.log(100.0), 0.5)
-    found = score_rows(X, mean, loadings, noise, r, prior)
+    found = score_rows(X, Params(mean, loadings, noise, 1 / r), prior)
     loc, scale = row_prior(prior, X)
     assert np.all(loc < -1.5)
     exact = [
@@ -381,11 +382,13 @@ def test_score_far_above_the_bound_does_not_know_of_it():
     X, mean, loadings, noise, r, _ = correlated(2, 1.0)
     prior = CapturePrior(np.log(1e5), 0.5)
     loc, scale = row_prior(prior, X)
-    found = score_rows(X, mean, loadings, noise, r, prior)
-    plain = solve_rows(RowBatches(X, loc, scale), mean, loadings, noise, 1 / r)["log_marginal"]
-    constants = score_rows(X, mean, loadings, noise, r, None)
+    found = score_rows(X, Params(mean, loadings, noise, 1 / r), prior)
+    plain = solve_rows(RowBatches(X, loc, scale), Params(mean, loadings, noise, 1 / r)).log_marginal
+    constants = score_rows(X, Params(mean, loadings, noise, 1 / r), None)
     zero = np.zeros(N)
-    constants -= solve_rows(RowBatches(X, zero, zero), mean, loadings, noise, 1 / r)["log_marginal"]
+    constants -= solve_rows(
+        RowBatches(X, zero, zero), Params(mean, loadings, noise, 1 / r)
+    ).log_marginal
     assert_allclose(found, plain + constants, rtol=0, atol=1e-9)
 
 
@@ -397,16 +400,18 @@ def test_score_is_continuous_where_the_bound_begins_to_act(make):
 
     def raw(log_m0):
         loc, scale = CapturePrior(log_m0, 0.5).rows(library_sizes(one))
-        return solve_rows(RowBatches(one, loc, scale), mean, loadings, noise, 1 / r)["offset"][0]
+        return solve_rows(RowBatches(one, loc, scale), Params(mean, loadings, noise, 1 / r)).offset[
+            0
+        ]
 
     switch = optimize.brentq(raw, prior.log_m0 - 9, prior.log_m0 + 9, xtol=1e-13)
 
     def score(log_m0):
-        return score_rows(one, mean, loadings, noise, r, CapturePrior(log_m0, 0.5))[0]
+        return score_rows(one, Params(mean, loadings, noise, 1 / r), CapturePrior(log_m0, 0.5))[0]
 
     def posterior(log_m0):
         prior = CapturePrior(log_m0, 0.5)
-        return np.ravel(offset_posterior(one, mean, loadings, noise, 1 / r, prior))
+        return np.ravel(offset_posterior(one, Params(mean, loadings, noise, 1 / r), prior))
 
     h = 1e-7
     assert raw(switch - h) < 0 < raw(switch + h)
@@ -416,10 +421,10 @@ def test_score_is_continuous_where_the_bound_begins_to_act(make):
 
 def test_no_capture_is_the_log_pmf():
     X, mean, loadings, noise, r, _ = independent(small.N_GENES, 1.0)
-    found = score_rows(X, mean, loadings, noise, r, None)
+    found = score_rows(X, Params(mean, loadings, noise, 1 / r), None)
     expected = stats.nbinom.logpmf(X.toarray(), r, 1 / (1 + np.exp(mean) / r)).sum(1)
     assert_allclose(found, expected, rtol=1e-11)
-    poisson = score_rows(X, mean, loadings, noise, np.full_like(r, np.inf), None)
+    poisson = score_rows(X, Params(mean, loadings, noise, 0 * r), None)
     assert_allclose(poisson, stats.poisson.logpmf(X.toarray(), np.exp(mean)).sum(1), rtol=1e-11)
 
 
@@ -427,8 +432,8 @@ def test_no_capture_is_the_log_pmf():
 def test_scores_do_not_depend_on_the_batches(location):
     X, mean, loadings, noise, r, prior = correlated(small.N_GENES, location)
     double = csr(np.concatenate([X.toarray(), X.toarray()]))
-    whole = score_rows(X, mean, loadings, noise, r, prior)
-    parts = score_rows(double, mean, loadings, noise, r, prior, batch_size=8)
+    whole = score_rows(X, Params(mean, loadings, noise, 1 / r), prior)
+    parts = score_rows(double, Params(mean, loadings, noise, 1 / r), prior, batch_size=8)
     assert_allclose(parts, np.r_[whole, whole], rtol=0, atol=1e-9)
 
 
@@ -444,7 +449,7 @@ def test_probabilities_sum_to_one():
 
     for log_m0 in (np.log(10.0), np.log(4.0), np.log(60.0)):
         prior = Held(log_m0, 0.5)
-        scores = score_rows(X, mean, np.zeros((1, 0)), np.zeros(1), r, prior)
+        scores = score_rows(X, Params(mean, np.zeros((1, 0)), np.zeros(1), 1 / r), prior)
         assert_allclose(np.exp(scores).sum(), 1.0, atol=0.04)
 
 
@@ -473,7 +478,7 @@ def given_total_by_integration(u, mean, loadings, noise, r, nodes=60):
 def test_score_given_totals_of_two_genes_against_integration(r):
     mean, r = np.array([0.5, 1.5]), np.full(2, r)
     loadings, noise = np.array([[0.4], [-0.3]]), np.array([0.05, 0.1])
-    found = score_rows_given_totals(csr(COMPOSITIONS), mean, loadings, noise, r)
+    found = score_rows_given_totals(csr(COMPOSITIONS), Params(mean, loadings, noise, 1 / r))
     assert found[-1] == 0.0  # one composition of nothing
     for u, value in zip(COMPOSITIONS[:-1], found, strict=False):
         exact = given_total_by_integration(u, mean, loadings, noise, r)
@@ -482,14 +487,15 @@ def test_score_given_totals_of_two_genes_against_integration(r):
 
 def test_score_given_totals_of_independent_poisson_genes_is_the_multinomial():
     X, mean, loadings, noise, r, _ = independent(small.N_GENES, 1.0)
-    found = score_rows_given_totals(X, mean, loadings, noise, np.full_like(r, np.inf))
+    found = score_rows_given_totals(X, Params(mean, loadings, noise, 0 * r))
     p = np.exp(mean) / np.exp(mean).sum()
     assert_allclose(found, stats.multinomial.logpmf(X.toarray(), library_sizes(X), p), rtol=1e-9)
 
 
 def test_score_given_totals_of_one_gene_says_nothing():
     found = score_rows_given_totals(
-        csr([[1.0], [7.0], [300.0]]), np.ones(1), np.zeros((1, 0)), np.zeros(1), np.full(1, 50.0)
+        csr([[1.0], [7.0], [300.0]]),
+        Params(np.ones(1), np.zeros((1, 0)), np.zeros(1), np.full(1, 1 / 50.0)),
     )
     assert_allclose(found, 0.0, atol=0.005)
 

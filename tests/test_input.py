@@ -2,7 +2,7 @@
 
 Elsewhere: rows and genes without counts in NBVCP, all-zero new rows, fractional counts (test_nbvcp.py,
 test_nbln.py); latent_dim above the number of rows (test_nbln.py); names of freeze levels and genes missing
-from a source (test_cascade.py); hyper-parameters of loadings priors (test_shrinkage.py).
+from a source (test_source.py); hyper-parameters of loadings priors (test_column_priors.py).
 """
 
 import pickle
@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils._param_validation import Interval, generate_invalid_param_val, make_constraint
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._validation import validate_counts
+from sknbln._counts import validate_counts
 from sknbln.datasets import make_nbln_counts
 
 N, G = 40, 12

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 import sknbln
 from sknbln import NBLNEstimator, NBVCPEstimator, _svi
-from sknbln._batches import Sweeper
+from sknbln._rows import Sweeper
 from sknbln.datasets import make_nbln_counts
 from sknbln.exceptions import FitInterrupted
 
@@ -127,11 +127,11 @@ def test_a_report_may_interrupt(counts, nbvcp, monkeypatch):
         if iteration == 3:
             raise KeyboardInterrupt
 
-    from sknbln import _fitting
+    from sknbln import _nbln
 
-    ascend = _fitting.ascend
+    ascend = _nbln.ascend
     monkeypatch.setattr(
-        _fitting, "ascend", lambda *a, **options: ascend(*a, **{**options, "report": stop})
+        _nbln, "ascend", lambda *a, **options: ascend(*a, **{**options, "report": stop})
     )
     model = estimator(nbvcp)
     with pytest.raises(FitInterrupted):
@@ -238,7 +238,7 @@ CHILD = """
 import json, sys, time
 import numpy as np
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._batches import Sweeper
+from sknbln._rows import Sweeper
 from sknbln.datasets import make_nbln_counts
 
 X = make_nbln_counts(n_cells=40, n_genes=12, n_factors=2, random_state=0).data

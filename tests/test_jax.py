@@ -14,15 +14,15 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from sknbln import _jax as jax_module
-from sknbln._batches import (
+from sknbln._jax import float64, in_order, warn_about_jaxlib
+from sknbln._rows import (
     RowBatches,
     Sweeper,
     gene_score_products,
     solve_rows,
     sum_over_batches,
 )
-from sknbln._jax import float64, in_order, warn_about_jaxlib
-from sknbln._laplace.start import information_sums
+from sknbln.solver.start import information_sums
 
 from .reference import small
 from .reference.small import rows
@@ -38,10 +38,10 @@ def test_what_leaves_is_float64_numpy_and_the_users_mode_is_kept():
     X, offset, scale, precision, params = rows()
     batches = RowBatches(X, offset, scale, precision)
     out = [
-        *solve_rows(batches, *params).values(),
-        *jax.tree.leaves(Sweeper(batches, K)(*params)),
-        *sum_over_batches(batches, params.mean, params.phi)(information_sums),
-        *jax.tree.leaves(gene_score_products(batches, *params, Sweeper(batches, K).scores, True)),
+        *solve_rows(batches, params),
+        *jax.tree.leaves(Sweeper(batches, K)(params)),
+        *sum_over_batches(batches, params.mean, params.dispersion)(information_sums),
+        *jax.tree.leaves(gene_score_products(batches, params, Sweeper(batches, K).scores, True)),
     ]
     for a in out:
         assert isinstance(a, (np.ndarray, np.generic))
@@ -63,7 +63,7 @@ def test_scope_is_left_after_an_exception(ambient):
         assert jax.config.jax_enable_x64 is ambient
     X, offset, scale, _, params = rows()
     with pytest.raises(TypeError):
-        solve_rows(RowBatches(X, offset, scale), params.mean[:-1], *params[1:])
+        solve_rows(RowBatches(X, offset, scale), params._replace(mean=params.mean[:-1]))
     assert not jax.config.jax_enable_x64
 
 

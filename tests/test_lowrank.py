@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sknbln._laplace import lowrank
+from sknbln.solver import lowrank
 
 # (cells, genes, factors): few shapes, since each is compiled; k = 0 leaves the capture column alone
 SHAPES = [(1, 1, 0), (3, 2, 1), (4, 7, 3)]

@@ -7,11 +7,13 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from sknbln._laplace import mode as mode_module
-from sknbln._laplace.likelihood import log_rising, row_constants
-from sknbln._laplace.lowrank import triangle
-from sknbln._laplace.marginal import no_sums, solve_cells
-from sknbln._laplace.mode import DECREMENT_TOL, Cells, Globals
+from sknbln._counts import row_constants
+from sknbln.solver import mode as mode_module
+from sknbln.solver.channel import log_rising
+from sknbln.solver.lowrank import triangle
+from sknbln.solver.marginal import no_sums, solve_cells
+from sknbln.solver.mode import DECREMENT_TOL
+from sknbln.solver.params import Cells, Params
 
 from .reference import direct, importance, live_step, small
 
@@ -100,7 +102,7 @@ def test_without_variance_it_is_the_log_pmf():
     assert_allclose(log_probability(cells, params, r), expected, rtol=1e-12)
     poisson = stats.poisson.logpmf(cells.counts, rate).sum(1)
     infinite = np.full(small.N_GENES, np.inf)
-    found = log_probability(cells, params._replace(phi=0 * params.phi), infinite)
+    found = log_probability(cells, params._replace(dispersion=0 * params.dispersion), infinite)
     assert_allclose(found, poisson, rtol=1e-12)
 
 
@@ -109,13 +111,13 @@ def test_large_size_is_poisson():
     cells, params, _ = small.problem(24)
     cells = cells._replace(counts=np.minimum(cells.counts, 10.0))
     infinite, large = np.full(small.N_GENES, np.inf), np.full(small.N_GENES, 1e8)
-    poisson = log_probability(cells, params._replace(phi=1 / infinite), infinite)
-    nearly = log_probability(cells, params._replace(phi=1 / large), large)
+    poisson = log_probability(cells, params._replace(dispersion=1 / infinite), infinite)
+    nearly = log_probability(cells, params._replace(dispersion=1 / large), large)
     assert_allclose(nearly, poisson, rtol=0, atol=1e-6)
     assert np.all(nearly != poisson)
 
 
-def test_large_counts_are_gaussian_and_laplace_is_exact():
+def test_large_counts_are_gaussian_andsolver_is_exact():
     """With ``1/u`` and Sigma small the likelihood is Gaussian in the log-rate over the posterior.
 
     What is left are the cubic terms ``u (y - log u)^3 / 6``, about 1e6 (3e-4)^3 / 6 = 5e-6.
@@ -123,7 +125,7 @@ def test_large_counts_are_gaussian_and_laplace_is_exact():
     u = np.array([[1e6, 3e6]])
     loadings, noise = np.array([[1e-4], [2e-4]]), np.array([1e-8, 3e-8])
     cells = Cells(u, np.zeros(1), np.zeros(1), np.ones(1), np.ones(1))
-    params = Globals(np.log(u[0]) + 2e-4, loadings, noise, np.zeros(2))
+    params = Params(np.log(u[0]) + 2e-4, loadings, noise, np.zeros(2))
     found = log_probability(cells, params, np.full(2, np.inf))[0]
     Sigma = loadings @ loadings.T + np.diag(noise)
     gaussian = stats.multivariate_normal.logpdf(
@@ -181,7 +183,7 @@ def test_gradient_is_the_difference_quotient(kind, block):
         moved = at | {block: x}
         phi = np.exp(-moved["log_r"])
         return solve(
-            cells, Globals(moved["mean"], moved["loadings"], moved["noise"], phi)
+            cells, Params(moved["mean"], moved["loadings"], moved["noise"], phi)
         ).log_marginal.sum()
 
     # every coordinate of the first two genes, and five directions that move all genes
@@ -200,7 +202,7 @@ def test_slope_and_curvature_in_the_offset():
     """At known offsets without noise of any kind they are derivatives of the log-pmf."""
     cells, params, _ = small.problem(28, capture="fixed")
     result = solve(cells, params)
-    r = 1 / params.phi
+    r = 1 / params.dispersion
     for c, t in enumerate(twins(cells, params, r)):
         first, second, _, _ = direct.pmf_derivatives(cells.counts[c], t.y, r)
         Sigma = direct.covariance(params.loadings, params.noise, 0.0)
@@ -352,7 +354,7 @@ def few_genes(n_genes, largest_variance):
     counts[0] = 0.0
     ones = np.ones(small.N_CELLS)
     cells = Cells(counts, offset, 0 * ones, ones, ones)
-    return cells, Globals(mean, loadings, noise, 1 / r), r
+    return cells, Params(mean, loadings, noise, 1 / r), r
 
 
 @pytest.mark.parametrize(
@@ -400,7 +402,7 @@ def test_error_against_importance_sampling(poisson):
     counts = rng.poisson(np.exp(y) * (1.0 if poisson else rng.gamma(r, 1 / r, y.shape)))
     ones = np.ones(n)
     cells = Cells(counts.astype(float), 0 * ones, 0.5 * ones, ones, ones)
-    params = Globals(mean, loadings, noise, 1 / r)
+    params = Params(mean, loadings, noise, 1 / r)
     result, value = solve(cells, params), log_probability(cells, params, r)
     for c, t in enumerate(twins(cells, params, r)):
         estimate, se = importance.log_marginal(

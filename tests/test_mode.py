@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sknbln._laplace import mode as mode_module
-from sknbln._laplace.mode import DECREMENT_TOL, MAX_NEWTON, Cells, Globals
+from sknbln.solver import mode as mode_module
+from sknbln.solver.mode import DECREMENT_TOL, MAX_NEWTON
+from sknbln.solver.params import Cells, Params
 
 from .reference import direct, small
 from .reference.live_step import newton_step
@@ -158,7 +159,7 @@ def test_permuted_genes():
     order = np.random.default_rng(1).permutation(small.N_GENES)
     mode = found(cells, params)
     other = found(
-        cells._replace(counts=cells.counts[:, order]), Globals(*(a[order] for a in params))
+        cells._replace(counts=cells.counts[:, order]), Params(*(a[order] for a in params))
     )
     assert_allclose(other.y, mode.y[:, order], **TOL)
     assert_allclose(other.zeta, mode.zeta, **TOL)
@@ -240,7 +241,7 @@ def test_discordant_cells_converge():
         cells = Cells(
             rng.poisson(rate).astype(float), rng.uniform(-1, 1, C), scale, np.ones(C), np.ones(C)
         )
-        mode = found(cells, Globals(mean, loadings, noise, phi))
+        mode = found(cells, Params(mean, loadings, noise, phi))
         assert mode.converged.all(), f"seed {seed}"
         assert mode.n_iter < MAX_NEWTON / 2, f"seed {seed}"
 

@@ -11,9 +11,10 @@ from scipy.stats import nbinom
 from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._batches import RowBatches, solve_rows
 from sknbln._capture import CapturePrior, score_rows
+from sknbln._rows import RowBatches, solve_rows
 from sknbln.datasets import make_nbln_counts
+from sknbln.solver.params import Params
 
 from .reference.importance import log_marginal
 
@@ -46,9 +47,8 @@ def off_diagonal_correlation(components, loadings):
 
 def gap_closed(model, independent, test, truth, prior):
     """Fraction of the way from independent genes to the true parameters, held-out rows."""
-    oracle = score_rows(
-        test, truth.mean, truth.loadings, truth.noise_variance, truth.dispersion, prior
-    ).mean()
+    params = Params(truth.mean, truth.loadings, truth.noise_variance, 1 / truth.dispersion)
+    oracle = score_rows(test, params, prior).mean()
     base = independent.score(test)
     return (model.score(test) - base) / (oracle - base)
 
@@ -182,9 +182,9 @@ def test_score_without_capture_and_sigma_is_the_negative_binomial(small):
 def standardized(posterior, scale, i):
     """Posterior covariance of the scores and of the standardized capture deviation of row i."""
     covariance = np.empty((3, 3))
-    covariance[:2, :2] = posterior["score_covariance"][i]
-    covariance[2, :2] = covariance[:2, 2] = -posterior["score_offset_covariance"][i] / scale[i]
-    covariance[2, 2] = posterior["offset_variance"][i] / scale[i] ** 2
+    covariance[:2, :2] = posterior.score_covariance[i]
+    covariance[2, :2] = covariance[:2, 2] = -posterior.score_offset_covariance[i] / scale[i]
+    covariance[2, 2] = posterior.offset_variance[i] / scale[i] ** 2
     return covariance
 
 
@@ -197,7 +197,7 @@ def test_score_against_importance_sampling(small, source, observation):
     prior = model.capture_prior_
     sizes = np.asarray(rows.sum(axis=1)).ravel()
     offset, scale = prior.rows(sizes)
-    posterior = solve_rows(RowBatches(rows.astype(float).tocsr(), offset, scale), *model._globals())
+    posterior = solve_rows(RowBatches(rows.astype(float).tocsr(), offset, scale), model._params())
     rng = np.random.default_rng(0)
     for i in range(6):
         exact, error = log_marginal(
@@ -208,9 +208,7 @@ def test_score_against_importance_sampling(small, source, observation):
             model.dispersion_,
             offset[i],
             scale[i],
-            posterior_mean=np.r_[
-                posterior["scores"][i], (offset[i] - posterior["offset"][i]) / scale[i]
-            ],
+            posterior_mean=np.r_[posterior.scores[i], (offset[i] - posterior.offset[i]) / scale[i]],
             posterior_cov=standardized(posterior, scale, i),
             n_draws=4000,
             rng=rng,

@@ -14,10 +14,11 @@ from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 from sknbln import NBVCPEstimator, _nbvcp, _svi
-from sknbln._batches import RowBatches, solve_rows
 from sknbln._capture import CapturePrior
-from sknbln._laplace.likelihood import CountHistogram
+from sknbln._counts import CountHistogram
+from sknbln._rows import RowBatches, solve_rows
 from sknbln.datasets import make_nbvcp_counts
+from sknbln.solver.params import in_model_units
 
 from .reference.csr import csr
 
@@ -164,10 +165,10 @@ def test_maximum_with_every_cell_at_the_bound_is_that_without_capture(sim):
         histogram = CountHistogram(X)
         problem = _nbvcp._problem(X, prior, histogram)
         point = NBVCPEstimator()._maximum(X, problem, histogram)[0].point
-        totals.append(point.params)
+        totals.append(point.x)
     # the weak prior of log m, of scale 4, is centred elsewhere
     assert_allclose(totals[0].mean, totals[1].mean, atol=0.01)
-    assert_allclose(totals[0].log_r, totals[1].log_r, atol=0.01)
+    assert_allclose(totals[0].dispersion, totals[1].dispersion, atol=0.01)
 
 
 def test_a_prior_far_below_every_library_gives_finite_numbers(sim):
@@ -319,8 +320,7 @@ def test_marginal_scales_of_the_start_are_those_of_the_whole_posterior(mean_rang
     fixed = _nbvcp._problem(X, prior, CountHistogram(X))
     estimator = NBVCPEstimator()
     outcome, scores = estimator._maximum(X, fixed, CountHistogram(X))
-    params = outcome.point.params
-    rows = solve_rows(RowBatches(X, *fixed.row_prior), *params.natural(), scores)
+    rows = solve_rows(RowBatches(X, *fixed.row_prior), in_model_units(outcome.point.x), scores)
     guide = estimator._curvature_guide(X, prior, outcome.point, rows)
     assert guide.capture_offset[0].min() > 1.5
     sd = whole_posterior_sd(guide, fixed, X.toarray())

@@ -6,7 +6,6 @@ compilation serves them.
 
 import importlib
 import importlib.util
-import inspect
 import itertools
 from pathlib import Path
 
@@ -21,14 +20,14 @@ from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln import _batches as batches_module
 from sknbln import _jax as jax_module
-from sknbln._batches import RowBatches, Sweeper, solve_rows
-from sknbln._fitting import HYPER_PARAMETER_RANGE
-from sknbln._laplace import lowrank
-from sknbln._laplace import mode as mode_module
-from sknbln._laplace.mode import MAX_NEWTON, Cells, Globals
-from sknbln._laplace.shrinkage import TYPES
+from sknbln import _rows as rows_module
+from sknbln._rows import RowBatches, Sweeper, solve_rows
+from sknbln.solver import lowrank
+from sknbln.solver import mode as mode_module
+from sknbln.solver.column_priors import HYPER_PARAMETER_RANGE, TYPES, hyper_parameters
+from sknbln.solver.mode import MAX_NEWTON
+from sknbln.solver.params import Cells, Params
 
 from .reference import direct, small
 from .reference.importance import nb_log_pmf
@@ -72,7 +71,7 @@ def hard_cells(seed, log_mean=(-14.0, 16.0), log_phi=(-18.4, 9.2), mismatch=5.0)
     ones = np.ones(N_CELLS)
     return (
         Cells(counts, rng.uniform(-1.0, 1.0, N_CELLS), scale, ones, ones),
-        Globals(mean, loadings, noise, phi),
+        Params(mean, loadings, noise, phi),
     )
 
 
@@ -80,11 +79,13 @@ def stationary(cells, params, mode, c):
     """What is left of the gradient of cell c in ``(zeta, alpha)``, by the twin's derivatives, in units
     of the parts that cancel."""
     with np.errstate(divide="ignore"):
-        r = 1.0 / params.phi
+        r = 1.0 / params.dispersion
     F = direct.factors(params.loadings, cells.scale[c])
     gradient = direct.pmf_derivatives(cells.counts[c], mode.y[c], r)[0]
     rate = np.exp(mode.y[c])
-    parts = cells.counts[c] + rate * (1 + cells.counts[c] * params.phi) / (1 + rate * params.phi)
+    parts = cells.counts[c] + rate * (1 + cells.counts[c] * params.dispersion) / (
+        1 + rate * params.dispersion
+    )
     left = np.abs(mode.zeta[c] - F.T @ gradient) / (1.0 + np.abs(F).T @ parts)
     return max(left.max(), np.max(np.abs(mode.alpha[c] - gradient) / (1.0 + parts)))
 
@@ -115,7 +116,7 @@ def test_scipy_finds_no_better_mode(seed, c):
     cells, params = hard_cells(seed)
     mode = find_mode(cells, params)
     with np.errstate(divide="ignore"):
-        r = 1.0 / params.phi
+        r = 1.0 / params.dispersion
     A = np.column_stack(
         [direct.factors(params.loadings, cells.scale[c]), np.diag(np.sqrt(params.noise))]
     )
@@ -171,11 +172,11 @@ def test_no_rows():
     X, none = sp.csr_array((0, N_GENES)), np.zeros(0)
     params = small.problem(0)[1]
     batches = RowBatches(X, none, none)
-    sums = Sweeper(batches, RANK)(*params)
+    sums = Sweeper(batches, RANK)(params)
     assert sums.log_marginal == 0.0
     for total in sums.genes:
         assert_array_equal(total, np.zeros_like(total))
-    for name, value in solve_rows(batches, *params).items():
+    for name, value in solve_rows(batches, params)._asdict().items():
         assert value.shape[0] == 0, name
 
 
@@ -255,8 +256,8 @@ def test_hard_counts_fit(hard, options):
 
 def extreme_priors():
     """Every type of loadings prior with each hyper-parameter at either end of what is allowed."""
-    for name, strategy in TYPES.items():
-        keys = inspect.signature(strategy).parameters
+    for name in TYPES:
+        keys = hyper_parameters(name)
         for ends in itertools.product(HYPER_PARAMETER_RANGE, repeat=len(keys)):
             if keys:
                 yield {"type": name, **dict(zip(keys, ends, strict=True))}
@@ -315,13 +316,13 @@ def test_many_genes_or_many_cells(shape, options):
 
 def test_cells_whose_mode_is_not_found_are_counted_and_said(monkeypatch):
     X = drawn(5.0)
-    real = batches_module.solve_cells
+    real = rows_module.solve_cells
 
     def solve_cells(*args, **kwargs):
         *found, sums = real(*args, **kwargs)
         return *found, sums._replace(n_unconverged=sums.n_unconverged + 3)
 
-    monkeypatch.setattr(batches_module, "solve_cells", solve_cells)
+    monkeypatch.setattr(rows_module, "solve_cells", solve_cells)
     source = NBVCPEstimator(random_state=0).fit(X)
     with pytest.warns(ConvergenceWarning, match="The mode of 3 of 40 cells was not found"):
         model = NBLNEstimator(1, informative_prior_estimator=source, random_state=0).fit(X)
@@ -392,8 +393,8 @@ def test_every_ascent_is_looked_at(monkeypatch):
     options = dict(informative_prior_estimator=source, max_iter=8, tol=1.0, random_state=0)
     for name, model in (
         ("_nbvcp", NBVCPEstimator(random_state=0)),
-        ("_fitting", NBLNEstimator(1, **options)),
-        ("_laplace.shrinkage", NBLNEstimator(1, loadings_prior="ard", **options)),
+        ("_nbln", NBLNEstimator(1, **options)),
+        ("_nbln", NBLNEstimator(1, loadings_prior="ard", **options)),
     ):
         place = importlib.import_module(f"sknbln.{name}")
         with monkeypatch.context() as patch:
@@ -407,7 +408,8 @@ def falling(ascend):
 
     def fallen(*args, **kwargs):
         outcome = ascend(*args, **kwargs)
-        return outcome._replace(history=[*outcome.history, outcome.history[-1] - 1.0])
+        stages = [*outcome.stages[:-1], [*outcome.stages[-1], outcome.history[-1] - 1.0]]
+        return outcome._replace(stages=stages)
 
     return fallen
 

@@ -6,24 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sknbln._batches import RowBatches, Sweeper
-from sknbln._laplace.likelihood import CountHistogram, log_rising
-from sknbln._laplace.objective import (
-    NOISE_RATE,
-    Identity,
-    MarginalCoupling,
-    Metric,
-    NaturalGradient,
-    Objective,
-)
-from sknbln._laplace.shrinkage import ColumnPenalty
-from sknbln._laplace.sweeps import (
+from sknbln._counts import CountHistogram
+from sknbln._rows import RowBatches, Sweeper
+from sknbln.solver.channel import log_rising
+from sknbln.solver.column_priors import ColumnPenalty
+from sknbln.solver.columns import Columns
+from sknbln.solver.metric import Metric, least_squares_matrix, packed
+from sknbln.solver.objective import NOISE_RATE, Identity, MarginalCoupling, Objective
+from sknbln.solver.params import (
     NOISE_UNIT,
-    Columns,
     GaussianPrior,
-    Parameters,
-    least_squares_matrix,
-    packed,
+    Params,
+    in_model_units,
+    noise_coordinate,
+    noise_variance,
 )
 
 from .reference import direct, small
@@ -33,11 +29,7 @@ from .reference.csr import csr
 K = 3
 COUPLINGS = [Identity(), MarginalCoupling(True), MarginalCoupling(False)]
 IDS = ["identity", "coupled", "mean-coupled"]
-BLOCKS = ("mean", "loadings", "log_noise", "log_r")
-
-
-def noise_coordinate(d):
-    return np.log1p(d / NOISE_UNIT)
+BLOCKS = Params._fields
 
 
 def priors(rng):
@@ -63,7 +55,7 @@ def objective(coupling, seed=0):
     )
     # marginal overdispersion of at least 0.6, so that a variance of up to log(1.6) has room
     log_r = np.minimum(np.log(r), 0.5)
-    x = Parameters(params.mean, params.loadings[:, :K], noise_coordinate(params.noise), log_r)
+    x = Params(params.mean, params.loadings[:, :K], noise_coordinate(params.noise), log_r)
     return function, x
 
 
@@ -72,39 +64,43 @@ def test_value_is_the_dense_twins_plus_priors(coupling):
     function, x = objective(coupling)
     cells, _, _ = small.problem(40)
     params = coupling.expand(x)
-    r = np.exp(params.log_r)
+    r = np.exp(params.dispersion)
     expected = 0.0
     for c in range(small.N_CELLS):
-        Sigma = direct.covariance(params.loadings, params.noise, cells.scale[c])
+        Sigma = direct.covariance(params.loadings, noise_variance(params), cells.scale[c])
         loc = params.mean - cells.offset[c]
         expected += direct.laplace(cells.counts[c], loc, Sigma, r).log_marginal
     for prior, at in (  # normal
         (function.prior_mean, x.mean),
-        (function.prior_log_r, x.log_r),
-        (function.weak_log_r, params.log_r),
+        (function.prior_log_r, x.dispersion),
+        (function.weak_log_r, params.dispersion),
     ):
         expected -= 0.5 * np.sum(prior.precision * (at - prior.loc) ** 2)
-    expected -= NOISE_RATE * np.sum(params.noise)  # exponential
+    expected -= NOISE_RATE * np.sum(noise_variance(params))  # exponential
     point = function(x)
     assert_allclose(point.value, expected, rtol=0, atol=1e-8)
-    assert_allclose(point.gradient_log_r, function.natural_gradient(params)[1].log_r, rtol=1e-8)
-    assert point.params is x
-    assert point.n_unconverged == 0
+    assert_allclose(point.gradient_log_r, function.log_likelihood(params)[1].dispersion, rtol=1e-8)
+    assert point.x is x
+    assert point.sums.n_unconverged == 0
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS, ids=IDS)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_gradient_is_the_difference_quotient(coupling, block):
     function, x = objective(coupling)
-    grad = getattr(function(x).grad, block)
+    grad = getattr(function(x).gradient, block)
     at = getattr(x, block)
     assert grad.shape == at.shape
     rng = np.random.default_rng(1)
     steps = np.concatenate(
         [np.eye(at.size)[: 2 * at.size // small.N_GENES], rng.standard_normal((4, at.size))]
     )
-    if block == "log_r" and isinstance(coupling, MarginalCoupling) and coupling.couple_dispersion:
-        assert_array_equal(grad - function.prior_log_r.gradient(x.log_r), 0.0)
+    if (
+        block == "dispersion"
+        and isinstance(coupling, MarginalCoupling)
+        and coupling.couple_dispersion
+    ):
+        assert_array_equal(grad - function.prior_log_r.gradient(x.dispersion), 0.0)
         return  # the marginal overdispersion is frozen: only its prior's gradient is asked for
     h = 1e-3
 
@@ -120,63 +116,62 @@ def test_gradient_is_the_difference_quotient(coupling, block):
 
 
 def test_poisson_and_no_noise_are_frozen_values():
-    """``log_r = inf`` and ``log_noise = 0`` give finite values and gradients."""
+    """``log r = inf`` and ``d = 0`` give finite values and gradients."""
     function, x = objective(Identity())
     function.prior_log_r = function.weak_log_r = GaussianPrior.flat(small.N_GENES)
-    x = x._replace(log_r=np.full(small.N_GENES, np.inf), log_noise=np.zeros(small.N_GENES))
-    assert_array_equal(x.noise, 0.0)
+    x = x._replace(dispersion=np.full(small.N_GENES, np.inf), noise=np.zeros(small.N_GENES))
+    assert_array_equal(noise_variance(x), 0.0)
     point = function(x)
     assert np.isfinite(point.value)
-    for block in (point.grad.mean, point.grad.loadings, point.grad.log_noise):
+    for block in (point.gradient.mean, point.gradient.loadings, point.gradient.noise):
         assert np.all(np.isfinite(block))
-    large = function(x._replace(log_r=np.full(small.N_GENES, np.log(1e12))))
+    large = function(x._replace(dispersion=np.full(small.N_GENES, np.log(1e12))))
     assert_allclose(point.value, large.value, atol=1e-6)
     # d = 0 is at a finite distance: the gradient there is the one-sided difference quotient
     h = 1e-4
     for g in range(2):
-        at = [
-            function(x._replace(log_noise=i * h * np.eye(small.N_GENES)[g])).value for i in range(4)
-        ]
+        at = [function(x._replace(noise=i * h * np.eye(small.N_GENES)[g])).value for i in range(4)]
         slope = (-11 * at[0] + 18 * at[1] - 9 * at[2] + 2 * at[3]) / (6 * h)
-        assert_allclose(slope, point.grad.log_noise[g], rtol=1e-6, atol=1e-7)
+        assert_allclose(slope, point.gradient.noise[g], rtol=1e-6, atol=1e-7)
 
 
 def test_preconditioner_is_the_sums_and_the_priors_curvatures():
     function, x = objective(Identity())
     point = function(x)
-    _, _, sums, _ = function.natural_gradient(x)
-    grad, genes, d = point.grad, sums.genes, x.noise
-    second = function.histogram.constant_derivatives(np.exp(x.log_r))[1]
+    sums = point.sums
+    metric, genes, d = point.metric, point.sums.genes, noise_variance(x)
+    second = function.histogram.constant_derivatives(np.exp(x.dispersion))[1]
     prior, weak = function.prior_mean.precision, function.weak_log_r.precision
     assert_allclose(
-        grad.information_log_r,
+        metric.dispersion,
         genes.information_log_r - second + function.prior_log_r.precision + weak,
         rtol=1e-8,
     )
     slope = d + NOISE_UNIT  # of d in its coordinate
     assert_allclose(
-        grad.information_log_noise,
+        metric.noise,
         slope**2 * genes.information_noise + NOISE_RATE * slope,
         rtol=1e-8,
     )
-    assert_allclose(grad.information_shift, sums.information_shift + prior.sum(), rtol=1e-8)
-    assert_allclose(grad.moments[:, 0], genes.moments[:, 0] + prior, rtol=1e-8)
-    assert_allclose(grad.moments[:, 1:], genes.moments[:, 1:], rtol=1e-8, atol=1e-8)
+    assert_allclose(metric.shift, sums.information_shift + prior.sum(), rtol=1e-8)
+    assert_allclose(metric.moments[:, 0], genes.moments[:, 0] + prior, rtol=1e-8)
+    assert_allclose(metric.moments[:, 1:], genes.moments[:, 1:], rtol=1e-8, atol=1e-8)
     # of the likelihood alone, without any prior
-    assert_allclose(point.moments, genes.moments, rtol=1e-8, atol=1e-8)
-    assert np.all(grad.information_log_noise > 0) and sums.information_shift > 0
+    assert_allclose(point.sums.genes.moments, genes.moments, rtol=1e-8, atol=1e-8)
+    assert np.all(metric.noise > 0) and sums.information_shift > 0
 
 
 def test_constants_are_counted_once():
     """A change of r that the marginal does not see is the constant's: compare with explicit sums."""
     function, x = objective(Identity())
     cells, _, _ = small.problem(40)
-    r = np.exp(x.log_r)
-    value, grad, sums, _ = function.natural_gradient(x)
+    r = np.exp(x.dispersion)
+    value, grad = function.log_likelihood(x)
+    sums = function(x).sums
     constants = log_rising(cells.counts, r[None, :]).sum() - function.histogram.log_factorials
     assert_allclose(value, sums.log_marginal + constants, rtol=1e-13)
     first = function.histogram.constant_derivatives(r)[0]
-    assert_allclose(grad.log_r, sums.genes.gradient_log_r + first, rtol=1e-13)
+    assert_allclose(grad.dispersion, sums.genes.gradient_log_r + first, rtol=1e-13)
 
 
 def test_constants_are_kept_while_the_dispersions_are_the_same(monkeypatch):
@@ -190,19 +185,19 @@ def test_constants_are_kept_while_the_dispersions_are_the_same(monkeypatch):
 
     monkeypatch.setattr(CountHistogram, "constant_derivatives", recorded)
     first = function(x)
-    again = function(x._replace(mean=x.mean + 0.1, log_r=x.log_r.copy()))
+    again = function(x._replace(mean=x.mean + 0.1, dispersion=x.dispersion.copy()))
     assert len(made) == 1
-    assert_array_equal(again.params.log_r, first.params.log_r)
-    other = x._replace(log_r=x.log_r + np.where(np.arange(small.N_GENES) == 3, 1e-9, 0.0))
+    assert_array_equal(again.x.dispersion, first.x.dispersion)
+    other = x._replace(dispersion=x.dispersion + np.where(np.arange(small.N_GENES) == 3, 1e-9, 0.0))
     for at in (other, x):  # one gene is enough; what was known before is not mixed up with it
         fresh = objective(Identity())[0](at)
         n = len(made)
         point = function(at)
         assert len(made) == n + 1
         assert_allclose(point.value, fresh.value, rtol=1e-13)
-        assert_allclose(point.grad.log_r, fresh.grad.log_r, rtol=1e-8)
+        assert_allclose(point.gradient.dispersion, fresh.gradient.dispersion, rtol=1e-8)
     # nor by a change in place
-    at.log_r[5] += 1.0
+    at.dispersion[5] += 1.0
     fresh = objective(Identity())[0](at)
     assert_allclose(function(at).value, fresh.value, rtol=1e-13)
 
@@ -216,15 +211,17 @@ def test_another_penalty_needs_no_other_pass(monkeypatch):
     whole = Sweeper.__call__
     monkeypatch.setattr(Sweeper, "__call__", lambda self, *a: passes.append(a) or whole(self, *a))
     before = function(x)
-    function.penalty = ColumnPenalty(np.full(K, 3.0), np.zeros(K), np.zeros(small.N_GENES))
-    after = function(x)
+    penalty = ColumnPenalty(np.full(K, 3.0), np.zeros(K), np.zeros(small.N_GENES))
+    after = function(x, penalty)
     assert len(passes) == 1
-    assert_allclose(after.value - before.value, function.penalty.value(x.loadings), rtol=1e-9)
+    assert_allclose(after.value - before.value, penalty.value(x.loadings), rtol=1e-9)
     assert_allclose(
-        after.grad.loadings - before.grad.loadings, function.penalty.gradient(x.loadings), atol=1e-9
+        after.gradient.loadings - before.gradient.loadings,
+        penalty.gradient(x.loadings),
+        atol=1e-9,
     )
     moved = x._replace(mean=x.mean + 1e-13)
-    assert function(moved).value != after.value
+    assert function(moved, penalty).value != after.value
     assert len(passes) == 2
 
 
@@ -242,23 +239,14 @@ def test_a_rotation_needs_no_other_pass(monkeypatch):
     expected = objective(Identity())[0](turned)
     assert len(passes) == 2
     assert_allclose(found.value, expected.value, rtol=1e-11)
-    assert_allclose(found.moments, expected.moments, rtol=1e-8, atol=1e-8)
-    for name in ("mean", "loadings", "log_noise", "log_r", "information_log_noise"):
-        assert_allclose(
-            getattr(found.grad, name), getattr(expected.grad, name), rtol=1e-7, atol=1e-7
-        )
+    assert_allclose(found.sums.genes.moments, expected.sums.genes.moments, rtol=1e-8, atol=1e-8)
+    for value, other in zip(found.gradient, expected.gradient, strict=True):
+        assert_allclose(value, other, rtol=1e-7, atol=1e-7)
+    assert_allclose(found.metric.noise, expected.metric.noise, rtol=1e-7, atol=1e-7)
     # and the next pass starts from scores that were turned with the loadings
     at_the_mode = function.sweep.scores[:, :K].copy()
-    function.sweep(*turned.natural())
+    function.sweep(in_model_units(turned))
     assert_allclose(function.sweep.scores[:, :K], at_the_mode, atol=1e-8)
-
-
-def test_gaussian_prior():
-    prior = GaussianPrior(np.array([1.0, 0.0, 2.0]), np.array([4.0, 0.0, 0.25]))
-    x = np.array([0.5, np.inf, 4.0])
-    assert_allclose(prior.gradient(x), [2.0, 0.0, -0.5])
-    assert_allclose(prior.log_density(x), -0.5 * (4 * 0.25 + 0.25 * 4))
-    assert GaussianPrior.flat(3).log_density(x) == 0.0
 
 
 # ------------------------------------------------------------------ the marginal coupling
@@ -269,7 +257,7 @@ ROWS = 5
 def coordinates(seed, size, log_noise, log_r):
     """Rows of a size and a noise variance, both given by their logarithms."""
     rng = np.random.default_rng(seed)
-    return Parameters(
+    return Params(
         rng.uniform(-3, 8, ROWS),
         np.exp(size) * rng.standard_normal((ROWS, K)),
         noise_coordinate(np.full(ROWS, np.exp(log_noise))),
@@ -278,7 +266,7 @@ def coordinates(seed, size, log_noise, log_r):
 
 
 def variance(params):
-    return np.sum(params.loadings**2, 1) + params.noise
+    return np.sum(params.loadings**2, 1) + noise_variance(params)
 
 
 @settings(max_examples=300, deadline=None)
@@ -294,7 +282,7 @@ def test_coupling_keeps_the_marginal_moments(seed, size, log_noise, log_r):
     for block in params:
         assert np.all(np.isfinite(block))
     Sigma = variance(params)
-    phi_m, phi = np.exp(-log_r), np.exp(-params.log_r)
+    phi_m, phi = np.exp(-log_r), np.exp(-params.dispersion)
     # the bound itself is reached, to rounding, by rows far beyond it
     assert np.all(Sigma <= np.log1p(phi_m) * (1 + 1e-12))
     assert_allclose((1 + phi) * np.exp(Sigma), 1 + phi_m, rtol=1e-11)
@@ -323,8 +311,8 @@ def test_coupling_of_the_mean_alone(seed, size):
     params = MarginalCoupling(False).expand(x)
     assert_allclose(params.mean + variance(params) / 2, x.mean, rtol=1e-12, atol=1e-10)
     assert_array_equal(params.loadings, x.loadings)
-    assert_array_equal(params.log_noise, x.log_noise)
-    assert_array_equal(params.log_r, x.log_r)
+    assert_array_equal(params.noise, x.noise)
+    assert_array_equal(params.dispersion, x.dispersion)
 
 
 def test_small_rows_are_hardly_changed():
@@ -332,8 +320,8 @@ def test_small_rows_are_hardly_changed():
     x = coordinates(0, -9.0, np.log(1e-6), 0.0)
     params = MarginalCoupling(True).expand(x)
     assert_allclose(params.loadings, x.loadings, rtol=1e-5)
-    assert_allclose(params.noise, x.noise, rtol=1e-5)
-    assert_allclose(params.log_r, x.log_r, atol=1e-5)
+    assert_allclose(noise_variance(params), noise_variance(x), rtol=1e-5)
+    assert_allclose(params.dispersion, x.dispersion, atol=1e-5)
 
 
 # log of the rows' size, and whether the dispersion is coupled. With rows of size 1 Sigma_gg reaches its
@@ -349,13 +337,13 @@ def test_coupling_against_its_formulas(size, couple):
     coupling = MarginalCoupling(couple)
     x = coordinates(3, size, -1.5 if size > -3 else max(2 * size, np.log(1e-6)), 0.2)
     rng = np.random.default_rng(0)
-    weights = NaturalGradient(*(rng.standard_normal(b.shape) for b in x))
+    weights = Params(*(rng.standard_normal(b.shape) for b in x))
     params = coupling.expand(x)
-    pulled = coupling.pull_back(x, params, weights)
+    pulled = coupling.pull_back(x, weights)
     for g in range(ROWS):
         gene = [b[g] for b in x]
         expected = expand_gene(*gene, couple)
-        found = params.mean[g], params.loadings[g], params.noise[g], params.log_r[g]
+        found = params.mean[g], params.loadings[g], noise_variance(params)[g], params.dispersion[g]
         for value, other in zip(found, expected, strict=True):
             assert_allclose(value, np.asarray(other, float), rtol=1e-7, atol=1e-12)
         slopes = gradient_gene([w[g] for w in weights], gene, couple)
@@ -372,18 +360,18 @@ def test_metric_is_pulled_back_as_gradients_are(size, coupling):
     x = coordinates(3, size, -1.5 if size > -3 else 2 * size, 0.2)
     params = coupling.expand(x)
     rng = np.random.default_rng(0)
-    nothing = NaturalGradient(*map(np.zeros_like, x))
-    v = NaturalGradient(*(rng.standard_normal(b.shape) for b in x))
-    for part in ({"mean", "loadings"}, {"noise"}, {"log_r"}):
+    nothing = Params(*map(np.zeros_like, x))
+    v = Params(*(rng.standard_normal(b.shape) for b in x))
+    for part in ({"mean", "loadings"}, {"noise"}, {"dispersion"}):
         of = nothing._replace(**{name: getattr(v, name) for name in part})
         column = np.concatenate([of.mean[:, None], of.loadings], 1)
         outer = column[:, :, None] * column[:, None, :]
         columns = Columns.at(params.loadings, np.ones(ROWS), 10, 0.0)
-        metric = Metric(packed(outer), of.noise**2, of.log_r**2, columns)
-        found = coupling.pull_back_metric(x, params, metric)
-        pulled = coupling.pull_back(x, params, of)
+        metric = Metric(packed(outer), of.noise**2, of.dispersion**2, 0.0, columns)
+        found = coupling.pull_back_metric(x, metric)
+        pulled = coupling.pull_back(x, of)
         column = np.concatenate([pulled.mean[:, None], pulled.loadings], 1)
         matrix = least_squares_matrix(found.moments, x.loadings.shape[1])
         assert_allclose(matrix, column[:, :, None] * column[:, None, :], rtol=1e-9, atol=1e-12)
-        prior = coupling.pull_back(x, params, nothing._replace(noise=np.full(ROWS, NOISE_RATE)))
-        assert_allclose(found.noise, pulled.log_noise**2 + prior.log_noise, rtol=1e-9)
+        prior = coupling.pull_back(x, nothing._replace(noise=np.full(ROWS, NOISE_RATE)))
+        assert_allclose(found.noise, pulled.noise**2 + prior.noise, rtol=1e-9)

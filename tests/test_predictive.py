@@ -93,7 +93,7 @@ def test_marginal_offsets_are_those_of_the_rows():
         if frozen[-1] == "eta":
             np.testing.assert_allclose(eta.mean(0), model._source._offsets(rows).loc, atol=0.05)
         else:
-            free = model._solve(rows)["offset"]
+            free = model._solve(rows).offset
             np.testing.assert_allclose(eta.mean(0), free, atol=0.1)
 
 
@@ -140,7 +140,7 @@ def test_library_anchored_compositions_keep_the_overdispersion():
 
 
 @pytest.mark.parametrize("poisson", [False, True])
-def test_per_cell_counts_have_the_moments_of_the_row_s_laplace_posterior(poisson):
+def test_per_cell_counts_have_the_moments_of_the_row_ssolver_posterior(poisson):
     """Against the dense Laplace posterior; the prior's covariance would be seen."""
     mean, W, d, r = globals_(poisson=poisson)
     X = simulate(mean, W, d, r, 3, np.random.default_rng(3))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from sknbln._laplace.rates import draw_rates
+from sknbln.solver.rates import draw_rates
 
 from .reference import direct, small
 
@@ -34,7 +34,7 @@ KINDS = [
 
 @pytest.mark.parametrize("zero_noise", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_draws_are_the_laplace_posterior_s(kind, zero_noise):
+def test_draws_are_thesolver_posterior_s(kind, zero_noise):
     """A draw is affine in its noise: unit vectors give its matrix, and so its exact covariance."""
     cells, params, r = small.problem(seed=1, **kind)
     if zero_noise:

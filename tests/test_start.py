@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.linalg import subspace_angles
 
-from sknbln._batches import RowBatches, sum_over_batches
-from sknbln._laplace import start as start_module
-from sknbln._laplace.start import loadings_from_scores
+from sknbln._rows import RowBatches, sum_over_batches
 from sknbln.datasets import make_nbln_counts
+from sknbln.solver import start as start_module
+from sknbln.solver.start import less_overdispersion, loadings_from_scores
 
 from .reference import small
 from .reference.csr import csr
@@ -126,3 +128,35 @@ def test_recovers_the_span_of_the_factors():
     estimate, truth = (found @ found.T)[off], (sim.loadings @ sim.loadings.T)[off]
     assert np.corrcoef(estimate, truth)[0, 1] > 0.94
     assert 2 / 3 < (estimate @ truth) / (truth @ truth) < 4 / 3
+
+
+# ------------------------------------------------------------------ where a free dispersion starts
+
+LOG_R = np.log(np.array([1e-4, 0.1, 1.0, 10.0, 1e4]))
+
+
+def test_without_variance_the_dispersion_is_as_it_was():
+    # phi is what is left of 1 + phi: rounding of 1 over phi
+    assert_allclose(less_overdispersion(LOG_R, np.zeros(5)), LOG_R, rtol=0, atol=1e-11)
+
+
+def test_variance_that_explains_too_much_leaves_a_tenth():
+    variance = np.log1p(np.exp(-LOG_R))  # all of it
+    for factor in (1.0, 2.0, 1e3):
+        found = less_overdispersion(LOG_R, factor * variance)
+        assert_allclose(found, LOG_R + np.log(10.0), rtol=0, atol=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-9.0, 9.0), st.floats(0.0, 20.0), st.floats(0.0, 1.0))
+def test_marginal_overdispersion_is_kept_down_to_a_tenth(log_r, variance, more):
+    """``(1 + phi) exp(variance)`` is what it was; more variance never leaves more overdispersion."""
+    log_r, variance = np.array([log_r]), np.array([variance])
+    found = less_overdispersion(log_r, variance)
+    before, left = np.exp(-log_r), np.exp(-found)
+    assert np.all(left >= 0.1 * before * (1 - 1e-12))
+    if left > 0.1001 * before:
+        assert_allclose((1 + left) * np.exp(variance), 1 + before, rtol=1e-12)
+    else:
+        assert np.all((1 + 0.1001 * before) * np.exp(variance) >= 1 + before)
+    assert np.all(less_overdispersion(log_r, variance + more) >= found)

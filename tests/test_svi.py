@@ -13,7 +13,7 @@ from scipy import stats
 
 from sknbln import _nbvcp, _svi
 from sknbln._capture import CapturePrior
-from sknbln._laplace.likelihood import CountHistogram
+from sknbln._counts import CountHistogram
 
 from .reference.csr import csr
 

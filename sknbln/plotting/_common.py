@@ -3,9 +3,9 @@
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from .._cascade import unwrapped
 from .._nbln import NBLNEstimator
 from .._nbvcp import NBVCPEstimator
+from .._source import unwrapped
 
 #: Okabe and Ito's palette, which colour-blind readers tell apart; its yellow is too pale for points
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from .._laplace.driver import magnitude
-from .._laplace.mode import DECREMENT_TOL
 from .._nbln import NBLNEstimator
+from ..solver.ascent import magnitude
+from ..solver.mode import DECREMENT_TOL
 from ._common import (
     BLUE,
     GREY,

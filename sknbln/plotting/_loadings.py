@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from .._laplace.shrinkage import RANK_FRACTION, SMALLEST_LOADING
 from .._nbln import NBLNEstimator
+from ..solver.gauge import RANK_FRACTION, SMALLEST_LOADING
 from ._common import (
     BLUE,
     GREY,

@@ -93,4 +93,4 @@ class PredictiveMixin:
         refuse_multinomial(self, "moments()")
         if not isinstance(offset, Real) or not np.isfinite(offset):
             raise ValueError(f"offset={offset!r}: expected a finite number, in nats.")
-        return count_moments(*self._globals(), float(offset))
+        return count_moments(self._params(), float(offset))

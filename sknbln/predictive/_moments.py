@@ -6,11 +6,12 @@ import numpy as np
 from sklearn.utils import Bunch
 
 
-def count_moments(mean, loadings, noise, phi, offset):
-    """Mean, variance and covariance of NB counts with log-normal rates, ``phi = 1/r``.
+def count_moments(params, offset):
+    """Mean, variance and covariance of NB counts with log-normal rates.
 
     Taken in logarithms: only what is itself beyond floating point becomes inf.
     """
+    mean, loadings, noise, phi = params
     S = loadings @ loadings.T
     variance = np.diag(S) + noise
     log_mean = mean - offset + variance / 2

@@ -17,10 +17,10 @@ from scipy.special import log_ndtr, ndtri_exp
 from sklearn.utils import check_random_state
 
 from .. import _capture
-from .._batches import RowBatches, pad_columns, padded_rank
 from .._jax import float64
-from .._laplace.mode import Globals
-from .._laplace.rates import draw_rates
+from .._rows import RowBatches, with_padded_rank
+from ..solver.params import Params, dispersion
+from ..solver.rates import draw_rates
 
 #: levels, and of which offsets they take posterior draws (of a free one per_cell integrates)
 LEVELS = {"marginal": "all", "library_anchored": None, "per_cell": "frozen"}
@@ -46,18 +46,18 @@ class Streams(NamedTuple):
         return cls(*(np.random.default_rng(child) for child in seed.spawn(len(cls._fields))))
 
 
-class Model(NamedTuple):
-    """Globals of one posterior draw."""
+class ParameterDraws(NamedTuple):
+    """Posterior draws, one per row: what a replicate of the counts is made with."""
 
-    mean: np.ndarray  # (n_genes,) log-rates
-    loadings: np.ndarray  # (n_genes, k)
-    noise: np.ndarray  # (n_genes,)
-    r: np.ndarray  # (n_genes,)
+    r: np.ndarray  # (n_samples, n_genes); inf for Poisson channels
+    log_mean: np.ndarray  # (n_samples, n_genes) mu, log-rates
+    eta: np.ndarray | None  # (n_samples, n_rows) offsets; None where not asked for
+    inflation: np.ndarray | None = None  # (n_samples, n_genes) Sigma_gg by the model's; None is 1
 
-    @property
-    def degenerate(self):
-        """Whether the log-rates are their mean: independent genes."""
-        return self.loadings.shape[1] == 0 and not self.noise.any()
+
+def degenerate(params):
+    """Whether the log-rates are their mean: independent genes."""
+    return params.loadings.shape[1] == 0 and not params.noise.any()
 
 
 def log_gamma_noise(r, n_rows, streams):
@@ -151,22 +151,22 @@ class Replicates:
             self._capture = estimator._row_capture(X)
 
     def models(self):
-        """The globals of each posterior draw, one `Model` per sample."""
+        """The parameters of each posterior draw, one `Params` per sample."""
         for s in range(self.n_samples):
             yield self._model(s)
 
     def _model(self, s):
-        _, loadings, noise, _ = self.estimator._globals()
-        draws = self._draws
+        params, draws = self.estimator._params(), self._draws
+        loadings, noise = params.loadings, params.noise
         if draws.inflation is not None:
             loadings = loadings * np.sqrt(draws.inflation[s])[:, None]
             noise = noise * draws.inflation[s]
-        return Model(draws.log_mean[s], loadings, noise, draws.r[s])
+        return Params(draws.log_mean[s], loadings, noise, 1.0 / draws.r[s])
 
     def fresh_rates(self, model, rows):
         """``x ~ N(mu, W W' + diag(d))`` for a number of rows, (rows, n_genes)."""
         k, normal = model.loadings.shape[1], self._streams.normal
-        if model.degenerate:
+        if degenerate(model):
             return np.broadcast_to(model.mean, (rows, model.mean.size))
         noise = normal.standard_normal((rows, k + model.mean.size))
         return model.mean + noise[:, :k] @ model.loadings.T + np.sqrt(model.noise) * noise[:, k:]
@@ -179,7 +179,7 @@ class Replicates:
         model = self._model(s)
         parts = self._posterior_rates if self.level == "per_cell" else self._prior_rates
         for rows, log_rates in parts(model, s):
-            noise = log_gamma_noise(model.r, rows.stop - rows.start, self._streams)
+            noise = log_gamma_noise(dispersion(model), rows.stop - rows.start, self._streams)
             log_intensity = log_rates + noise
             if self.given_totals:
                 p = softmax(log_intensity)
@@ -210,13 +210,13 @@ class Replicates:
         else:
             capture = self._draws.eta[s], np.zeros(self.n_rows), np.ones(self.n_rows)
         k, n_genes = model.loadings.shape[1], self.n_genes
-        if model.degenerate:
+        if degenerate(model):
             for rows in self.row_chunks():
                 yield rows, model.mean - capture[0][rows, None]
             return
         batches = RowBatches(self.X, *capture, batch_size=self.estimator.batch_size)
-        padded = padded_rank(k)
-        params = Globals(model.mean, pad_columns(model.loadings, padded), model.noise, 1 / model.r)
+        params = with_padded_rank(model)
+        padded = params.loadings.shape[1]
         if self._scores is None:
             self._scores = np.zeros((self.n_rows, padded + 1))
         for rows, cells in batches:

@@ -2,21 +2,17 @@
 
 import numpy as np
 
-from sknbln._batches import RowBatches, Sweeper
-from sknbln._laplace.likelihood import CountHistogram
-from sknbln._laplace.objective import Objective
-from sknbln._laplace.sweeps import NOISE_UNIT, GaussianPrior, Parameters
+from sknbln._counts import CountHistogram
+from sknbln._rows import RowBatches, Sweeper
+from sknbln.solver.objective import Objective
+from sknbln.solver.params import GaussianPrior, Params, noise_coordinate
 
 from . import small
 from .csr import csr
 
 K = 2
 N = small.N_CELLS
-BLOCKS = ("mean", "loadings", "log_noise", "log_r")
-
-
-def noise_coordinate(d):
-    return np.log1p(d / NOISE_UNIT)
+BLOCKS = Params._fields
 
 
 def problem(seed, coupling=None):
@@ -33,7 +29,7 @@ def problem(seed, coupling=None):
         coupling,
     )
     rng = np.random.default_rng(seed)
-    start = Parameters(
+    start = Params(
         params.mean + 2 * rng.standard_normal(G),
         rng.standard_normal((G, K)),
         noise_coordinate(np.exp(rng.uniform(np.log(1e-4), np.log(5.0), G))),

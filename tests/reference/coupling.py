@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sknbln._laplace.sweeps import NOISE_UNIT
+from sknbln.solver.params import NOISE_UNIT
 
 LD = np.longdouble
 

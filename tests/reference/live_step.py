@@ -8,9 +8,10 @@ the curvature with it. Slow (it differentiates Cholesky factorizations), and wit
 import jax
 import jax.numpy as jnp
 
-from sknbln._laplace import lowrank
-from sknbln._laplace.likelihood import log_likelihood_terms, log_odds_terms
-from sknbln._laplace.mode import Globals, find_mode, linearize, location, log_rates
+from sknbln.solver import lowrank
+from sknbln.solver.channel import log_likelihood_terms, log_odds_terms
+from sknbln.solver.mode import find_mode, linearize, location, log_rates
+from sknbln.solver.params import Params
 
 
 def newton_step(cells, params, y):
@@ -25,13 +26,13 @@ def newton_step(cells, params, y):
 
 def total_log_marginal(mean, loadings, noise, log_r, cells, zeta):
     """Sum over cells of the Laplace marginal, without the constants; differentiable in the globals."""
-    params = Globals(mean, loadings, noise, jnp.exp(-log_r))
+    params = Params(mean, loadings, noise, jnp.exp(-log_r))
     fixed = jax.tree.map(jax.lax.stop_gradient, params)
     mode = find_mode(cells, fixed, zeta)
     zeta, alpha = newton_step(cells, params, jax.lax.stop_gradient(mode.y))
     y = log_rates(cells, params, lowrank.Factors.of(loadings), zeta, alpha)
     there = linearize(cells, params, y)
-    logs = log_odds_terms(params.phi[None, :], there.terms)
+    logs = log_odds_terms(params.dispersion[None, :], there.terms)
     likelihood = jnp.sum(log_likelihood_terms(cells.counts, y, logs), 1)
     prior = jnp.sum(there.prior_precision * zeta**2, 1) + jnp.sum(noise[None, :] * alpha**2, 1)
     log_det = jnp.sum(jnp.log(there.den), 1) + lowrank.log_det(there.L)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from sknbln._laplace.marginal import solve_cells
-from sknbln._laplace.mode import Cells, Globals
+from sknbln.solver.marginal import solve_cells
+from sknbln.solver.params import Cells, Params
 
 from .csr import csr
 
@@ -12,7 +12,7 @@ N_CELLS, N_GENES, RANK = 8, 12, 4
 
 
 def problem(seed=0, *, poisson=False, capture="mixed"):
-    """Counts of a few cells (a `Cells`) drawn from globals (a `Globals`), and the sizes r.
+    """Counts of a few cells (a `Cells`) drawn from globals (a `Params`), and the sizes r.
 
     ``capture`` is "fixed" (known offsets), "free" (a Gaussian prior), "mixed" (every other cell) or "flat".
     """
@@ -36,7 +36,7 @@ def problem(seed=0, *, poisson=False, capture="mixed"):
     gamma = np.ones_like(y) if poisson else rng.gamma(r, 1 / r, y.shape)
     counts = rng.poisson(np.exp(y) * gamma).astype(float)
     cells = Cells(counts, offset, scale, precision, np.ones(N_CELLS))
-    return cells, Globals(mean, loadings, noise, 1.0 / r), r
+    return cells, Params(mean, loadings, noise, 1.0 / r), r
 
 
 def zeros(cells, params):

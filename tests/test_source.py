@@ -7,8 +7,9 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._cascade import canonical_freeze, row_offsets, soft_priors
-from sknbln._validation import validate_counts
+from sknbln._capture import given_source
+from sknbln._counts import validate_counts
+from sknbln._source import canonical_freeze, soft_priors
 from sknbln.datasets import make_nbln_counts
 
 
@@ -101,8 +102,8 @@ def test_marginal_without_r_couples_the_mean_only(counts, source):
 def test_soft_priors_are_the_moments_of_the_draws(source):
     priors = soft_priors(source, 2.0, 4000, np.random.RandomState(0))
     for prior, (loc, scale) in (
-        (priors.log_mean, (source._guide.log_mean[0], source._guide.log_mean_scale)),
-        (priors.log_r, (source._guide.log_dispersion[0], source._guide.log_dispersion_scale)),
+        (priors.mean, (source._guide.log_mean[0], source._guide.log_mean_scale)),
+        (priors.dispersion, (source._guide.log_dispersion[0], source._guide.log_dispersion_scale)),
     ):
         # 4,000 draws: 1.1 % error of a standard deviation
         np.testing.assert_allclose(prior.precision**-0.5, 2.0 * scale, rtol=0.06)
@@ -150,21 +151,24 @@ def test_infinite_tau_is_no_prior(counts, source):
 def test_free_offsets_lie_between_the_source_and_the_capture_prior(counts, source):
     """The three ends are in test_capture.py; here what the model asks for."""
     X = validate_counts(source, counts, reset=False)
-    found = source._offsets(X)
-    prior = source.capture_prior_
-    narrow = row_offsets(source, X, frozen=False, tau=1e-6, capture_prior=prior)
+    found, prior = source._offsets(X), source.capture_prior_
+
+    def offsets(tau, prior=prior, frozen=False):
+        return given_source(X, found, source.capture_prior_, prior, frozen=frozen, tau=tau)[:2]
+
+    narrow = offsets(1e-6)
     np.testing.assert_allclose(narrow[0], found.loc, atol=1e-6)
     assert np.all(narrow[1] < 2e-6 * found.scale)
-    as_it_is = row_offsets(source, X, frozen=False, tau=1.0, capture_prior=prior)
+    as_it_is = offsets(1.0)
     np.testing.assert_allclose(as_it_is[0], found.loc, rtol=1e-9)
     np.testing.assert_allclose(as_it_is[1], found.scale, rtol=1e-9)
-    wide = row_offsets(source, X, frozen=False, tau=np.inf, capture_prior=prior)
+    wide = offsets(np.inf)
     loc, scale = prior.rows(np.asarray(X.sum(1)).ravel())
     np.testing.assert_allclose(wide[0], loc)
     np.testing.assert_allclose(wide[1], scale)
+    np.testing.assert_array_equal(offsets(1.0, frozen=True), [found.loc, 0 * found.loc])
     # no capture model, no offset
-    none = row_offsets(source, X, frozen=False, tau=1.0, capture_prior=None)
-    np.testing.assert_array_equal(none, np.zeros((2, X.shape[0])))
+    np.testing.assert_array_equal(offsets(1.0, prior=None), np.zeros((2, X.shape[0])))
 
 
 # ------------------------------------------------------------------ rows of the model, rows of the source

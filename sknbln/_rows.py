@@ -6,15 +6,17 @@ No JAX array leaves this file's callers (a pickled float64 JAX array would come 
 import copy
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ._jax import compiled_once, float64, in_order, n_workers, on_cpu, tidy
-from ._laplace.driver import magnitude
-from ._laplace.likelihood import log_rising_slope
-from ._laplace.marginal import BatchSums, no_sums, score_products, solve_cells
-from ._laplace.mode import LAST_STEP, Cells, Globals
+from .solver.ascent import magnitude
+from .solver.channel import log_rising_slope
+from .solver.marginal import BatchSums, no_sums, score_products, solve_cells
+from .solver.mode import LAST_STEP
+from .solver.params import Cells
 
 _ROW_BUCKET = 64  # rows of a batch are padded to a multiple of this
 _LEAST_ROWS = 64  # of an automatic batch: every batch has sums over its rows for every gene
@@ -55,12 +57,46 @@ def _solved_at_once(rows, n_genes):
     return rows if rows <= wanted else math.gcd(rows, 2 ** int(math.log2(wanted)))
 
 
+class CSRRows:
+    """Rows of a count matrix in memory: where rows come from.
+
+    Whatever else rows may come from has the same four members; nothing else asks for counts, and sums
+    over blocks add up.
+
+    Parameters
+    ----------
+    X : csr_matrix of shape (n_cells, n_genes)
+        Canonical counts.
+
+    Attributes
+    ----------
+    shape : tuple (n_cells, n_genes)
+    dtype : dtype of the counts
+    """
+
+    def __init__(self, X):
+        self._X = X
+        self.shape, self.dtype = X.shape, X.dtype
+
+    def block(self, rows):
+        """The rows of a slice as CSR; it shares their memory."""
+        X, start = self._X, self._X.indptr[rows.start]
+        inside = slice(start, X.indptr[rows.stop])
+        indptr = X.indptr[rows.start : rows.stop + 1] - start
+        shape = rows.stop - rows.start, X.shape[1]
+        return type(X)((X.data[inside], X.indices[inside], indptr), shape=shape, copy=False)
+
+    def chosen(self, positions):
+        """The rows at the positions, in their order: another of this kind."""
+        return CSRRows(self._X[positions])
+
+
 class RowBatches:
     """Rows of a count matrix as padded dense batches of one shape, with their capture data.
 
     Parameters
     ----------
-    X : csr_matrix of shape (n_cells, n_genes)
+    X : csr_matrix of shape (n_cells, n_genes), or where else rows come from: see `CSRRows`
     offset, scale : ndarray of shape (n_cells,)
         Prior location and scale of the capture offset; scale 0 is a known offset.
     precision : ndarray of shape (n_cells,), optional
@@ -71,8 +107,8 @@ class RowBatches:
     """
 
     def __init__(self, X, offset, scale, precision=None, *, batch_size=None):
-        self.X = X
-        n, n_genes = X.shape
+        self.counts = X if hasattr(X, "block") else CSRRows(X)
+        n, n_genes = self.counts.shape
         precision = np.ones(n) if precision is None else precision
         self.capture = np.stack([offset, scale, precision], 1).astype(float)
         if batch_size is None:
@@ -85,9 +121,9 @@ class RowBatches:
         self.solved_at_once = _solved_at_once(self.rows, n_genes)
 
     def without_capture(self, rows):
-        """Some of the rows with their offset held at 0, in batches of the same shape."""
+        """The rows at these positions with their offset held at 0, in batches of the same shape."""
         other = copy.copy(self)
-        other.X = self.X[rows]
+        other.counts = self.counts.chosen(rows)
         other.capture = np.tile([0.0, 0.0, 1.0], (rows.size, 1))
         other.starts = range(0, rows.size, self.rows)
         return other
@@ -96,24 +132,20 @@ class RowBatches:
         """Rows of `a` filled up to the rows of a batch."""
         return np.concatenate([a, np.full((self.rows - a.shape[0], *a.shape[1:]), value)], 0)
 
-    def block(self, rows):
-        """A slice of the rows as CSR that shares their memory."""
-        X, start = self.X, self.X.indptr[rows.start]
-        inside = slice(start, X.indptr[rows.stop])
-        indptr = X.indptr[rows.start : rows.stop + 1] - start
-        shape = rows.stop - rows.start, X.shape[1]
-        return type(X)((X.data[inside], X.indices[inside], indptr), shape=shape, copy=False)
+    @property
+    def n_cells(self):
+        """Number of rows."""
+        return self.counts.shape[0]
 
     def slices(self):
-        """Of the rows of each batch."""
-        n = self.X.shape[0]
-        return [slice(start, min(start + self.rows, n)) for start in self.starts]
+        """Slices of the rows of each batch."""
+        return [slice(start, min(start + self.rows, self.n_cells)) for start in self.starts]
 
     def cells(self, rows):
         """The `Cells` of a batch."""
         n = rows.stop - rows.start
-        counts = np.zeros((self.rows, self.X.shape[1]))
-        self.block(rows).toarray(out=counts[:n])
+        counts = np.zeros((self.rows, self.counts.shape[1]))
+        self.counts.block(rows).toarray(out=counts[:n])
         offset, scale, precision = self.capture[rows].T
         padded = self.padded(offset), self.padded(scale), self.padded(precision, 1.0)
         return Cells(counts, *padded, self.padded(np.ones(n)))
@@ -134,74 +166,97 @@ class RowBatches:
         return solve_cells(cells, params, zeta, last_step, block=self.solved_at_once)
 
 
+class RowPosterior(NamedTuple):
+    """What is known of rows given the parameters: the Gaussian posterior of scores and capture offset."""
+
+    log_marginal: np.ndarray  # (n_rows,) without the constants of the counts
+    scores: np.ndarray  # (n_rows, k)
+    score_covariance: np.ndarray  # (n_rows, k, k)
+    offset: np.ndarray  # (n_rows,) before truncation at 0
+    offset_variance: np.ndarray  # (n_rows,)
+    score_offset_covariance: np.ndarray  # (n_rows, k)
+    offset_slope: np.ndarray  # (n_rows,) d log_marginal / d offset, mode held
+    offset_curvature: np.ndarray  # (n_rows,) -d^2 log_marginal / d offset^2, curvature held
+    converged: np.ndarray  # (n_rows,)
+    decrement: np.ndarray  # (n_rows,) of Newton
+
+    @property
+    def offset_scale(self):
+        """Standard deviations of the offsets, (n_rows,)."""
+        return np.sqrt(self.offset_variance)
+
+    @classmethod
+    def empty(cls, n, k):
+        """Arrays for n rows and k factors, for :meth:`fill`."""
+        shapes = ((), (k,), (k, k), (), (), (k,), (), (), (), ())
+        kinds = [bool if name == "converged" else float for name in cls._fields]
+        return cls(*(np.empty((n, *s), kind) for s, kind in zip(shapes, kinds, strict=True)))
+
+    def fill(self, rows, cells, results):
+        """Write a batch's `CellResults` to its rows."""
+        k, covariance = self.scores.shape[1], results.covariance
+        offset, scale = cells.offset, cells.scale
+        found = (
+            results.log_marginal,
+            results.zeta[:, :k],
+            covariance[:, :k, :k],
+            offset - scale * results.zeta[:, -1],
+            scale**2 * covariance[:, -1, -1],
+            -scale[:, None] * covariance[:, :k, -1],
+            results.offset_slope,
+            results.offset_curvature,
+            results.converged,
+            results.decrement,
+        )
+        for whole, part in zip(self, found, strict=True):
+            whole[rows] = part[: rows.stop - rows.start]
+
+
 def _added(total, part):
     """Sums over two batches' rows, from those over each."""
     return jax.tree.map(np.add, total, part)
 
 
-def _globals(mean, loadings, noise, phi):
-    k = padded_rank(loadings.shape[1])
-    return jax.device_put(Globals(mean, pad_columns(loadings, k), noise, phi))
+def with_padded_rank(params):
+    """Parameters with as many columns of loadings as a compiled kernel has; zero columns stay zero."""
+    k = padded_rank(params.loadings.shape[1])
+    return params._replace(loadings=pad_columns(params.loadings, k))
 
 
 @float64
-def solve_rows(batches, mean, loadings, noise, phi, start=None):
-    """Solve every row given the globals, from the scores of a sweep where they are given.
+def solve_rows(batches, params, start=None):
+    """Solve every row given the parameters, from the scores of a sweep where they are given.
 
     Returns
     -------
-    dict of ndarray
-        ``log_marginal`` (n,) without the constants of the counts, ``scores`` (n, k), ``score_covariance``
-        (n, k, k), ``offset`` (n,) and ``offset_variance`` (n,) of the posterior of the capture
-        offset (not truncated), ``offset_slope``, ``offset_curvature``, ``converged`` and
-        ``decrement`` (n,) of Newton, ``score_offset_covariance`` (n, k).
+    RowPosterior
     """
-    params = _globals(mean, loadings, noise, phi)
-    k, padded = loadings.shape[1], params.loadings.shape[1]
-    start = np.zeros((batches.X.shape[0], padded + 1)) if start is None else start
+    k, wide = params.loadings.shape[1], with_padded_rank(params)
+    if start is None:
+        start = np.zeros((batches.n_cells, wide.loadings.shape[1] + 1))
+    on_device = jax.device_put(wide)
 
     def solved(rows, cells):
-        results = batches.solve(cells, params, batches.padded(start[rows]))[1]
+        results = batches.solve(cells, on_device, batches.padded(start[rows]))[1]
         return rows, cells, jax.tree.map(np.asarray, results)
 
-    out = {}
+    out = RowPosterior.empty(batches.n_cells, k)
     for part in batches.map(solved):
-        _fill(out, *part, k, batches.X.shape[0])
+        out.fill(*part)
     return out
 
 
-def _fill(out, rows, cells, result, k, n_cells):
-    """Write a batch's `CellResults` to its rows of the arrays that `solve_rows` returns."""
-    offset, scale = cells.offset, cells.scale
-    covariance = result.covariance
-    found = dict(
-        log_marginal=result.log_marginal,
-        scores=result.zeta[:, :k],
-        score_covariance=covariance[:, :k, :k],
-        offset=offset - scale * result.zeta[:, -1],
-        offset_variance=scale**2 * covariance[:, -1, -1],
-        score_offset_covariance=-scale[:, None] * covariance[:, :k, -1],
-        offset_slope=result.offset_slope,
-        offset_curvature=result.offset_curvature,
-        converged=result.converged,
-        decrement=result.decrement,
-    )
-    for name, value in found.items():
-        if name not in out:
-            out[name] = np.empty((n_cells, *value.shape[1:]), value.dtype)
-        out[name][rows] = value[: rows.stop - rows.start]
-
-
 @float64
-def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispersion):
+def gene_score_products(batches, params, start, free_dispersion):
     """Outer products of each gene's scores in (mu, w, log d, log r), ``sum_c b``, and the rows.
 
-    Shapes (n_genes, k + 3, k + 3) and (n_genes,), and what `solve_rows` returns. Where log r is not free, its
+    Shapes (n_genes, k + 3, k + 3) and (n_genes,), and the rows' `RowPosterior`. Where log r is not free, its
     scores lack the part that does not depend on the log-rates.
     """
-    params = _globals(mean, loadings, noise, phi)
-    k, padded = loadings.shape[1], params.loadings.shape[1]
-    r = 1.0 / phi if free_dispersion else None
+    k, wide = params.loadings.shape[1], with_padded_rank(params)
+    k_padded = wide.loadings.shape[1]
+    r = 1.0 / params.dispersion if free_dispersion else None
+    params = jax.device_put(wide)
 
     def products(rows, cells):
         constants = np.zeros_like(cells.counts)
@@ -213,12 +268,12 @@ def gene_score_products(batches, mean, loadings, noise, phi, start, free_dispers
         found = score_products(on_device, params, alpha, results, constants)
         return rows, cells, *jax.tree.map(np.asarray, (results, found))
 
-    total, out = None, {}
-    for rows, cells, results, part in batches.map(products):
+    total, solved = None, RowPosterior.empty(batches.n_cells, k)
+    for *found, part in batches.map(products):
         total = part if total is None else _added(total, part)
-        _fill(out, rows, cells, results, k, batches.X.shape[0])
-    keep = np.r_[0 : k + 1, padded + 1, padded + 2]
-    return total[0][:, keep][:, :, keep], total[1], out
+        solved.fill(*found)
+    keep = np.r_[0 : k + 1, k_padded + 1, k_padded + 2]
+    return total[0][:, keep][:, :, keep], total[1], solved
 
 
 def sum_over_batches(batches, mean, phi):
@@ -243,19 +298,18 @@ class Sweeper:
     ----------
     batches : RowBatches
     k : int
+    tol : float, default=0.0
+        Fraction of the objective's magnitude that matters to the fit: the rows' modes are found so well that
+        the objective is known far better. 0 is to rounding.
 
     Attributes
     ----------
     scores : ndarray of shape (n_cells, padded k + 1)
-    tol : float
-        Fraction of the objective's magnitude that matters to who asks: the rows' modes are found to so much
-        that the objective is known far better. 0, to rounding, unless it is set.
     """
 
-    def __init__(self, batches, k):
-        self.batches = batches
-        self.scores = np.zeros((batches.X.shape[0], padded_rank(k) + 1))
-        self.tol = 0.0
+    def __init__(self, batches, k, tol=0.0):
+        self.batches, self.tol = batches, tol
+        self.scores = np.zeros((batches.n_cells, padded_rank(k) + 1))
         self._last_step = LAST_STEP
 
     def rotate(self, rotation):
@@ -264,29 +318,30 @@ class Sweeper:
         self.scores[:, :k] = self.scores[:, :k] @ rotation
 
     @float64
-    def __call__(self, mean, loadings, noise, phi):
+    def __call__(self, params):
         """One pass over all rows: `BatchSums` of NumPy arrays for the unpadded latent dimension."""
-        params = _globals(mean, loadings, noise, phi)
+        wide = with_padded_rank(params)
+        on_device = jax.device_put(wide)
 
         def solved(rows, cells):
             start = self.batches.padded(self.scores[rows])
-            _, results, sums = self.batches.solve(cells, params, start, self._last_step)
+            _, results, sums = self.batches.solve(cells, on_device, start, self._last_step)
             found = np.asarray(results.zeta)[: rows.stop - rows.start]
             # a trial may overflow; the next sweep starts from the last finite scores
             good = np.isfinite(found).all(axis=1)
             self.scores[rows][good] = found[good]
             return jax.tree.map(np.asarray, sums)
 
-        total = no_sums(mean.size, params.loadings.shape[1])
+        total = no_sums(*wide.loadings.shape)
         for sums in self.batches.map(solved):
             total = _added(total, sums)
         # of the first sweep nobody knows the magnitude: it is solved to rounding
-        size = magnitude(float(total.log_marginal), max(self.batches.X.shape[0], 1))
+        size = magnitude(float(total.log_marginal), max(self.batches.n_cells, 1))
         if np.isfinite(size):
             self._last_step = min(
                 max(LAST_STEP, (_MODE_SHARE * self.tol * size) ** 2), _LARGEST_LAST_STEP
             )
-        return _unpad(total, loadings.shape[1])
+        return _unpad(total, params.loadings.shape[1])
 
 
 def _unpad(sums: BatchSums, k):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from . import lowrank
-from .likelihood import channel_terms, terms_at
+from .channel import channel_terms, terms_at
 
 #: nothing is left of a Newton decrement below this, nats: what a mode is found to unless less is asked for
 LAST_STEP = 1e-18
@@ -29,29 +29,6 @@ FARTHEST = 10.0
 GENE_STEPS = 4  # of each gene given the scores, before the first step of all
 GENE_REACH = 2.0  # nats, at most by one of them
 GENE_HIGHEST = 60.0  # log-rate in them, whose exponential is finite in single precision
-
-
-class Cells(NamedTuple):
-    """What a batch of cells brings to the kernel. Everything here is data.
-
-    ``scale = 0`` is a known offset, ``scale > 0`` a Gaussian prior on it; ``precision`` is 1 for a
-    proper prior and 0 for a flat offset (then ``scale`` is 1). ``weight`` is 0 for padding.
-    """
-
-    counts: jnp.ndarray  # (n_cells, n_genes)
-    offset: jnp.ndarray  # (n_cells,) prior location m_c of the capture offset
-    scale: jnp.ndarray  # (n_cells,) prior scale s_c of the capture offset
-    precision: jnp.ndarray  # (n_cells,)
-    weight: jnp.ndarray  # (n_cells,)
-
-
-class Globals(NamedTuple):
-    """Global parameters: ``phi = 1/r`` is 0 for Poisson counts."""
-
-    mean: jnp.ndarray  # (n_genes,) mu
-    loadings: jnp.ndarray  # (n_genes, k) W
-    noise: jnp.ndarray  # (n_genes,) d
-    phi: jnp.ndarray  # (n_genes,)
 
 
 class Linearization(NamedTuple):
@@ -94,14 +71,14 @@ def log_rates(cells, params, factors, zeta, alpha):
 def linearize(cells, params, y, factors=None):
     """Expand the likelihood at ``y``; ``factors`` are those of the loadings, if they are known."""
     factors = lowrank.Factors.of(params.loadings) if factors is None else factors
-    lin = _expansion(cells, params, channel_terms(cells.counts, y, params.phi[None, :]))
+    lin = _expansion(cells, params, channel_terms(cells.counts, y, params.dispersion[None, :]))
     M = lowrank.precision_matrix(lin.b, factors, lin.scales, lin.prior_precision)
     return lin._replace(L=lowrank.cholesky(M))
 
 
 def linearization_at(cells, params, mode):
     """What `linearize` says at a `Mode`, without what is known there."""
-    terms = terms_at(cells.counts, mode.rate, params.phi[None, :])
+    terms = terms_at(cells.counts, mode.rate, params.dispersion[None, :])
     return _expansion(cells, params, terms)._replace(L=mode.L)
 
 
@@ -159,7 +136,7 @@ def _genes_alone(cells, params, centre):
     u, d, phi, centre = jax.lax.optimization_barrier(
         tuple(
             a.astype(jnp.float32)
-            for a in (cells.counts, params.noise[None, :], params.phi[None, :], centre)
+            for a in (cells.counts, params.noise[None, :], params.dispersion[None, :], centre)
         )
     )
     alpha = jnp.zeros_like(centre)

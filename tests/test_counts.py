@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from numpy.testing import assert_array_equal
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._validation import validate_counts
+from sknbln._counts import validate_counts
 
 N, G = 60, 30
 

@@ -9,20 +9,23 @@ from scipy.stats import halfcauchy, norm, ortho_group
 from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._fitting import NBLNProblem, loadings_strategy
-from sknbln._laplace.shrinkage import (
-    ARD,
-    ColumnPenalty,
-    Evidence,
-    HorseshoeColumnwise,
-    NEGColumnwise,
-    Relaxation,
-    compositional,
-    effective_rank,
-    singular_basis,
-)
-from sknbln._validation import validate_counts
 from sknbln.datasets import make_nbln_counts
+from sknbln.solver.column_priors import (
+    ColumnPenalty,
+    ColumnScales,
+    ColumnVariances,
+    Evidence,
+    ard,
+    horseshoe,
+    horseshoe_variance,
+    named,
+    normal_exponential_gamma,
+    relaxed,
+)
+from sknbln.solver.gauge import compositional, effective_rank, singular_basis
+from sknbln.solver.objective import MarginalCoupling
+
+from .reference.ascent import problem
 
 FREE = dict(informative_priors_freeze=("eta",), informative_priors_tau=np.inf)
 
@@ -63,7 +66,7 @@ def test_a_rotation_of_the_singular_basis_gains_nothing_at_first_order():
 
 def test_gaussian_part_of_the_penalty_has_standard_deviation_sigma():
     W = compositional(np.random.default_rng(0).standard_normal((9, 1)))
-    v, volume = loadings_strategy({"type": "gaussian", "sigma": 0.3}).update(evidence([1.0]))
+    v, volume, *_ = named({"type": "gaussian", "sigma": 0.3})[1](evidence([1.0]))
     value = ColumnPenalty(1 / v, volume, np.zeros(9)).value(W)
     expected = norm.logpdf(W, scale=0.3).sum() - norm.logpdf(0, scale=0.3) * 9
     assert value == pytest.approx(expected)
@@ -80,7 +83,7 @@ def column_log_density(S, variance, dof):
 @pytest.mark.parametrize("S", [0.01, 1.0, 30.0])
 def test_horseshoe_scale_is_the_mode_with_lambda_a_standard_deviation(S):
     dof, tau = 39, 0.4
-    found = HorseshoeColumnwise().column_variance(np.array([S]), dof, tau)[0]
+    found = horseshoe_variance(np.array([S]), dof, tau)[0]
 
     def minus(log_lambda):
         scale = np.exp(log_lambda)
@@ -92,8 +95,7 @@ def test_horseshoe_scale_is_the_mode_with_lambda_a_standard_deviation(S):
 
 def test_horseshoe_finds_the_joint_mode_of_scales_and_tau():
     S, dof = np.array([20.0, 8.0, 0.5]), 39
-    strategy = HorseshoeColumnwise(tau_scale=0.7)
-    v, volume = strategy.update(evidence(S))
+    v, volume, _, tau = horseshoe(evidence(S), tau_scale=0.7)
 
     def minus(x):
         scale, tau = np.exp(x[:3]), np.exp(x[3])
@@ -105,14 +107,14 @@ def test_horseshoe_finds_the_joint_mode_of_scales_and_tau():
 
     best = minimize(minus, np.zeros(4), method="BFGS", options={"gtol": 1e-8})
     np.testing.assert_allclose(np.sqrt(v), np.exp(best.x[:3]), rtol=1e-4)
-    assert strategy.diagnostics()["tau"] == pytest.approx(np.exp(best.x[3]), rel=1e-3)
+    assert tau == pytest.approx(np.exp(best.x[3]), rel=1e-3)
     assert np.all(volume == 0)
 
 
 @pytest.mark.parametrize("S", [0.05, 2.0, 30.0])
 def test_neg_scale_is_the_mode_with_psi_a_variance(S):
     dof, alpha, beta = 39, 1.5, 0.7
-    v, _ = NEGColumnwise(alpha=alpha, beta=beta).update(evidence([S]))
+    v = normal_exponential_gamma(evidence([S]), alpha=alpha, beta=beta).variance
 
     def minus(x):
         psi, rate = np.exp(x)
@@ -128,40 +130,46 @@ def test_neg_scale_is_the_mode_with_psi_a_variance(S):
     assert v[0] == pytest.approx(np.exp(best.x[0]), rel=1e-4)
 
 
-@pytest.mark.parametrize("strategy", [HorseshoeColumnwise, NEGColumnwise])
-def test_scales_are_floored(strategy):
-    v, _ = strategy(lambda_min=0.02).update(evidence([0.0, 5.0]))
+@pytest.mark.parametrize("update", [horseshoe, normal_exponential_gamma])
+def test_scales_are_floored(update):
+    v = update(evidence([0.0, 5.0]), lambda_min=0.02).variance
     assert np.sqrt(v[0]) == pytest.approx(0.02)
     assert np.sqrt(v[1]) > 0.02
 
 
 def test_ard_scales_are_floored_as_those_of_the_other_priors():
-    v, _ = ARD().update(evidence([0.0, 5.0], reliability=0.4))
-    assert np.sqrt(v[0]) == pytest.approx(HorseshoeColumnwise().lambda_min)
+    v = ard(evidence([0.0, 5.0], reliability=0.4)).variance
+    assert v[0] == pytest.approx(horseshoe(evidence([0.0, 5.0])).smallest)
     assert np.sqrt(v[1]) > 0.3
 
 
 def test_ard_counts_the_posterior_variance_of_known_columns_only():
     known = evidence([4.0], information=20.0, reliability=1.0)
-    v, volume = ARD().update(known)
+    v, volume, *_ = ard(known)
     variance = 1 / (20.0 + 1 / v[0])
     assert v[0] == pytest.approx((4.0 + 40 * variance) / 39, rel=1e-5)
     gamma = 40 * (1 - variance / v[0])
     assert volume[0] == pytest.approx(gamma, rel=1e-5)
     # the forces along a column cancel: S / lambda^2 = gamma - 1 (G loadings, G - 1 degrees)
     assert 4.0 / v[0] == pytest.approx(gamma - 1, rel=1e-4)
-    v, volume = ARD().update(evidence([4.0], information=20.0, reliability=0.4))
+    v, volume, *_ = ard(evidence([4.0], information=20.0, reliability=0.4))
     assert v[0] == pytest.approx(4.0 / 39)
     assert volume[0] == 0
 
 
-def stages_until_settled(step, relaxation):
-    v, n = np.array([1.0, 3.0]), 0
+def next_variances(found, last, smallest=1e-6):
+    """What a stage keeps of an update: `ColumnScales` without a penalty."""
+    found = ColumnVariances(found, np.zeros_like(found), smallest)
+    return ColumnScales(found, *relaxed(found, last), None, False, False)
+
+
+def stages_until_settled(step, relax):
+    scales, n = next_variances(np.array([1.0, 3.0]), None), 0
     while n < 1000:
-        found, n = step(v), n + 1
-        if np.all(np.abs(np.log(found / v)) < 1e-6):
+        found, n = step(scales.variance), n + 1
+        if np.all(np.abs(np.log(found / scales.variance)) < 1e-6):
             break
-        v = relaxation(v, found, 1e-6)
+        scales = next_variances(found, scales if relax else None)
     return found, n
 
 
@@ -172,18 +180,18 @@ def test_scales_that_go_a_small_part_of_the_way_are_taken_further():
     def step(v):
         return np.exp(target + left * (np.log(v) - target))
 
-    plain, many = stages_until_settled(step, lambda before, found, smallest: found)
-    relaxed, few = stages_until_settled(step, Relaxation())
-    for found in (plain, relaxed):
+    plain, many = stages_until_settled(step, relax=False)
+    taken_further, few = stages_until_settled(step, relax=True)
+    for found in (plain, taken_further):
         np.testing.assert_allclose(found, [1e-2, 2.0], rtol=1e-4)
     assert few < many / 3
 
 
 def test_relaxed_scales_keep_their_floor():
-    relaxation = Relaxation()
-    for before in (4e-6, 2e-6):
-        found = relaxation(np.array([before]), np.array([before / 2]), 1e-6)
-    assert found == pytest.approx(1e-6)
+    scales = next_variances(np.array([4e-6]), None)
+    for _ in range(3):
+        scales = next_variances(scales.variance / 2, scales)
+    assert scales.variance == pytest.approx(1e-6)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +218,7 @@ def test_relaxed_scales_keep_their_floor():
 )
 def test_bad_priors_say_what_is_known(prior, message):
     with pytest.raises(ValueError, match=message):
-        loadings_strategy(prior)
+        named(prior)
 
 
 # ------------------------------------------------------------------ the basis
@@ -223,7 +231,7 @@ def test_the_singular_basis_never_lowers_the_joint_mode():
 
     def profiled(loadings):
         S = np.sum(compositional(loadings) ** 2, 0)
-        v, _ = HorseshoeColumnwise().update(evidence(S, 20))
+        v = horseshoe(evidence(S, 20)).variance
         return np.sum(column_log_density(S, v, 19))
 
     best = profiled(W @ singular_basis(W))
@@ -272,33 +280,34 @@ def test_no_factors_in_data_without_any():
 
 
 def test_each_stage_is_an_ascent_of_the_penalized_objective(rank_three, monkeypatch):
-    import sknbln._laplace.shrinkage as shrinkage
+    from sknbln import _nbln
 
-    histories = []
-    original = shrinkage.ascend
+    outcomes, original = [], _nbln.ascend
 
     def recorded(*args, **options):
-        outcome = original(*args, **options)
-        histories.append(outcome.history)
-        return outcome
+        outcomes.append(original(*args, **options))
+        return outcomes[-1]
 
-    monkeypatch.setattr(shrinkage, "ascend", recorded)
+    monkeypatch.setattr(_nbln, "ascend", recorded)
     sim, source = rank_three
-    NBLNEstimator(
+    model = NBLNEstimator(
         6, loadings_prior="ard", informative_prior_estimator=source, random_state=0, **FREE
     ).fit(sim.data)
-    assert len(histories) > 2
-    for history in histories:
+    (outcome,) = outcomes
+    assert len(outcome.stages) > 2
+    for history in outcome.stages:
         assert np.all(np.diff(history) > -1e-9)
+    assert model.objective_history_.size == model.n_iter_ + 1
+    assert model.n_iter_ == sum(len(stage) - 1 for stage in outcome.stages)
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "ard"])
 def test_stages_that_move_nothing_end_the_fit_and_are_said(rank_three, monkeypatch, prior):
     """Where no step raises the objective under scales that stay: once more is the same again."""
-    import sknbln._laplace.driver as driver
+    from sknbln.solver import ascent
 
-    monkeypatch.setattr(driver, "_next_step", lambda *args: (None, 1e9))
-    monkeypatch.setattr(driver, "_search", lambda *args: (None, None))
+    monkeypatch.setattr(ascent, "_next_step", lambda *args: (None, 1e9))
+    monkeypatch.setattr(ascent, "_search", lambda *args: (None, None))
     sim, source = rank_three
     model = NBLNEstimator(
         2, loadings_prior=prior, informative_prior_estimator=source, random_state=0, **FREE
@@ -310,28 +319,17 @@ def test_stages_that_move_nothing_end_the_fit_and_are_said(rank_three, monkeypat
     assert model.objective_history_.size == model.n_iter_ + 1
 
 
-def test_penalized_objective_has_the_exact_gradient(rank_three):
-    sim, source = rank_three
-    estimator = NBLNEstimator(2, loadings_prior="ard", random_state=0, **FREE)
-    X = validate_counts(estimator, sim.data, reset=True)
-    problem = NBLNProblem(
-        estimator,
-        source,
-        ("eta",),
-        source.capture_prior_,
-        loadings_strategy(estimator.loadings_prior),
-        X,
-        np.random.RandomState(0),
-    )
+@pytest.mark.parametrize("coupling", [None, MarginalCoupling(True)])
+def test_penalized_objective_has_the_exact_gradient(coupling):
+    evaluate, x = problem(16, coupling)
     rng = np.random.default_rng(0)
-    objective, x = problem.objective, problem.start
-    objective.penalty = ColumnPenalty(
-        np.array([3.0, 40.0]), np.array([50.0, 5.0]), rng.random(sim.data.shape[1])
-    )
+    penalty = ColumnPenalty(np.array([3.0, 40.0]), np.array([50.0, 5.0]), rng.random(len(x.mean)))
     direction = rng.standard_normal(x.loadings.shape)
     h = 1e-4
-    up, down = (objective(x._replace(loadings=x.loadings + s * direction)).value for s in (h, -h))
-    slope = np.sum(objective(x).grad.loadings * direction)
+    up, down = (
+        evaluate(x._replace(loadings=x.loadings + s * direction), penalty).value for s in (h, -h)
+    )
+    slope = np.sum(evaluate(x, penalty).gradient.loadings * direction)
     assert (up - down) / (2 * h) == pytest.approx(slope, rel=1e-5)
 
 

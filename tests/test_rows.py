@@ -8,8 +8,8 @@ import pytest
 import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sknbln import _batches as batches_module
-from sknbln._batches import (
+from sknbln import _rows as rows_module
+from sknbln._rows import (
     RowBatches,
     Sweeper,
     gene_score_products,
@@ -18,10 +18,10 @@ from sknbln._batches import (
     solve_rows,
     sum_over_batches,
 )
-from sknbln._laplace.likelihood import log_rising_derivatives
-from sknbln._laplace.marginal import solve_cells
-from sknbln._laplace.mode import DECREMENT_TOL
-from sknbln._laplace.start import information_sums
+from sknbln.solver.channel import log_rising_derivatives
+from sknbln.solver.marginal import solve_cells
+from sknbln.solver.mode import DECREMENT_TOL
+from sknbln.solver.start import information_sums
 
 from .reference import small
 from .reference.csr import csr
@@ -53,6 +53,37 @@ def test_batches_cover_all_rows_once(batch_size):
         assert_array_equal(cells.precision[n:], 1.0)
         assert_array_equal(cells.weight, np.arange(batches.rows) < n)
     assert seen == list(range(20))
+
+
+class DenseRows:
+    """Rows that come from elsewhere: the interface of `CSRRows` over a dense array."""
+
+    def __init__(self, X):
+        self.whole, self.shape, self.dtype = X, X.shape, X.dtype
+
+    def block(self, rows):
+        return csr(self.whole[rows])
+
+    def chosen(self, positions):
+        return DenseRows(self.whole[positions])
+
+
+def test_rows_may_come_from_elsewhere():
+    X, offset, scale, precision, params = rows()
+    elsewhere = DenseRows(X.toarray())
+    for batch_size in (None, 9):
+        here, there = (
+            RowBatches(source, offset, scale, precision, batch_size=batch_size)
+            for source in (X, elsewhere)
+        )
+        for a, b in zip(solve_rows(here, params), solve_rows(there, params), strict=True):
+            assert_array_equal(a, b)
+        chosen = np.array([7, 3, 12])
+        for (_, a), (_, b) in zip(
+            here.without_capture(chosen), there.without_capture(chosen), strict=True
+        ):
+            assert_array_equal(a.counts, b.counts)
+            assert_array_equal(a.counts[:3], X[chosen].toarray())
 
 
 def test_batches_are_padded_to_few_shapes():
@@ -96,7 +127,7 @@ def test_padded_rank_and_columns():
 
 def sweep(X, offset, scale, precision, params, batch_size):
     sweeper = Sweeper(RowBatches(X, offset, scale, precision, batch_size=batch_size), K)
-    return sweeper, sweeper(*params)
+    return sweeper, sweeper(params)
 
 
 def assert_sums_close(found, expected):
@@ -137,7 +168,7 @@ def test_sweeps_start_where_the_last_one_ended():
     X, offset, scale, precision, params = rows()
     sweeper, first = sweep(X, offset, scale, precision, params, None)
     start = sweeper.scores.copy()
-    again = sweeper(*params)
+    again = sweeper(params)
     assert_sums_close(again, first)
     assert_allclose(sweeper.scores, start, rtol=1e-9, atol=1e-9)
 
@@ -146,14 +177,14 @@ def test_a_sweep_that_fails_does_not_spoil_the_next():
     """A trial of the ascent may overflow; what comes after it starts from finite scores."""
     X, offset, scale, precision, params = rows()
     sweeper, first = sweep(X, offset, scale, precision, params, None)
-    assert np.isnan(sweeper(*params._replace(mean=np.full(small.N_GENES, np.nan))).log_marginal)
-    again = sweeper(*params)
+    assert np.isnan(sweeper(params._replace(mean=np.full(small.N_GENES, np.nan))).log_marginal)
+    again = sweeper(params)
     assert_sums_close(again, first)
 
 
 def test_rows_are_those_of_the_kernel():
     X, offset, scale, precision, params = rows()
-    found = solve_rows(RowBatches(X, offset, scale, precision, batch_size=9), *params)
+    found = solve_rows(RowBatches(X, offset, scale, precision, batch_size=9), params)
     cells = small.problem(60)[0]
     with jax.enable_x64(True):
         one = jax.tree.map(np.asarray, small.solved(cells, params)[1])
@@ -170,42 +201,46 @@ def test_rows_are_those_of_the_kernel():
         converged=np.ones(small.N_CELLS, bool),
     )
     # below its tolerance, and otherwise rounding
-    assert found["decrement"].shape == (20,)
-    assert np.all(found.pop("decrement") <= DECREMENT_TOL)
-    assert found.keys() == expected.keys()
+    assert found.decrement.shape == (20,)
+    assert np.all(found.decrement <= DECREMENT_TOL)
+    assert set(found._fields) == {*expected, "decrement"}
     for name, value in expected.items():
-        assert found[name].shape == (20, *value.shape[1:])
-        assert_allclose(found[name][: small.N_CELLS], value, err_msg=name, rtol=1e-8, atol=1e-8)
+        assert getattr(found, name).shape == (20, *value.shape[1:])
+        assert_allclose(
+            getattr(found, name)[: small.N_CELLS], value, err_msg=name, rtol=1e-8, atol=1e-8
+        )
 
 
 def test_rows_do_not_depend_on_the_batches():
     X, offset, scale, precision, params = rows()
-    expected = solve_rows(RowBatches(X, offset, scale, precision), *params)
+    expected = solve_rows(RowBatches(X, offset, scale, precision), params)
     for batch_size in (1, 9):
-        found = solve_rows(RowBatches(X, offset, scale, precision, batch_size=batch_size), *params)
-        for name, value in expected.items():
-            assert_allclose(found[name], value, err_msg=name, rtol=1e-9, atol=1e-9)
+        found = solve_rows(RowBatches(X, offset, scale, precision, batch_size=batch_size), params)
+        for name, a, b in zip(found._fields, found, expected, strict=True):
+            assert_allclose(a, b, err_msg=name, rtol=1e-9, atol=1e-9)
 
 
 def test_rows_do_not_depend_on_the_start():
     """The scores of a sweep, of other globals too, in batches of other rows."""
     X, offset, scale, precision, params = rows()
-    expected = solve_rows(RowBatches(X, offset, scale, precision), *params)
+    expected = solve_rows(RowBatches(X, offset, scale, precision), params)
     sweeper, _ = sweep(X, offset, scale, precision, params._replace(mean=params.mean + 0.5), 9)
     assert np.abs(sweeper.scores).max() > 0.5
     batches = RowBatches(X, offset, scale, precision, batch_size=7)
-    found = solve_rows(batches, *params, sweeper.scores)
-    found.pop("decrement"), expected.pop("decrement")
-    for name, value in expected.items():
-        assert_allclose(found[name], value, err_msg=name, rtol=1e-8, atol=1e-8)
+    found = solve_rows(batches, params, sweeper.scores)
+    for name, a, b in zip(found._fields, found, expected, strict=True):
+        if name != "decrement":
+            assert_allclose(a, b, err_msg=name, rtol=1e-8, atol=1e-8)
 
 
 def test_sum_over_batches_is_the_loop():
     X, offset, scale, _, params = rows()
-    summed = sum_over_batches(RowBatches(X, offset, scale, batch_size=8), params.mean, params.phi)
+    summed = sum_over_batches(
+        RowBatches(X, offset, scale, batch_size=8), params.mean, params.dispersion
+    )
     total, squares = summed(information_sums)
     m = np.exp(params.mean - offset[:, None])
-    information = m / (1 + params.phi * m)
+    information = m / (1 + params.dispersion * m)
     assert_allclose(total, information.sum(0), rtol=1e-12)
     assert_allclose(squares, (information**2).sum(0), rtol=1e-12)
 
@@ -217,7 +252,7 @@ def test_score_products_are_sums_over_cells_of_their_gradients(free_dispersion):
     The constants' part of log r is left out where log r is not free.
     """
     X, offset, scale, precision, params = rows(small.N_CELLS)
-    r = 1 / params.phi
+    r = 1 / params.dispersion
     products = np.zeros((small.N_GENES, K + 3, K + 3))
     information = np.zeros(small.N_GENES)
     for c in range(small.N_CELLS):
@@ -238,9 +273,9 @@ def test_score_products_are_sums_over_cells_of_their_gradients(free_dispersion):
     for start in (sweeper.scores, 0 * sweeper.scores):
         for batch_size in (None, 3):
             batches = RowBatches(X, offset, scale, precision, batch_size=batch_size)
-            found, b, solved = gene_score_products(batches, *params, start, free_dispersion)
-            for name, value in solve_rows(batches, *params).items():
-                assert_allclose(solved[name], value, rtol=1e-8, atol=1e-8, err_msg=name)
+            found, b, solved = gene_score_products(batches, params, start, free_dispersion)
+            for name, value in solve_rows(batches, params)._asdict().items():
+                assert_allclose(getattr(solved, name), value, rtol=1e-8, atol=1e-8, err_msg=name)
             assert found.shape == (small.N_GENES, K + 3, K + 3)
             assert_allclose(found, products, rtol=1e-8, atol=1e-8)
             assert_allclose(b, information, rtol=1e-9)
@@ -248,10 +283,10 @@ def test_score_products_are_sums_over_cells_of_their_gradients(free_dispersion):
 
 def test_score_products_of_poisson_counts_are_finite():
     X, offset, scale, precision, params = rows(small.N_CELLS)
-    params = params._replace(phi=np.zeros(small.N_GENES))
+    params = params._replace(dispersion=np.zeros(small.N_GENES))
     start = np.zeros((small.N_CELLS, padded_rank(K) + 1))
     batches = RowBatches(X, offset, scale, precision)
-    products, *_ = gene_score_products(batches, *params, start, False)
+    products, *_ = gene_score_products(batches, params, start, False)
     assert np.all(np.isfinite(products))
     assert_allclose(products[:, -1], 0.0, atol=1e-12 * np.abs(products).max())
 
@@ -259,7 +294,7 @@ def test_score_products_of_poisson_counts_are_finite():
 def test_sums_do_not_depend_on_the_number_of_threads(monkeypatch):
     sums = []
     for workers in (1, 2, 3):
-        monkeypatch.setattr(batches_module, "n_workers", lambda workers=workers: workers)
+        monkeypatch.setattr(rows_module, "n_workers", lambda workers=workers: workers)
         sums.append(jax.tree.leaves(sweep(*rows(), 4)[1]))
     for other in sums[1:]:
         for a, b in zip(sums[0], other, strict=True):
@@ -283,8 +318,8 @@ def test_numbers_and_rows_of_one_bucket_share_a_compilation(caplog):
         params = type(params)(*(a[:genes] for a in params))
         params = params._replace(loadings=params.loadings[:, :k])
         batches = RowBatches(X[:, :genes], offset, scale, precision, batch_size=batch_size)
-        solve_rows(batches, *params)
-        Sweeper(batches, k)(*params)
+        solve_rows(batches, params)
+        Sweeper(batches, k)(params)
 
     run(20, 60, 3)
     with jax.log_compiles():

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .likelihood import channel_terms
+from .channel import channel_terms
+from .params import Params, noise_coordinate
 
 _OVERSAMPLING = 8
 _COLUMN_BUCKET = 4
@@ -69,3 +70,36 @@ def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
     loadings = vectors * size[None, :]
     norms = np.linalg.norm(loadings, axis=1, keepdims=True)
     return loadings * np.minimum(1.0, _LARGEST_SD / np.maximum(norms, 1e-300))
+
+
+START_NOISE = 0.05  # nats squared
+
+
+def less_overdispersion(log_r, variance):
+    """Log dispersion when log-rates of this variance explain their share of the overdispersion.
+
+    At least a tenth of it is left: a start for where r is free.
+    """
+    phi = np.exp(-log_r)
+    return -np.log(np.maximum((1.0 + phi) * np.exp(-variance) - 1.0, 0.1 * phi))
+
+
+def start_coordinates(log_mean, log_r, loadings, free, coupled):
+    """Coordinates from which a fit starts, by independent genes' log means and log r, and loadings."""
+    variance = np.sum(loadings**2, 1) + START_NOISE
+    return Params(
+        log_mean - variance / 2 if free.mean and not coupled else log_mean,
+        loadings,
+        noise_coordinate(np.full(log_mean.size, START_NOISE)),
+        less_overdispersion(log_r, variance) if free.dispersion else log_r,
+    )
+
+
+def resumed(start, previous, free):
+    """The start with the coordinates of a previous fit for all that is free."""
+    known = np.isfinite(previous.dispersion)  # it may have been a Poisson channel's
+    return start._replace(
+        mean=previous.mean if free.mean else start.mean,
+        noise=previous.noise,
+        dispersion=np.where(known & free.dispersion, previous.dispersion, start.dispersion),
+    )

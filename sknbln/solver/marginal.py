@@ -24,13 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import lowrank
-from .likelihood import (
+from .channel import (
     dispersion_terms,
     log_likelihood_terms,
     log_odds_terms,
     third_derivative,
 )
-from .mode import LAST_STEP, Globals, find_mode, linearization_at, linearize, log_rates
+from .mode import LAST_STEP, find_mode, linearization_at, linearize, log_rates
 
 GENE_BLOCK = 64
 
@@ -111,7 +111,8 @@ def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
     Parameters
     ----------
     cells : Cells
-    params : Globals
+    params : Params
+        In the model's own units.
     zeta : array of shape (n_cells, k + 1)
         Scores from which the modes are looked for.
     last_step : float
@@ -150,7 +151,7 @@ def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
 def _solve_block(cells, params, factors, zeta, last_step):
     mode = find_mode(cells, params, zeta, last_step, factors)
     lin = linearization_at(cells, params, mode)
-    logs = log_odds_terms(params.phi[None, :], lin.terms)
+    logs = log_odds_terms(params.dispersion[None, :], lin.terms)
     results = _cell_results(cells, params, factors, mode, lin, logs)
     live = cells.weight > 0
     genes, regression = _gene_sums(cells, params, factors, mode, lin, logs, results.covariance)
@@ -201,7 +202,7 @@ class _GeneScores(NamedTuple):
 
 
 def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
-    d, phi = params.noise[None, :], params.phi[None, :]
+    d, phi = params.noise[None, :], params.dispersion[None, :]
     terms, rest, b = lin.terms, lin.rest, lin.b
 
     scaled = covariance * lin.scales[:, :, None] * lin.scales[:, None, :]
@@ -310,7 +311,7 @@ def score_products(cells, params, alpha, results, constant_scores):
     n_genes, k = params.loadings.shape
     zeta, factors = results.zeta, lowrank.Factors.of(params.loadings)
     lin = linearize(cells, params, log_rates(cells, params, factors, zeta, alpha), factors)
-    logs = log_odds_terms(params.phi[None, :], lin.terms)
+    logs = log_odds_terms(params.dispersion[None, :], lin.terms)
     scores = _gene_scores(cells, params, factors, alpha, lin, logs, results.covariance)
     second = zeta[:, :, None] * zeta[:, None, :] + results.covariance
     second = (second[:, :k, :] * lin.scales[:, None, :]).reshape(-1, k + 1)
@@ -341,14 +342,3 @@ def score_products(cells, params, alpha, results, constant_scores):
     F = _gene_blocks(factors.columns)
     products = jax.lax.map(products, (*blocks, F)).reshape(-1, k + 3, k + 3)[:n_genes]
     return products, jnp.sum(weight * lin.b, 0)
-
-
-__all__ = [
-    "BatchSums",
-    "CellResults",
-    "GeneSums",
-    "Globals",
-    "no_sums",
-    "score_products",
-    "solve_cells",
-]

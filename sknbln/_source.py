@@ -1,7 +1,6 @@
 """From a fitted NBVCP source to what an NBLN fit takes of it: frozen values, soft priors, offsets."""
 
 import copy
-from typing import NamedTuple
 
 import numpy as np
 from sklearn.base import clone
@@ -10,7 +9,8 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted, check_memory
 
 from . import _capture
-from ._laplace.sweeps import GaussianPrior
+from .solver.objective import weak_mean_prior
+from .solver.params import GaussianPrior, Params
 
 #: canonical names and their aliases
 FREEZE_NAMES = {
@@ -135,37 +135,31 @@ def matched_to_genes(source, n_genes, names):
     return restricted(source, genes)
 
 
-class SoftPriors(NamedTuple):
-    """Gaussian priors of log m and log r, moment-matched to draws of the source's posterior."""
-
-    log_mean: GaussianPrior
-    log_r: GaussianPrior
-
-
 def soft_priors(source, tau, n_samples, rng):
-    """Moments of posterior draws in the unconstrained coordinates, scales times `tau`."""
-    draws = source._log_draws(n_samples, rng)
-    priors = []
-    for log in (draws["mu"], draws["r"]):
-        scale = tau * np.maximum(log.std(0), 1e-8)
-        priors.append(GaussianPrior(log.mean(0), scale**-2.0))
-    return SoftPriors(*priors)
+    """Gaussian priors of log m and log r, the two blocks of `Params` that the source knows.
 
-
-def row_offsets(source, X, *, frozen, tau, capture_prior, found=None):
-    """Location and scale of each row's capture offset in the NBLN model, two arrays (n_rows,).
-
-    One rule for training rows and new rows. Each row's offset has a one-dimensional posterior given
-    the source's globals, ``found`` where it is at hand. Frozen: its mode, scale 0. Otherwise: as
-    `_capture.refined_prior`; without a capture model there is no offset.
+    Moments of draws from its posterior in the unconstrained coordinates, scales times `tau`.
     """
-    found = source._offsets(X) if found is None else found
-    if source.capture_prior_ is None or frozen:
-        return found.loc, np.zeros_like(found.loc)
-    if capture_prior is None:
-        return np.zeros_like(found.loc), np.zeros_like(found.loc)
-    priors = (_capture.row_prior(prior, X) for prior in (source.capture_prior_, capture_prior))
-    return _capture.refined_prior(found, *priors, tau)
+    draws = source._log_draws(n_samples, rng)
+    mean, dispersion = (
+        GaussianPrior(log.mean(0), (tau * np.maximum(log.std(0), 1e-8)) ** -2.0)
+        for log in (draws["mu"], draws["r"])
+    )
+    return Params(mean, None, None, dispersion)
+
+
+def priors(source, free, tau, n_samples, rng):
+    """Priors of a model's mean and log r: soft ones and the weak one of the mean; flat where frozen."""
+    flat = GaussianPrior.flat(source.mean_.size)
+    if not (free.mean or free.dispersion):
+        return Params(flat, None, None, flat)
+    soft = soft_priors(source, tau, n_samples, rng)
+    return Params(
+        soft.mean.times(weak_mean_prior(np.log(source.mean_))) if free.mean else flat,
+        None,
+        None,
+        soft.dispersion if free.dispersion else flat,
+    )
 
 
 def on_rows(source, X, offsets):

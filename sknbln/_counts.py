@@ -18,7 +18,7 @@ from scipy.stats import chi2
 from sklearn.utils import check_scalar
 from sklearn.utils.validation import validate_data
 
-from ._laplace.likelihood import in_parts, n_fractional
+from .solver.channel import log_factorial, log_rising, log_rising_derivatives
 
 #: where a warning's line is not the user's
 _NOT_THE_USERS = tuple(
@@ -353,3 +353,76 @@ def _same_depth(name, X):
         "nothing is wrong. Rounded counts per million have them too, but not the dispersion of counts: "
         "give raw counts."
     )
+
+
+# ------------------------------------------------------------------ distinct counts
+
+#: as many multiplicities are counted in one array, 8 bytes each
+_COUNTED_KEYS = 2**22
+#: and so many counts at a time
+_COUNTED_AT_ONCE = 2**18
+
+
+def in_parts(a, size=_COUNTED_AT_ONCE):
+    """Views of about ``size`` entries: what is made of one is as small."""
+    return np.array_split(a, max(a.size // size, 1))
+
+
+def n_fractional(values):
+    """How many are not whole numbers."""
+    return sum(np.count_nonzero(part != np.floor(part)) for part in in_parts(values))
+
+
+class CountHistogram:
+    """Distinct non-zero counts of every gene with their multiplicities.
+
+    Sums over cells of functions of (count, dispersion) cost one evaluation per distinct count.
+
+    Parameters
+    ----------
+    X : csr_matrix of shape (n_cells, n_genes)
+        Canonical (sorted, no duplicates, no explicit zeros).
+    """
+
+    def __init__(self, X):
+        self.n_cells, self.n_genes = X.shape
+        values, code = X.data, X.data
+        if values.size == 0 or values.max() >= 2**31 or n_fractional(values):
+            values, code = np.unique(X.data, return_inverse=True)
+        # one integer key for gene and count; where there are few possible keys, counting beats sorting
+        width = int(code.max(initial=0)) + 1
+        n_keys = self.n_genes * width
+        if n_keys <= max(_COUNTED_KEYS, code.size):
+            times = np.zeros(n_keys, np.int64)
+            size = max(_COUNTED_AT_ONCE, n_keys)
+            for gene, part in zip(in_parts(X.indices, size), in_parts(code, size), strict=True):
+                key = gene * np.int64(width) + part.astype(np.int64)
+                times += np.bincount(key, minlength=n_keys)
+            key = np.flatnonzero(times)
+            self.times = times[key]
+        else:
+            key = X.indices * np.int64(width) + code.astype(np.int64)
+            key, self.times = np.unique(key, return_counts=True)
+        self.gene, code = (key // width).astype(np.intp), key % width
+        self.count = code.astype(float) if values is X.data else values[code]
+        self.times = self.times.astype(float)
+        self.log_factorials = float(np.sum(self.times * log_factorial(self.count)))
+
+    def _sum(self, values):
+        return np.bincount(self.gene, self.times * values, minlength=self.n_genes)
+
+    def constants(self, r):
+        """Per gene ``sum_cells log_rising(u, r)``, shape (n_genes,)."""
+        return self._sum(log_rising(self.count, r[self.gene]))
+
+    def constant_derivatives(self, r):
+        """First and second derivative of :meth:`constants` in ``log r``, two arrays (n_genes,)."""
+        first, second = log_rising_derivatives(self.count, r[self.gene])
+        return self._sum(first), self._sum(second)
+
+
+def row_constants(X, r):
+    """Per cell ``sum_genes [log_rising(u, r) - log u!]``, shape (n_cells,)."""
+    values = log_rising(X.data, r[X.indices]) - log_factorial(X.data)
+    rows = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr))
+    return np.bincount(rows, values, minlength=X.shape[0])

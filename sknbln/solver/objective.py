@@ -15,43 +15,55 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .driver import Point
-from .likelihood import SMALLEST_OVERDISPERSION
+from .channel import SMALLEST_OVERDISPERSION
+from .columns import Columns
 from .lowrank import triangle
-from .marginal import rotated
-from .sweeps import (
+from .marginal import BatchSums, rotated
+from .metric import Metric, least_squares_matrix, packed
+from .params import (
     NOISE_UNIT,
-    Columns,
     GaussianPrior,
-    Gradients,
-    Parameters,
-    least_squares_matrix,
-    packed,
+    Params,
+    in_model_units,
+    noise_coordinate,
+    noise_variance,
 )
 
 #: rate of the exponential prior of every noise variance d: mean 1/2 nat squared. It matters for genes
 #: with next to no counts, whose d is otherwise unbounded.
 NOISE_RATE = 2.0
+#: standard deviation of the normal prior of log m, around the genes' average
+LOG_MEAN_PRIOR_SCALE = 4.0
+#: location and standard deviation of the normal prior of log r
+LOG_DISPERSION_PRIOR = (2.0, 1.0)
 #: relative rounding error of a sum over all counts: a few units in the last place of its parts
 ROUNDING = 1e-15
 
 
-class NaturalGradient(NamedTuple):
-    """Gradient in the model's parameters (in d, not log d) before it is pulled back."""
-
-    mean: np.ndarray
-    loadings: np.ndarray
-    noise: np.ndarray
-    log_r: np.ndarray
+def weak_dispersion_prior(n_genes):
+    """The prior of log r that keeps genes with little information finite."""
+    loc, scale = LOG_DISPERSION_PRIOR
+    return GaussianPrior(np.full(n_genes, loc), np.full(n_genes, scale**-2.0))
 
 
-class Metric(NamedTuple):
-    """Information in the model's parameters or, pulled back, in the coordinates."""
+def weak_mean_prior(level):
+    """The prior of log m, around the genes' average, that keeps genes without counts finite."""
+    return GaussianPrior(
+        np.full(level.size, level.mean()), np.full(level.size, LOG_MEAN_PRIOR_SCALE**-2.0)
+    )
 
-    moments: np.ndarray  # (n_genes, T) of each gene's (mu, w), packed
-    noise: np.ndarray  # (n_genes,) of d; in the coordinates of log_noise, with its prior's
-    log_r: np.ndarray  # (n_genes,)
-    columns: Columns  # of a common change of all loadings
+
+class Point(NamedTuple):
+    """Coordinates with the log-posterior, its gradient and its metric there."""
+
+    x: Params
+    value: float  # nats
+    #: rounding error of the value, nats: a smaller fall is not a fall, a smaller promise promises nothing
+    rounding: float
+    gradient: Params
+    metric: Metric
+    sums: BatchSums  # over the cells
+    gradient_log_r: np.ndarray  # of the log-likelihood, in the model's own log r; (n_genes,)
 
 
 class NoPenalty:
@@ -78,18 +90,16 @@ class Identity:
     """The coordinates are the parameters."""
 
     def expand(self, x):
-        """Coordinates to parameters."""
+        """Coordinates of the model's own parameters."""
         return x
 
-    def pull_back(self, x, params, grad):
-        """Gradient in the coordinates."""
-        return Parameters(
-            grad.mean, grad.loadings, (params.noise + NOISE_UNIT) * grad.noise, grad.log_r
-        )
+    def pull_back(self, x, gradient):
+        """Gradient in the coordinates, from that in (mu, W, d, log r)."""
+        return gradient._replace(noise=(noise_variance(x) + NOISE_UNIT) * gradient.noise)
 
-    def pull_back_metric(self, x, params, metric):
+    def pull_back_metric(self, x, metric):
         """Metric in the coordinates."""
-        slope = params.noise + NOISE_UNIT
+        slope = noise_variance(x) + NOISE_UNIT
         return metric._replace(noise=slope**2 * metric.noise + slope * NOISE_RATE)
 
 
@@ -100,14 +110,14 @@ class MarginalCoupling:
         self.couple_dispersion = couple_dispersion
 
     def _variance(self, x):
-        return np.sum(x.loadings**2, 1) + x.noise
+        return np.sum(x.loadings**2, 1) + noise_variance(x)
 
     def _saturation(self, x):
         """``S``, ``c`` and ``dc/dS`` per gene."""
         S = self._variance(x)
         if not self.couple_dispersion:
             return S, np.ones_like(S), np.zeros_like(S)
-        t = S / np.log1p(np.exp(-x.log_r))
+        t = S / np.log1p(np.exp(-x.dispersion))
         small = t < 1e-5
         safe = np.where(small, 1.0, t)
         c = np.where(small, 1.0 - t / 2, -np.expm1(-safe) / safe)
@@ -118,44 +128,45 @@ class MarginalCoupling:
         """Derivatives of ``Sigma_gg`` and of ``log r`` in S; the marginal overdispersion is frozen."""
         if not self.couple_dispersion:
             return np.ones_like(S), np.zeros_like(S)
-        t = np.log1p(np.exp(-x.log_r))
+        t = np.log1p(np.exp(-x.dispersion))
         slope = np.exp(-S / t)
         level = np.maximum(t * slope, SMALLEST_OVERDISPERSION)  # log(1 + phi)
         return slope, np.exp(level) * level / np.expm1(level) / t
 
     def _log_overdispersion(self, x, S):
         """``log phi``: with ``t = log(1 + phi_m)``, ``log(1 + phi) = t - c S = t exp(-S / t)``."""
-        t = np.log1p(np.exp(-x.log_r))
+        t = np.log1p(np.exp(-x.dispersion))
         return np.log(np.maximum(np.expm1(t * np.exp(-S / t)), SMALLEST_OVERDISPERSION))
 
     def expand(self, x):
-        """Coordinates to parameters."""
+        """Coordinates of the model's own parameters."""
         S, c, _ = self._saturation(x)
         variance = c * S
-        log_r = x.log_r
+        log_r = x.dispersion
         if self.couple_dispersion:
             log_r = -self._log_overdispersion(x, S)
-        return Parameters(
+        return Params(
             x.mean - variance / 2,
             np.sqrt(c)[:, None] * x.loadings,
-            np.log1p(c * x.noise / NOISE_UNIT),
+            noise_coordinate(c * noise_variance(x)),
             log_r,
         )
 
-    def pull_back(self, x, params, grad):
+    def pull_back(self, x, grad):
         """Gradient in the coordinates: the chain rule through Sigma_gg."""
         S, c, dc_dS = self._saturation(x)
         d_variance, d_log_r = self._slopes(x, S)
-        by_c = np.sum(grad.loadings * x.loadings, 1) / (2.0 * np.sqrt(c)) + grad.noise * x.noise
-        by_S = by_c * dc_dS - 0.5 * grad.mean * d_variance + grad.log_r * d_log_r
-        return Parameters(
+        d = noise_variance(x)
+        by_c = np.sum(grad.loadings * x.loadings, 1) / (2.0 * np.sqrt(c)) + grad.noise * d
+        by_S = by_c * dc_dS - 0.5 * grad.mean * d_variance + grad.dispersion * d_log_r
+        return Params(
             grad.mean,
             np.sqrt(c)[:, None] * grad.loadings + 2.0 * by_S[:, None] * x.loadings,
-            (x.noise + NOISE_UNIT) * (c * grad.noise + by_S),
-            np.zeros_like(grad.log_r) if self.couple_dispersion else grad.log_r,
+            (d + NOISE_UNIT) * (c * grad.noise + by_S),
+            np.zeros_like(grad.dispersion) if self.couple_dispersion else grad.dispersion,
         )
 
-    def pull_back_metric(self, x, params, metric):
+    def pull_back_metric(self, x, metric):
         """Metric in the coordinates: ``J' I J`` gene by gene, blocks (mu, w) and d.
 
         A loading or d that changes moves the mean and the dispersion beside it. So do the lengths of the
@@ -163,7 +174,7 @@ class MarginalCoupling:
         """
         S, c, dc_dS = self._saturation(x)
         d_variance, d_log_r = self._slopes(x, S)
-        W, noise, root = x.loadings, x.noise, np.sqrt(c)
+        W, noise, root = x.loadings, noise_variance(x), np.sqrt(c)
         n_genes, k = W.shape
         products = W[:, :, None] * W[:, None, :]
         natural = root[:, None, None] * np.eye(k) + (dc_dS / root)[:, None, None] * products
@@ -172,7 +183,7 @@ class MarginalCoupling:
         J[:, 0, 1:] = -d_variance[:, None] * W
         J[:, 1:, 1:] = natural
         A = least_squares_matrix(metric.moments, k)
-        log_r = np.maximum(metric.log_r, 0.0) * d_log_r**2
+        log_r = np.maximum(metric.dispersion, 0.0) * d_log_r**2
         others = 4.0 * (metric.noise * (dc_dS * noise) ** 2 + log_r)
         pulled = np.swapaxes(J, 1, 2) @ A @ J
         pulled[:, 1:, 1:] += others[:, None, None] * products
@@ -182,7 +193,7 @@ class MarginalCoupling:
         slope = noise + NOISE_UNIT
         information = np.einsum("gi,gij,gj->g", along, A, along)
         information += metric.noise * own**2 + log_r
-        columns = metric.columns._replace(loadings=W, natural=natural).knowing(np.inf)
+        columns = metric.columns._replace(loadings=W, natural=natural).with_observed(np.inf)
         return metric._replace(
             moments=packed(pulled),
             noise=slope**2 * information + slope * own * NOISE_RATE,
@@ -196,15 +207,13 @@ class Objective:
     Parameters
     ----------
     sweep : callable
-        Maps (mean, loadings, noise, phi) to `BatchSums`.
+        Maps parameters in the model's own units to `BatchSums`.
     histogram : CountHistogram
     prior_mean, prior_log_r : GaussianPrior
-        Priors of the coordinates ``mean`` and ``log_r``.
+        Priors of the coordinates ``mean`` and ``dispersion``.
     coupling : Identity or MarginalCoupling
     weak_log_r : GaussianPrior
         Prior of the model's own ``log r``, whatever the coordinates.
-    penalty : ColumnPenalty
-        Log-density of the loadings; may be replaced between stages.
     """
 
     def __init__(
@@ -215,7 +224,6 @@ class Objective:
         prior_log_r,
         coupling=None,
         weak_log_r=None,
-        penalty=None,
     ):
         self.sweep = sweep
         self.histogram = histogram
@@ -224,40 +232,40 @@ class Objective:
         self.prior_mean: GaussianPrior = prior_mean
         self.prior_log_r: GaussianPrior = prior_log_r
         self.coupling = coupling if coupling is not None else Identity()
-        self.penalty = penalty if penalty is not None else NoPenalty()
         self.weak_log_r = (
             weak_log_r if weak_log_r is not None else GaussianPrior.flat(histogram.n_genes)
         )
 
-    def natural_gradient(self, params):
-        """Log-likelihood, gradient in the model's parameters, and the sums behind it."""
-        if self._swept is None or not all(map(np.array_equal, self._swept[0], params)):
-            kept = Parameters(*map(np.copy, params))
-            self._swept = kept, self.sweep(*params.natural())
-        sums = self._swept[1]
-        constants, first, second = self._constants(params.log_r)
+    def _sums(self, own):
+        """Sums over the cells at coordinates of the model's own parameters."""
+        if self._swept is None or not all(map(np.array_equal, self._swept[0], own)):
+            kept = Params(*map(np.copy, own))
+            self._swept = kept, self.sweep(in_model_units(own))
+        return self._swept[1]
+
+    def log_likelihood(self, own):
+        """Log-likelihood, and its gradient in (mu, W, d, log r)."""
+        sums, ((rising, factorials), first, _) = self._sums(own), self._constants(own.dispersion)
         genes = sums.genes
-        grad = NaturalGradient(
+        return float(sums.log_marginal) + (rising - factorials), Params(
             genes.gradient_mean,
             genes.gradient_loadings,
             genes.gradient_noise,
             genes.gradient_log_r + first,
         )
-        rising, factorials = constants
-        value = float(sums.log_marginal) + (rising - factorials)
-        return value, grad, sums, genes.information_log_r - second
 
-    def rounding(self, log_r, sums):
+    def _rounding(self, own):
         """Rounding error of the log-likelihood: of large counts the parts are far larger than the sum."""
-        return ROUNDING * (abs(float(sums.log_marginal)) + sum(self._constants(log_r)[0]))
+        parts = sum(self._constants(own.dispersion)[0])
+        return ROUNDING * (abs(float(self._sums(own).log_marginal)) + parts)
 
     def rotate(self, rotation):
-        """Follow a rotation (k, k) of the loadings: what is known of the last parameters stays known."""
+        """Follow a rotation (k, k) of the loadings: the last parameters need no other pass."""
         self.sweep.rotate(rotation)
         if self._swept is not None:
-            params, sums = self._swept
-            params = params._replace(loadings=params.loadings @ rotation)
-            self._swept = params, sums._replace(genes=rotated(sums.genes, rotation))
+            own, sums = self._swept
+            own = own._replace(loadings=own.loadings @ rotation)
+            self._swept = own, sums._replace(genes=rotated(sums.genes, rotation))
 
     def _constants(self, log_r):
         """What does not depend on the log-rates: its two sums, and two derivatives in log r per gene."""
@@ -268,50 +276,52 @@ class Objective:
             self._known = log_r.copy(), (sums, *self.histogram.constant_derivatives(r))
         return self._known[1]
 
-    def __call__(self, x):
-        """The `Point` at coordinates x."""
-        params = self.coupling.expand(x)
-        value, natural, sums, information_log_r = self.natural_gradient(params)
-        gradient_log_r = natural.log_r
-        natural = natural._replace(
-            log_r=natural.log_r + self.weak_log_r.gradient(params.log_r),
-            noise=natural.noise - NOISE_RATE,
-            loadings=natural.loadings + self.penalty.gradient(params.loadings),
-        )
-        value += self.penalty.value(params.loadings)
-        value += self.weak_log_r.log_density(params.log_r) - NOISE_RATE * float(
-            np.sum(params.noise)
-        )
-        grad = self.coupling.pull_back(x, params, natural)
-        columns = Columns.at(
-            params.loadings,
-            sums.genes.moments[:, 0],
-            self.histogram.n_cells,
-            self.penalty.precision,
-        )
-        moments = sums.genes.moments.copy()
-        moments[:, _squares(x.loadings.shape[1])] += self.penalty.precision
+    def moments(self, own):
+        """Sums over the cells of b [1 z][1 z]', packed, at coordinates of the model's own parameters."""
+        return self._sums(own).genes.moments
+
+    def _metric(self, x, own, precision):
+        """The `Metric` in the coordinates, the priors' precisions included."""
+        sums = self._sums(own)
+        genes = sums.genes
+        columns = Columns.at(own.loadings, genes.moments[:, 0], self.histogram.n_cells, precision)
+        moments = genes.moments.copy()
+        moments[:, _squares(x.loadings.shape[1])] += precision
+        information_log_r = genes.information_log_r - self._constants(own.dispersion)[2]
         information_log_r = information_log_r + self.weak_log_r.precision
-        metric = Metric(moments, sums.genes.information_noise, information_log_r, columns)
-        metric = self.coupling.pull_back_metric(x, params, metric)
+        shift = float(sums.information_shift) + float(np.sum(self.prior_mean.precision))
+        metric = Metric(moments, genes.information_noise, information_log_r, shift, columns)
+        metric = self.coupling.pull_back_metric(x, metric)
         metric.moments[:, 0] += self.prior_mean.precision
+        return metric._replace(dispersion=metric.dispersion + self.prior_log_r.precision)
+
+    def __call__(self, x, penalty=None):
+        """The `Point` at coordinates x, under a `ColumnPenalty` of the loadings."""
+        penalty = NoPenalty() if penalty is None else penalty
+        own = self.coupling.expand(x)
+        value, gradient = self.log_likelihood(own)
+        gradient_log_r = gradient.dispersion
+        gradient = gradient._replace(
+            dispersion=gradient.dispersion + self.weak_log_r.gradient(own.dispersion),
+            noise=gradient.noise - NOISE_RATE,
+            loadings=gradient.loadings + penalty.gradient(own.loadings),
+        )
+        value += penalty.value(own.loadings)
+        value += self.weak_log_r.log_density(own.dispersion) - NOISE_RATE * float(
+            np.sum(noise_variance(own))
+        )
+        gradient = self.coupling.pull_back(x, gradient)
         return Point(
             x,
-            value + self.prior_mean.log_density(x.mean) + self.prior_log_r.log_density(x.log_r),
-            self.rounding(params.log_r, sums),
-            Gradients(
-                grad.mean + self.prior_mean.gradient(x.mean),
-                grad.loadings,
-                grad.log_noise,
-                grad.log_r + self.prior_log_r.gradient(x.log_r),
-                metric.moments,
-                metric.noise,
-                metric.log_r + self.prior_log_r.precision,
-                sums.genes.missing_log_r,
-                float(sums.information_shift) + float(np.sum(self.prior_mean.precision)),
-                metric.columns,
+            value
+            + self.prior_mean.log_density(x.mean)
+            + self.prior_log_r.log_density(x.dispersion),
+            self._rounding(own),
+            gradient._replace(
+                mean=gradient.mean + self.prior_mean.gradient(x.mean),
+                dispersion=gradient.dispersion + self.prior_log_r.gradient(x.dispersion),
             ),
-            int(sums.n_unconverged),
-            sums.genes.moments,
+            self._metric(x, own, penalty.precision),
+            self._sums(own),
             gradient_log_r,
         )

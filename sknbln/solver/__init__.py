@@ -1,0 +1,21 @@
+"""Laplace solver of the negative binomial log-normal model.
+
+Pure functions of arrays; nothing in this package knows scikit-learn or changes JAX's modes.
+Every function is meant to run in float64 (see ``sknbln._jax.float64``).
+
+==================  ======================================================================
+``params``          the parameters, what a cell brings, Gaussian priors
+``channel``         the count channel: log-likelihood, derivatives, normalizing constants
+``lowrank``         algebra of ``diag + F F'`` batched over cells
+``mode``            the per-cell Newton iteration
+``marginal``        the Laplace marginal and the sums over cells of its exact gradient
+``rates``           draws of a cell's log-rates from its Laplace posterior
+``start``           start values from the moments of the scores
+``objective``       the log-posterior in the coordinates of the ascent, and the coupling
+``metric``          steps of the parameters from those sums
+``columns``         a common change of all loadings
+``ascent``          the loop over sweeps with its monotone guard
+``column_priors``   priors of the loadings' columns
+``gauge``           W_perp, its singular basis, the effective rank
+==================  ======================================================================
+"""

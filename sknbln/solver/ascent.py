@@ -1,0 +1,299 @@
+"""The loop over sweeps: preconditioned quasi-Newton ascent with a monotone guard.
+
+The direction is the limited-memory BFGS two-loop recursion whose initial metric is the step of
+``metric`` (so with an empty memory it *is* that step). A trial that would lower the objective is
+damped until it does not; where two cuts of a quasi-Newton step do not suffice, the memory is dropped.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from .column_priors import ColumnScales, next_scales
+from .metric import direction, product
+from .objective import Point
+from .params import Params, moved
+
+PLAIN_SWEEPS = 4  # the first steps are long: they say little of the curvature at the maximum
+MEMORY = 8
+MAX_CUTS = 12
+MEMORY_CUTS = 2  # of a quasi-Newton step
+#: a pair of the memory that shows less curvature than this fraction of the metric's is mixed with it
+LEAST_CURVATURE = 0.1
+LARGEST_STEP = 1.5  # nats
+SURE = 0.5  # a sweep gains between half and twice what it promises, mostly
+
+
+class Outcome(NamedTuple):
+    """The ascent after its last sweep; `reason` is a sentence."""
+
+    point: Point
+    stages: list  # values of each stage from its start on, nats per cell
+    gain: float  # of the last sweep, nats per cell
+    promised: float  # by the next sweep, nats per cell
+    converged: bool
+    reason: str
+    columns: ColumnScales | None  # of the loadings under a prior of their columns
+    interrupted: bool = False
+
+    @property
+    def history(self):
+        """Values at the start and after each sweep, nats per cell."""
+        return self.stages[0] + [value for stage in self.stages[1:] for value in stage[1:]]
+
+    @property
+    def n_iter(self):
+        """Sweeps done."""
+        return sum(len(stage) - 1 for stage in self.stages)
+
+
+def magnitude(value, n_cells):
+    """Of an objective, nats per cell: what `tol` is a fraction of; at least 1."""
+    return max(abs(value) / n_cells, 1.0)
+
+
+def _flat(blocks, free):
+    return np.concatenate(
+        [b.ravel() for b, f in zip(blocks, free, strict=True) if f] or [np.zeros(0)]
+    )
+
+
+def _unflat(x, like, free):
+    out, start = [], 0
+    for block, f in zip(like, free, strict=True):
+        size = block.size if f else 0
+        out.append(x[start : start + size].reshape(block.shape) if f else np.zeros_like(block))
+        start += size
+    return Params(*out)
+
+
+class _Memory:
+    """Pairs of steps and changes of the gradient (of minus the objective)."""
+
+    def __init__(self):
+        self.pairs = []
+
+    def add(self, s, y, expected):
+        """Remember that the step s changed the gradient by y; the metric expected another change.
+
+        Powell's damping: a change that shows next to no curvature along s, or a negative one, would
+        make the next step far too long.
+        """
+        least = LEAST_CURVATURE * float(s @ expected)
+        sy = float(s @ y)
+        if not least > 0:
+            return
+        if sy < least:
+            share = (1.0 - LEAST_CURVATURE) * float(s @ expected) / float(s @ (expected - y))
+            y = share * y + (1.0 - share) * expected
+            sy = float(s @ y)
+        self.pairs = [*self.pairs[-(MEMORY - 1) :], (s, y, sy)]
+
+    def forget(self):
+        """All pairs."""
+        self.pairs = []
+
+    def direction(self, g, precondition):
+        """Two-loop recursion; ``precondition`` maps a gradient to a step."""
+        q, alphas = g.copy(), []
+        for s, y, sy in reversed(self.pairs):
+            a = float(s @ q) / sy
+            alphas.append(a)
+            q -= a * y
+        z = precondition(q)
+        for (s, y, sy), a in zip(self.pairs, reversed(alphas), strict=True):
+            z += (a - float(y @ z) / sy) * s
+        return z
+
+
+def ascend(objective, x, free, *, n_cells, tol, max_iter, column_prior=None, report=None):
+    """Maximize the objective.
+
+    Under a prior of the loadings' columns the sweeps come in stages: between them the loadings are rotated to
+    their singular basis, and the columns' scales updated there.
+
+    Parameters
+    ----------
+    objective : callable
+        Maps coordinates, and the prior of the loadings where there is one, to a `Point`.
+    x : Params
+        Coordinates of the start.
+    free : Params of bool
+        Which blocks are estimated.
+    n_cells : int
+        The history is per cell.
+    tol : float
+        Stop when the next sweep, of a quasi-Newton step, promises less than `SURE` times this fraction
+        of the objective's magnitude (at least of one nat per cell), or two in a row gained less than it.
+        What is less than the objective's rounding error is not told from it.
+    max_iter : int
+        Sweeps at most.
+    column_prior : callable or None
+        The update of the columns' scales: see ``column_priors``.
+    report : callable or None
+        Called with (number of sweeps done, `Point`) after each accepted sweep.
+
+    Returns
+    -------
+    Outcome
+        ``interrupted`` after a KeyboardInterrupt that came after the first complete sweep; an
+        earlier one is raised.
+    """
+    outcome, stages, columns = None, [], None
+    try:
+        while outcome is None or not outcome.reason:
+            evaluate, most = objective, max_iter
+            if column_prior is not None:
+                x, columns = next_scales(objective, x, column_prior, columns, n_cells)
+                evaluate, most = partial(objective, penalty=columns.penalty), columns.most_sweeps
+            climb = _Climb(evaluate, x, free, n_cells, tol)
+            stages.append([climb.point.value / n_cells])
+            left = max_iter if outcome is None else max_iter - outcome.n_iter
+            for _ in range(min(most, left)):
+                accepted = climb.sweep()
+                stages[-1].append(climb.point.value / n_cells)
+                outcome = Outcome(
+                    climb.point,
+                    [list(stage) for stage in stages],
+                    climb.gain / n_cells,
+                    climb.promised / n_cells,
+                    *_ended(climb, columns, len(stages[-1]) - 1 == left, max_iter),
+                    columns,
+                )
+                if accepted and report is not None:
+                    report(outcome.n_iter, climb.point)
+                if climb.reason:
+                    break
+            x = climb.point.x
+    except KeyboardInterrupt:
+        if outcome is None:
+            raise
+        outcome = outcome._replace(converged=False, reason="it was interrupted", interrupted=True)
+    return outcome
+
+
+def _ended(climb, columns, no_more, max_iter):
+    """Whether the ascent has converged, and why it has ended: "" where it goes on."""
+    over = bool(climb.reason)
+    if over and columns is not None:
+        # a stage that did not move, under scales that did not: the next would be the same
+        stuck = len(climb.gains) == 1 and climb.gain == 0.0 and columns.unchanged
+        over = (climb.converged and columns.settled) or stuck
+    converged = climb.converged and (columns is None or columns.settled)
+    if over:
+        return converged, climb.reason
+    return converged, f"max_iter={max_iter} sweeps were done" if no_more else ""
+
+
+class _Climb:
+    """Sweeps under one objective: where they are, the next step, and what it promises."""
+
+    def __init__(self, evaluate, x, free, n_cells, tol):
+        self.evaluate, self.free, self.n_cells, self.tol = evaluate, free, n_cells, tol
+        self.point = evaluate(x)
+        if not np.isfinite(self.point.value):
+            raise FloatingPointError(
+                f"The objective at the start is {self.point.value}, not a finite number."
+            )
+        self.memory, self.small, self.gains = _Memory(), 0, []
+        self.converged, self.reason = False, ""
+        self.step, self.promised = _next_step(self.point, self.memory, free)
+
+    @property
+    def gain(self):
+        """Of the last sweep, nats."""
+        return self.gains[-1]
+
+    def sweep(self):
+        """Move along the next step, damped where it has to be, and make the next; whether it moved."""
+        point, memory, free = self.point, self.memory, self.free
+        cuts = MEMORY_CUTS if memory.pairs else MAX_CUTS
+        trial, move = _search(self.evaluate, point, self.step, cuts)
+        if trial is None and memory.pairs:
+            memory.forget()
+            self.step, self.promised = _next_step(point, memory, free)
+            trial, move = _search(self.evaluate, point, self.step, MAX_CUTS)
+        least = self.tol * magnitude(point.value, self.n_cells) * self.n_cells
+        least = max(least, point.rounding)
+        if trial is None:
+            self.gains.append(0.0)
+            self.converged = self.promised < least
+            self.reason = (
+                "no damped step raises the objective (the full one promised "
+                f"{self.promised / self.n_cells:.2g} nats per cell)"
+            )
+            return False
+        if len(self.gains) >= PLAIN_SWEEPS:
+            memory.add(
+                _flat(move, free),
+                _flat(point.gradient, free) - _flat(trial.gradient, free),
+                _flat(product(point.gradient, point.metric, move, free), free),
+            )
+        self.gains.append(trial.value - point.value)
+        self.point = trial
+        self.step, self.promised = _next_step(trial, memory, free)
+        self.small = self.small + 1 if self.gain < least else 0
+        self._look_for_the_end(SURE * least)
+        return True
+
+    def _look_for_the_end(self, least):
+        promises_little = self.memory.pairs and self.promised < least
+        if promises_little:  # a memory may have lost sight of what is left
+            plain = _next_step(self.point, _Memory(), self.free)[1]
+            self.promised = max(self.promised, plain)
+        # the metric alone overestimates the curvature of what moves slowly: it is not enough
+        promises_little = bool(self.memory.pairs) and self.promised < least
+        self.converged = self.small == 2 or promises_little
+        if self.small == 2:
+            self.reason = f"the last two sweeps gained less than tol={self.tol:g} of the objective"
+        elif promises_little:
+            self.reason = (
+                f"the next sweep promises less than {SURE:g} tol={self.tol:g} of the objective"
+            )
+
+
+def _within_reach(step):
+    """Cut each gene's step to a nat or two: a gene without counts has next to no curvature."""
+    size = np.sqrt(step.mean**2 + np.sum(step.loadings**2, 1))
+    cut = np.minimum(1.0, LARGEST_STEP / np.maximum(size, 1e-300))
+    return Params(
+        step.mean * cut,
+        step.loadings * cut[:, None],
+        np.clip(step.noise, -LARGEST_STEP, LARGEST_STEP),
+        np.clip(step.dispersion, -LARGEST_STEP, LARGEST_STEP),
+    )
+
+
+def _next_step(point, memory, free):
+    """The step to try first, and what it promises: half the slope along what the ranges let it move, nats."""
+    g = _flat(point.gradient, free)
+
+    def precondition(q):
+        return _flat(direction(_unflat(q, point.x, free), point.metric, free), free)
+
+    step = memory.direction(g, precondition)
+    if memory.pairs and not (np.all(np.isfinite(step)) and float(step @ g) > 0):
+        memory.forget()
+        step = precondition(g)
+    step = _within_reach(_unflat(step, point.x, free))
+    return step, 0.5 * float(_flat(_change(point.x, step, 1.0)[1], free) @ g)
+
+
+def _change(x, step, length):
+    """Coordinates after ``length`` times a step, and by how much each of them moved."""
+    new = moved(x, step, length)
+    with np.errstate(invalid="ignore"):  # inf - inf of blocks that are not free
+        return new, Params(*(a - b for a, b in zip(new, x, strict=True)))
+
+
+def _search(evaluate, point, step, cuts):
+    """The first damped trial that does not lower the objective, and the move to it; or None twice."""
+    length = 1.0
+    for _ in range(cuts):
+        x, move = _change(point.x, step, length)
+        trial = evaluate(x)
+        if np.isfinite(trial.value) and trial.value >= point.value - point.rounding:
+            return trial, move
+        length *= 0.35
+    return None, None

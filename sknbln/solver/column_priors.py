@@ -1,0 +1,295 @@
+r"""Priors of the loadings' columns: updates of their scales between stages of sweeps.
+
+Every prior acts on the columns of ``W_perp`` (loadings less their mean over genes) as a Gaussian with
+``G - 1`` degrees of freedom and standard deviation ``lambda_k``; the strategies differ in how
+``lambda_k`` is found from the column's ``S_k = |W_perp[:, k]|^2``. The solver sees a `ColumnPenalty`
+and none of the names.
+
+**What the posterior mode of W gets wrong, and "ard" does not.** At the mode of (W, lambda) the prior
+pulls every column along its own direction with a force of ``G - 1`` degrees of freedom, while the
+``n`` cells determine the length of a factor by ``2 n`` only: real columns come out short by
+``(G - 1) / 2 n`` in log length. The posterior *volume* of W undoes this. What the cells say of
+a gene's loading, ``A``, is its weight times the squares of the scores' means: with ``q = w' B w``, ``B =
+mean_c b_cg`` and the reliability ``rho = q / (1 + q)`` those go as ``q / (1 + q)^2``, so that shortening a
+column whose scores are well known (rho near 1) sharpens every gene's regression on them, and shortening
+one of noise (rho < 1/2) does not. Keeping ``- (1/2) log det (A + 1 / lambda^2)`` of Laplace's integral
+over W gives a force of ``gamma_k (2 rho_k - 1)`` along the column,
+
+.. math:: \gamma_k = \sum_g (1 - \mathrm{Var}(w_{gk}) / \lambda_k^2)
+
+(MacKay's number of well-determined loadings) against the prior's ``gamma_k``. It is applied, where
+positive, as the gradient of ``(v_k / 2) log(1 + q_k)``, ``v_k = gamma_k (2 rho_k - 1) / rho_k``. A column
+that the data support is left at its length, and its genes are shrunk against each other by how much is known
+of each; a column of noise is not protected and goes to zero.
+
+What ``q_k`` is once the sweeps move the loadings: the k-th eigenvalue of ``W' B W``. A rotation changes none
+of them, and of the prior's density nothing at first order, the columns being orthogonal. With ``w_k' B w_k``
+a rotation would gain: the sweeps would turn the columns, every update of the scales would turn them back, and
+the two would not come to rest.
+"""
+
+import inspect
+from functools import partial
+from numbers import Real
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+
+from .gauge import RANK_FRACTION, compositional, singular_basis
+from .metric import least_squares_matrix
+
+_SCALE_ROUNDS = 200
+
+
+class ColumnPenalty(NamedTuple):
+    """Log-density of the loadings as the solver sees it, up to constants."""
+
+    precision: np.ndarray  # (k,) 1 / lambda_k^2
+    volume: np.ndarray  # (k,) v, of the eigenvalues of W' B W, ascending; 0 without the volume term
+    weight: np.ndarray  # (n_genes,) B
+
+    def value(self, loadings):
+        """Penalty at the loadings, nats."""
+        W = compositional(loadings)
+        eigenvalues = np.linalg.eigvalsh(W.T @ (self.weight[:, None] * W))
+        return 0.5 * float(
+            self.volume @ np.log1p(np.maximum(eigenvalues, 0.0))
+            - np.sum(self.precision * np.sum(W**2, 0))
+        )
+
+    def gradient(self, loadings):
+        """Its gradient in the loadings, (n_genes, k)."""
+        W = compositional(loadings)
+        weighted = self.weight[:, None] * W
+        eigenvalues, basis = np.linalg.eigh(W.T @ weighted)
+        pull = basis * (self.volume / (1.0 + np.maximum(eigenvalues, 0.0))) @ basis.T
+        return compositional(weighted) @ pull - self.precision * W
+
+
+class Evidence(NamedTuple):
+    """What a scale update may look at."""
+
+    squared_norm: np.ndarray  # (k,) S_k
+    #: (k,) q / (1 + q), q = w' B w: the squared correlation of a score and its mean
+    reliability: np.ndarray
+    information: np.ndarray  # (n_genes, k) of each loading given the others
+    weight: np.ndarray  # (n_genes,) B, the means over cells of b
+
+    @property
+    def dof(self):
+        """Degrees of freedom of a column of W_perp."""
+        return max(self.information.shape[0] - 1, 1)
+
+
+class ColumnVariances(NamedTuple):
+    """An update of the columns' scales."""
+
+    variance: np.ndarray  # (k,) lambda_k^2
+    volume: np.ndarray  # (k,) gamma_k of the volume term; 0 without it
+    smallest: float = 0.0  # that a variance may be
+    tau: float | None = None  # the global scale, where there is one
+
+
+def gaussian(evidence, last=None, *, sigma=1.0):
+    """``w_gk ~ N(0, sigma^2)`` with a fixed ``sigma``."""
+    k = evidence.squared_norm.size
+    return ColumnVariances(np.full(k, sigma**2), np.zeros(k))
+
+
+def horseshoe_variance(S, dof, tau, smallest=0.0):
+    """Mode of ``lambda^2`` given S and tau under the horseshoe: a quadratic equation."""
+    a, b, c = -(dof + 2.0), S - dof * tau**2, S * tau**2
+    v = (-b - np.sqrt(b**2 - 4 * a * c)) / (2 * a)
+    return np.maximum(v, smallest)
+
+
+def horseshoe(evidence, last=None, *, tau_scale=1.0, lambda_min=1e-3):
+    r"""``w_gk ~ N(0, lambda_k^2)``, ``lambda_k ~ HalfCauchy(tau)``, ``tau ~ HalfCauchy(tau_scale)``.
+
+    The joint mode of lambda and tau, alternating. lambda is a standard deviation, at least ``lambda_min``:
+    the joint mode is unbounded as W and lambda vanish together.
+    """
+    S, dof, smallest = evidence.squared_norm, evidence.dof, lambda_min**2
+
+    def minus_log_density(log_tau, v):
+        tau = np.exp(log_tau)
+        return np.sum(np.log(tau) + np.log1p(v / tau**2)) + np.log1p((tau / tau_scale) ** 2)
+
+    tau = tau_scale if last is None else last.tau
+    for _ in range(_SCALE_ROUNDS):
+        before = tau
+        v = horseshoe_variance(S, dof, before, smallest)
+        limits = np.log(lambda_min), np.log(max(1e3 * tau_scale, lambda_min))
+        found = minimize_scalar(minus_log_density, bounds=limits, args=(v,), method="bounded")
+        tau = float(np.exp(found.x))
+        if abs(np.log(tau / before)) < 1e-6:
+            break
+    v = horseshoe_variance(S, dof, tau, smallest)
+    return ColumnVariances(v, np.zeros(S.size), smallest, tau)
+
+
+def normal_exponential_gamma(evidence, last=None, *, alpha=1.0, beta=1.0, lambda_min=1e-3):
+    """Variance ``psi_k ~ Exponential(gamma_k)``, ``gamma_k ~ Gamma(alpha, beta)``: their joint mode.
+
+    ``sqrt(psi)`` is at least ``lambda_min``.
+    """
+    S, dof, smallest = evidence.squared_norm, evidence.dof, lambda_min**2
+    psi = np.maximum(S / dof, smallest)
+    for _ in range(_SCALE_ROUNDS):
+        rate = alpha / (psi + beta)
+        # 2 gamma psi^2 + dof psi - S = 0, in the form that does not cancel
+        new = 2.0 * S / (dof + np.sqrt(dof**2 + 8.0 * rate * S))
+        new = np.maximum(new, smallest)
+        if np.all(np.abs(new - psi) <= 1e-8 * psi):
+            break
+        psi = new
+    return ColumnVariances(new, np.zeros(S.size), smallest)
+
+
+#: smallest variance under "ard": scales of 1e-3 at least, as of the other priors. A column of W_perp that is
+#: far more tightly held ties the genes to each other where its all-ones part is not small, and the sweeps,
+#: which step gene by gene, no longer get anywhere.
+SMALLEST_ARD_VARIANCE = 1e-6
+
+
+def ard(evidence, last=None):
+    """Empirical-Bayes variances that count the posterior variance of W, and its volume.
+
+    ``lambda_k^2 = (S_k + sum_g Var(w_gk)) / (G - 1)``, at least `SMALLEST_ARD_VARIANCE`, iterated to its
+    fixed point. Both the variance and the volume count as far as the column's scores are known: times
+    ``(2 rho - 1) / rho``, at least 0.
+    """
+    S, information, dof = evidence.squared_norm, evidence.information, evidence.dof
+    # 1 for scores that are known exactly, 0 where the reliability is below 1/2
+    support = np.maximum(2.0 - 1.0 / np.maximum(evidence.reliability, 1e-300), 0.0)
+    v = np.maximum(S / dof, SMALLEST_ARD_VARIANCE)
+    for _ in range(_SCALE_ROUNDS):
+        variance = 1.0 / (information + 1.0 / v)
+        new = np.maximum((S + support * variance.sum(0)) / dof, SMALLEST_ARD_VARIANCE)
+        if np.all(np.abs(new - v) <= 1e-6 * v):
+            break
+        v = new
+    gamma = np.sum(1.0 - 1.0 / (1.0 + information * v), 0)
+    return ColumnVariances(v, gamma * support, SMALLEST_ARD_VARIANCE)
+
+
+#: updates of the columns' scales by the name of their prior; None is no prior
+TYPES = {
+    "none": None,
+    "gaussian": gaussian,
+    "horseshoe_columnwise": horseshoe,
+    "neg_columnwise": normal_exponential_gamma,
+    "ard": ard,
+}
+#: hyper-parameters of a loadings prior lie between these, and their squares far from overflow
+HYPER_PARAMETER_RANGE = (1e-8, 1e8)
+
+
+def hyper_parameters(name):
+    """Names of the hyper-parameters that a prior has."""
+    parameters = {} if TYPES[name] is None else inspect.signature(TYPES[name]).parameters
+    return sorted(p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
+
+
+def named(loadings_prior):
+    """The name of a prior and the update of its scales, from a string or a dict.
+
+    Raises
+    ------
+    ValueError
+        For an unknown type or hyper-parameter, and for a value that is no number from 1e-8 to 1e8.
+    """
+    given = {"type": loadings_prior} if isinstance(loadings_prior, str) else dict(loadings_prior)
+    name = given.pop("type", None)
+    if not isinstance(name, str) or name not in TYPES:
+        raise ValueError(
+            f"loadings_prior={loadings_prior!r}: expected a type out of {sorted(TYPES)}, as a string or as "
+            'a dict {"type": ..., hyper-parameters}.'
+        )
+    known = hyper_parameters(name)
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(
+                f"loadings_prior: {name!r} has no hyper-parameter {key!r}; it has {known}."
+            )
+        least, most = HYPER_PARAMETER_RANGE
+        if not isinstance(value, Real) or not least <= value <= most:
+            raise ValueError(
+                f"loadings_prior: {key}={value!r}, expected a positive finite number between {least:g} "
+                f"and {most:g}."
+            )
+    return name, None if TYPES[name] is None else partial(TYPES[name], **given)
+
+
+def evidence_at(loadings, moments, n_cells):
+    """`Evidence` from the sums over cells at the loadings."""
+    k = loadings.shape[1]
+    A = least_squares_matrix(moments, k)[:, 1:, 1:]
+    inverse = np.linalg.inv(A + 1e-8 * np.eye(k))
+    information = 1.0 / np.maximum(np.einsum("gii->gi", inverse), 1e-300)
+    squares = compositional(loadings) ** 2
+    weight = moments[:, 0] / n_cells
+    spread = weight @ squares
+    return Evidence(np.sum(squares, 0), spread / (1.0 + spread), information, weight)
+
+
+SWEEPS_PER_STAGE = 6
+#: a stage under scales that stay goes on: every other one starts without a memory of the steps
+SWEEPS_OF_SETTLED_STAGE = 60
+_SETTLED = 0.02  # relative change of a column's lambda
+LONGEST_REACH = 4.0  # of an update of a column's log variance, times what was found
+
+
+class ColumnScales(NamedTuple):
+    """Scales of the columns under which a stage of sweeps is done."""
+
+    found: ColumnVariances  # at the start of the stage
+    variance: np.ndarray  # (k,) lambda_k^2 that the stage has: over-relaxed
+    change: np.ndarray  # (k,) of their logarithms since the last stage
+    reach: np.ndarray  # (k,) of the next update, times what is found
+    penalty: ColumnPenalty
+    settled: bool  # real columns have the scales that they had
+    unchanged: bool  # all columns have, to rounding
+
+    @property
+    def most_sweeps(self):
+        """Sweeps of the stage."""
+        return SWEEPS_OF_SETTLED_STAGE if self.settled else SWEEPS_PER_STAGE
+
+
+def relaxed(found, last):
+    """Variances to go on with, their change, and the reach of the next update.
+
+    An update of the variances goes a small part of the way for a column that the data let go. A change that
+    keeps its sign from stage to stage is taken twice, then `LONGEST_REACH` times.
+    """
+    if last is None:
+        return found.variance, 0.0, 1.0
+    change = np.log(found.variance / last.variance)
+    persists = change * last.change > 0
+    reach = np.where(persists, np.minimum(2.0 * last.reach, LONGEST_REACH), 1.0)
+    return np.maximum(last.variance * np.exp(reach * change), found.smallest), change, reach
+
+
+def next_scales(objective, x, update, last, n_cells):
+    """Coordinates in the singular basis of W_perp, and the `ColumnScales` that are found there.
+
+    ``last`` are those of the stage that has ended, None before the first.
+    """
+    rotation = singular_basis(objective.coupling.expand(x).loadings)
+    x = x._replace(loadings=x.loadings @ rotation)
+    objective.rotate(rotation)
+    own = objective.coupling.expand(x)
+    evidence = evidence_at(own.loadings, objective.moments(own), n_cells)
+    found = update(evidence, None if last is None else last.found)
+    variance, change, reach = relaxed(found, last)
+    settled = unchanged = False
+    if last is not None:
+        real = found.variance > (RANK_FRACTION / 2) ** 2 * found.variance.max()
+        ratio = np.sqrt(found.variance[real] / last.variance[real])
+        settled = bool(np.all(np.abs(ratio - 1.0) < _SETTLED))
+        unchanged = np.allclose(variance, last.variance, rtol=1e-9, atol=0.0)
+    ascending = found.volume[np.argsort(evidence.reliability)]
+    penalty = ColumnPenalty(1.0 / variance, ascending, evidence.weight)
+    return x, ColumnScales(found, variance, change, reach, penalty, settled, unchanged)

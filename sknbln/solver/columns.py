@@ -1,0 +1,129 @@
+"""A common change of all loadings: the lengths and angles of the columns.
+
+Parameter expansion of the regressions of genes on scores, by the information that complete data (the scores
+known) have in it and the information that the observed counts have.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse.linalg import LinearOperator, cg
+
+_CG_TOL, _CG_ITERATIONS = 1e-10, 200
+#: information below this is none
+_NO_INFORMATION = 1e-100
+#: share of the largest information in a rotation of the loadings, of which only a prior knows: not 0
+LEAST_ROTATION = 0.02
+
+
+class Information(NamedTuple):
+    """Of the cells in the entries of a matrix S: ``own * S + other * S'``."""
+
+    own: np.ndarray  # (k, k)
+    other: np.ndarray  # (k, k)
+
+
+class Columns(NamedTuple):
+    """Information in a common change of all loadings, ``W (I + S)``.
+
+    A regression on the scores has the complete-data information ``n tr(S' H S)``,
+    ``n H = sum_g b_g w_g w_g'``, and so lengthens a column, or turns two towards each other, by far too
+    little. The observed information of n cells is ``2 n tr(R T R T)`` in the symmetric part T of S,
+    ``R = H (I + H)^{-1}`` the reliability of the scores, and none in a rotation. In the basis in which H is
+    diagonal every entry has a number of its own. (Parameter expansion of the EM algorithm, Liu, Rubin & Wu
+    1998, takes such a step for its own reasons.) A prior of the columns, with precisions P, adds
+    ``tr(P S' C S)``, C the products of the columns of W_perp. Without one a rotation changes nothing, and
+    S is symmetric.
+    """
+
+    loadings: np.ndarray  # (n_genes, k)
+    natural: np.ndarray  # (n_genes, k, k) derivative of a gene's own loadings in its coordinates
+    basis: np.ndarray  # (k, k)
+    observed: Information  # in the basis
+    complete: Information  # the same of complete data; nowhere less
+    precision: np.ndarray  # (k,) P
+    products: np.ndarray  # (k, k) C
+
+    @classmethod
+    def at(cls, loadings, weight, n_cells, precision):
+        """From the sums of b over cells, and the precision of the prior of the columns."""
+        h, basis = np.linalg.eigh(loadings.T @ (weight[:, None] * loadings) / n_cells)
+        h = np.maximum(h, 0.0)
+        # a column of noise is no longer than its genes' regressions want it
+        reliability = np.maximum(h / (1.0 + h), 0.5)
+        complete = n_cells * np.broadcast_to(h[:, None], basis.shape)
+        complete = Information(complete, np.zeros_like(complete))
+        centred = loadings - loadings.mean(0)
+        precision = np.broadcast_to(precision, h.shape)
+        products = centred.T @ centred
+        products += 1e-12 * np.trace(products) * np.eye(h.size)  # regular, where columns are alike
+        natural = np.broadcast_to(np.eye(h.size), (len(loadings), h.size, h.size))
+        columns = cls(loadings, natural, basis, complete, complete, precision, products)
+        return columns.with_observed(2.0 * n_cells * np.outer(reliability, reliability))
+
+    def with_observed(self, T):
+        """With T as the observed information in symmetric changes, but no more than complete data have."""
+        own = self.complete.own
+        # of T alone the arithmetic means of complete data's, with a rotation beside it the harmonic ones
+        most = rotation = (own + own.T) / 2.0
+        if self.has_prior:
+            most = own * own.T / np.maximum(most, 1e-300)
+            rotation = LEAST_ROTATION * most * (1.0 - np.eye(len(own)))
+            most = most - rotation
+        T = np.minimum(T, most)
+        return self._replace(observed=Information((T + rotation) / 2.0, (T - rotation) / 2.0))
+
+    @property
+    def has_prior(self):
+        """Whether there is a prior of the columns."""
+        return bool(np.any(self.precision > 0))
+
+    def project(self, change):
+        """Inner products of changes of the loadings with ``W S``."""
+        return self.loadings.T @ change
+
+    def lift(self, S):
+        """``W S``, (n_genes, k)."""
+        return self.loadings @ S
+
+    def shared_pull(self, change):
+        """The prior's pull on the mean over genes, which it does not hold, (n_genes, k)."""
+        if not self.has_prior:
+            return np.zeros_like(change)
+        shared = self.precision * np.einsum("gij,gj->gi", self.natural, change).mean(0)
+        return np.einsum("i,gij->gj", shared, self.natural)
+
+    def times(self, information, S):
+        """``observed`` or ``complete`` information, with the prior's, times S."""
+        X = self.basis.T @ S @ self.basis
+        of_cells = information.own * X + information.other * X.T
+        return self.basis @ of_cells @ self.basis.T + self.products @ S * self.precision
+
+    def inverse(self, information, T):
+        """S of which :meth:`times` makes T; symmetric without a prior."""
+        B, k = self.basis, self.precision.size
+        if not self.has_prior:
+            total = information.own + information.other
+            total = total + total.T
+            return B @ (B.T @ (T + T.T) @ B / np.where(total > 0, total, np.inf)) @ B.T
+        diagonal = B**2 @ information.own @ B.T**2
+        diagonal = diagonal + np.outer(np.diag(self.products), self.precision)
+        # of a column of nothing there is no S
+        inverse = np.divide(1.0, diagonal, out=np.zeros((k, k)), where=diagonal > _NO_INFORMATION)
+        if not np.any(inverse * T):
+            return np.zeros((k, k))
+        found, _ = cg(
+            LinearOperator(
+                (k * k, k * k), lambda s: self.times(information, s.reshape(k, k)).ravel()
+            ),
+            T.ravel(),
+            rtol=_CG_TOL,
+            maxiter=_CG_ITERATIONS,
+            M=LinearOperator((k * k, k * k), lambda s: s * inverse.ravel()),
+        )
+        return found.reshape(k, k)
+
+    def step(self, gradient):
+        """Newton step of a common change of all loadings, beyond what the regressions take of it."""
+        T = self.project(gradient)
+        return self.lift(self.inverse(self.observed, T) - self.inverse(self.complete, T))

@@ -137,7 +137,8 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         y : Ignored
             Present for scikit-learn's conventions.
         given_totals : bool, default=False
-            As of :meth:`score_samples`. To choose a `capture_efficiency` by it, give a search
+            True for the score given each row's total: see :meth:`score_samples`. A search over
+            `capture_efficiency` takes it by
             ``scoring=lambda model, X, y=None: model.score(X, given_totals=True)``.
 
         Returns

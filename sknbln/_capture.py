@@ -134,7 +134,7 @@ def refined(source, source_prior, prior, tau):
     Parameters
     ----------
     source : OffsetPosterior
-        Of each row. Where its mode is at the bound 0, the offset is held there.
+        The source's posterior of each row. Where its mode is at the bound 0, the offset is held there.
     source_prior, prior : tuple of ndarray
         Location and scale of the source's and of the model's capture prior, (n_rows,) each.
     tau : float

@@ -87,8 +87,8 @@ def heavy_tails(variance, names):
 def scores_off_scale(scores, covariance):
     """Columns whose scores are not of unit variance, as the model takes them to be.
 
-    Of ``E[z^2]``, the square of the posterior mean *and* the posterior variance: that is 1 at a maximum of
-    the likelihood, whose columns are as long as their scores want them. The posterior means alone
+    Judged by ``E[z^2]``, the square of the posterior mean *and* the posterior variance: it is 1 at a
+    maximum of the likelihood, whose columns are as long as their scores want them. The posterior means alone
     have the scores' reliability as their mean square, which for a weak real factor is small.
     """
     squares = np.mean(scores**2 + np.einsum("cii->ci", covariance), axis=0)

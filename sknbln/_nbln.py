@@ -21,8 +21,9 @@ from ._rows import RowBatches, Sweeper, solve_rows, sum_over_batches
 from .exceptions import FitInterrupted
 from .solver import column_priors
 from .solver.ascent import ascend
+from .solver.coupling import Identity, MarginalCoupling
 from .solver.gauge import compositional, effective_rank, singular_basis
-from .solver.objective import Identity, MarginalCoupling, Objective, weak_dispersion_prior
+from .solver.objective import Objective, weak_dispersion_prior
 from .solver.params import GaussianPrior, Params, in_model_units, noise_variance
 from .solver.start import loadings_from_scores, resumed, start_coordinates
 
@@ -78,7 +79,8 @@ class NBLNEstimator(
         scales, 1e-3 at least, that take columns of noise to zero and leave real columns at their length.
         A dict ``{"type": ..., hyper-parameters}`` sets hyper-parameters, from 1e-8 to 1e8 each.
     capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
-        As in `NBVCPEstimator`; ``"auto"`` takes the source's capture prior.
+        The capture prior of the held-out score, and of offsets that are not frozen: see `NBVCPEstimator`.
+        ``"auto"`` takes the source's. None means no capture model: eta = 0.
     max_iter : int, default=200
         Sweeps over the data at most.
     tol : float or None, default=None
@@ -92,7 +94,7 @@ class NBLNEstimator(
     memory : str, joblib.Memory or None, default=None
         Caches the fit of an unfitted source, so that a grid search fits it once per fold.
     random_state : int, RandomState instance or None, default=None
-        Of the source's fit, its posterior draws, and the range finder of the start.
+        Seed of the source's fit, of its posterior draws, and of the range finder of the start.
     verbose : int, default=0
         1 reports each sweep.
     warm_start : bool, default=False
@@ -358,7 +360,7 @@ class NBLNEstimator(
                 random_state=self.random_state,
                 verbose=self.verbose,
             )
-        # a source that is fitted here says what there is to say of the counts
+        # a source that is fitted here warns of the counts itself
         fitted_here = _source.needs_fit(source)
         given, X = X, validate_counts(self, X, reset=True, warn=not fitted_here)
         names = getattr(self, "feature_names_in_", None)
@@ -482,8 +484,8 @@ class NBLNEstimator(
         if columns is not None:
             found["sigma_k"] = np.sqrt(columns.variance)
             found["scale_effective_rank"] = effective_rank(found["sigma_k"], 1)
-            if columns.found.tau is not None:
-                found["tau"] = columns.found.tau
+            if columns.tau is not None:
+                found["tau"] = columns.tau
         return found
 
     # ------------------------------------------------------------------ rows

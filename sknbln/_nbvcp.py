@@ -47,7 +47,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     n_steps : int, default=1000
         Steps of stochastic variational inference at most.
     learning_rate : float, default=0.02
-        Of Adam, in units of posterior standard deviations; above 0, at most 1.
+        Learning rate of Adam, in posterior standard deviations; above 0, at most 1.
     tol : float, default=1e-3
         The variational fit stops when 50 steps raise the smoothed ELBO by less than this, in nats per
         cell, or by less than its noise.
@@ -57,7 +57,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         Rows that are made dense at a time, about; it sets memory and no result. None chooses by the number of
         genes.
     random_state : int, RandomState instance or None, default=None
-        Of the variational fit.
+        Seed of the variational fit.
     verbose : int, default=0
         1 reports progress.
     warm_start : bool, default=False
@@ -376,7 +376,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         return self._draw(n_samples, X, rng)
 
     def _draw(self, n_samples, X, rng, *, offsets=True):
-        """As :meth:`sample_posterior`, for validated counts; eta is None if `offsets` is False."""
+        """Draws of :meth:`sample_posterior` for validated counts; eta is None if `offsets` is False."""
         logs = self._log_draws(n_samples, rng)
         guide = self._guide
         draws = Bunch(r=np.exp(logs["r"]), mu=np.exp(logs["mu"]), eta=None)

@@ -1,8 +1,7 @@
 r"""Posterior of an NBLN fit: distributions and draws of r, mu, eta and the scores.
 
 Frozen parameters keep the source's own posterior. Under the marginal-preserving cascade it is pushed
-through the coupling: with ``t = log(1 + 1/r_source)`` and the coordinates' ``s = |w|^2 + d`` of a
-gene, ``log(1 + 1/r) = t exp(-s/t)`` and ``Sigma_gg = t - t exp(-s/t)``.
+through the coupling (``solver.coupling``).
 
 Free parameters get a Gaussian from the curvature of the profiled objective. For mu that is the
 information of the Gaussian model that the Laplace approximation stands on: given the offsets, ``mu_g`` is
@@ -24,16 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions.transforms import Transform
-from scipy.special import lambertw
 from scipy.stats import truncnorm
 
 from ._rows import RowBatches, gene_score_products
 from .predictive._replicates import ParameterDraws
-from .solver.channel import SMALLEST_OVERDISPERSION
+from .solver.coupling import (
+    marginal_level,
+    overdispersion,
+    remaining_level,
+    remaining_level_slopes,
+)
 
 
 class CoupledDispersion(Transform):
-    """From the source's (marginal) dispersion to the model's, given the coordinates' variance."""
+    """From the source's (marginal) dispersion to the model's.
+
+    ``variance`` is ``S = |w|^2 + d`` of each gene's coordinates, (n_genes,).
+    """
 
     domain = dist.constraints.positive
     codomain = dist.constraints.positive
@@ -42,20 +48,16 @@ class CoupledDispersion(Transform):
         self.variance = variance
 
     def __call__(self, r):
-        t = jnp.log1p(1.0 / r)
-        return 1.0 / jnp.maximum(
-            jnp.expm1(t * jnp.exp(-self.variance / t)), SMALLEST_OVERDISPERSION
-        )
+        left = remaining_level(jnp.log1p(1.0 / r), self.variance, jnp)
+        return 1.0 / overdispersion(left, jnp)
 
     def _inverse(self, r):
-        level = np.log1p(1.0 / np.asarray(r, float))
-        x = np.real(lambertw(self.variance / level))
-        t = np.where(x > 0, self.variance / np.where(x > 0, x, 1.0), level)
+        t = marginal_level(np.log1p(1.0 / np.asarray(r, float)), self.variance)
         return jnp.asarray(1.0 / np.expm1(t))
 
     def log_abs_det_jacobian(self, x, y, intermediates=None):
         t = jnp.log1p(1.0 / x)
-        slope = jnp.exp(-self.variance / t) * (1.0 + self.variance / t)
+        slope, _ = remaining_level_slopes(t, self.variance, jnp)
         # r = 1/expm1(level): |dr/dlevel| = r (1 + r);  |dt/dx| = 1 / (x (1 + x))
         return jnp.log(y) + jnp.log1p(y) + jnp.log(slope) - jnp.log(x) - jnp.log1p(x)
 
@@ -129,13 +131,6 @@ def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r
     return Curvature(mean_sd, np.sqrt(sd[:, 1 : k + 1] ** 2 + shared), log_r_sd), rows
 
 
-def _share(r_source, variance):
-    """Dispersion and Sigma_gg of the model, given the source's dispersion (coupled)."""
-    t = np.log1p(1.0 / r_source)
-    level = t * np.exp(-variance / t)
-    return 1.0 / np.maximum(np.expm1(level), SMALLEST_OVERDISPERSION), t - level
-
-
 def distributions(model, scores, score_covariance, offsets):
     """NumPyro distributions of r, mu, eta and the factor scores of the training rows.
 
@@ -181,7 +176,9 @@ def parameter_draws(model, n_samples, X, rng, *, eta):
         noise = rng.standard_normal(r.shape)
         r = model.dispersion_ * np.exp(model._curvature.log_r * noise)
     elif coupled:
-        r, variance = _share(source.r, model._coordinate_variance)
+        t = np.log1p(1.0 / source.r)
+        left = remaining_level(t, model._coordinate_variance)
+        r, variance = 1.0 / overdispersion(left), t - left
     if "mu" in model.frozen_params_:
         log_mean = source.log_mean - (variance / 2 if coupled else 0.0)
     else:

@@ -46,9 +46,9 @@ class InconsistentVersionWarning(UserWarning):
     ----------
     estimator_name : str
     original_version : str
-        That wrote the pickle.
+        Version of this library that wrote the pickle.
     current_version : str
-        That reads it.
+        Version that reads it.
 
     Attributes
     ----------

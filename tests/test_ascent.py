@@ -11,9 +11,9 @@ from sknbln._counts import CountHistogram
 from sknbln._rows import RowBatches, Sweeper
 from sknbln.solver import ascent
 from sknbln.solver.ascent import ascend
-from sknbln.solver.columns import Information
+from sknbln.solver.coupling import MarginalCoupling
 from sknbln.solver.metric import product
-from sknbln.solver.objective import MarginalCoupling, Objective
+from sknbln.solver.objective import Objective
 from sknbln.solver.params import (
     LOG_DISPERSION_RANGE,
     NOISE_RANGE,
@@ -239,8 +239,8 @@ def scaled(evaluate, factor, constant=0.0):
         point = evaluate(x)
         columns = point.metric.columns
         columns = columns._replace(
-            observed=Information(*(factor * a for a in columns.observed)),
-            complete=Information(*(factor * a for a in columns.complete)),
+            observed=tuple(factor * a for a in columns.observed),
+            complete=tuple(factor * a for a in columns.complete),
             precision=factor * columns.precision,
         )
         parts = {n: factor * a for n, a in point.metric._asdict().items() if n != "columns"}

@@ -13,7 +13,6 @@ from sknbln.datasets import make_nbln_counts
 from sknbln.solver.column_priors import (
     ColumnPenalty,
     ColumnScales,
-    ColumnVariances,
     Evidence,
     ard,
     horseshoe,
@@ -22,8 +21,8 @@ from sknbln.solver.column_priors import (
     normal_exponential_gamma,
     relaxed,
 )
+from sknbln.solver.coupling import MarginalCoupling
 from sknbln.solver.gauge import compositional, effective_rank, singular_basis
-from sknbln.solver.objective import MarginalCoupling
 
 from .reference.ascent import problem
 
@@ -157,10 +156,9 @@ def test_ard_counts_the_posterior_variance_of_known_columns_only():
     assert volume[0] == 0
 
 
-def next_variances(found, last, smallest=1e-6):
-    """What a stage keeps of an update: `ColumnScales` without a penalty."""
-    found = ColumnVariances(found, np.zeros_like(found), smallest)
-    return ColumnScales(found, *relaxed(found, last), None, False, False)
+def next_variances(variance, last, smallest=1e-6):
+    """Scales of a stage after an update to the given variances."""
+    return relaxed(ColumnScales(variance, np.zeros_like(variance), smallest), last)
 
 
 def stages_until_settled(step, relax):

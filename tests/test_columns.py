@@ -6,7 +6,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln.solver.column_priors import ColumnPenalty
 from sknbln.solver.columns import Columns
-from sknbln.solver.objective import MarginalCoupling
+from sknbln.solver.coupling import MarginalCoupling
 
 from .reference import small
 from .reference.ascent import K, problem

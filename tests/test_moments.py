@@ -33,7 +33,7 @@ def test_moments_of_independent_genes():
     np.testing.assert_allclose(found.covariance, np.diag(mean + mean**2 / r), rtol=1e-12)
 
 
-def test_moments_beyond_floating_point_are_inf_and_said():
+def test_moments_that_overflow_are_inf_with_a_warning():
     mean, W, d, r = globals_()
     d[2] = 500.0  # E u = exp(250 + ...) is finite, its square is not
     with pytest.warns(RuntimeWarning, match=f"moments of 1 of {N_GENES} genes"):
@@ -45,6 +45,6 @@ def test_moments_beyond_floating_point_are_inf_and_said():
 
 
 @pytest.mark.parametrize("offset", [np.nan, "1", None, np.inf])
-def test_moments_refuse_an_offset_that_is_no_number(offset):
+def test_moments_refuse_an_offset_that_is_not_a_number(offset):
     with pytest.raises(ValueError, match="offset="):
         truth.nbln(*globals_()).moments(offset=offset)

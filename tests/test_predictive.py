@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse as sp
 from scipy import stats
 from sklearn.exceptions import NotFittedError
+from sklearn.frozen import FrozenEstimator
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln.datasets import make_nbln_counts
@@ -111,7 +112,7 @@ def test_marginal_totals_of_a_fit_vary_as_the_data_s():
     assert np.log(wide.sum(-1) + 1).std(-1).mean() / observed > 1.4
 
 
-def test_capture_is_of_marginal_replicates_only(fits):
+def test_the_capture_prior_is_for_marginal_replicates_only(fits):
     frame, models = fits
     with pytest.raises(ValueError, match=r"capture='prior'.*level='library_anchored'"):
         models["default"].posterior_predictive(frame, capture="prior")
@@ -140,7 +141,7 @@ def test_library_anchored_compositions_keep_the_overdispersion():
 
 
 @pytest.mark.parametrize("poisson", [False, True])
-def test_per_cell_counts_have_the_moments_of_the_row_ssolver_posterior(poisson):
+def test_per_cell_counts_have_the_moments_of_the_rows_posterior(poisson):
     """Against the dense Laplace posterior; the prior's covariance would be seen."""
     mean, W, d, r = globals_(poisson=poisson)
     X = simulate(mean, W, d, r, 3, np.random.default_rng(3))
@@ -228,7 +229,7 @@ def test_every_replicate_has_a_draw_of_the_source_s_posterior(fits):
     assert np.std(np.log(expected), axis=0).min() > 0.5
 
 
-def test_what_is_frozen_has_in_each_replicate_the_source_s_draw():
+def test_every_replicate_takes_frozen_parameters_from_a_draw_of_the_source():
     """Next to no Sigma: a replicate's counts are NB with r, mu and eta of that draw."""
     n_genes, n_samples = 400, 60
     mean, point = np.full(n_genes, 2.0), np.full(n_genes, 1e-18)
@@ -326,7 +327,7 @@ def test_same_seed_same_draws_and_a_gene_is_drawn_whatever_is_selected(fits, nam
     pd.testing.assert_frame_equal(frame, before)
 
 
-def test_no_rows_stand_for_those_of_the_fit(fits):
+def test_without_x_the_training_rows_are_replicated(fits):
     frame, models = fits
     for name in ("nbvcp", "default"):
         for level in ("marginal", "library_anchored"):
@@ -336,6 +337,14 @@ def test_no_rows_stand_for_those_of_the_fit(fits):
             )
             own = posterior_predictive(models[name], level=level, n_samples=2)
             np.testing.assert_array_equal(given, own)
+
+
+def test_a_frozen_estimator_is_the_one_inside(fits):
+    frame, models = fits
+    options = dict(n_samples=2, random_state=0)
+    inside = posterior_predictive(models["default"], frame, **options)
+    frozen = posterior_predictive(FrozenEstimator(models["default"]), frame, **options)
+    np.testing.assert_array_equal(frozen, inside)
 
 
 def test_genes_by_name(fits):
@@ -421,18 +430,18 @@ def test_empirical_compositions_and_pseudobulk(fits):
         ([True] * 8, r"np.flatnonzero\(mask\)"),
     ],
 )
-def test_genes_that_are_none(fits, genes, message):
+def test_unknown_and_repeated_genes_are_refused(fits, genes, message):
     frame, models = fits
     with pytest.raises(ValueError, match=message):
         posterior_predictive(models["default"], frame, genes=genes)
 
 
-def test_names_of_genes_without_names():
+def test_genes_by_name_of_a_model_without_names():
     with pytest.raises(ValueError, match="fitted without names"):
         posterior_predictive(truth.nbln(*globals_(), library_size=[3]), genes=["a"])
 
 
-def test_arguments_that_make_no_sense(fits):
+def test_arguments_that_do_not_go_together_are_refused(fits):
     frame, models = fits
     model = models["default"]
     with pytest.raises(ValueError, match="give them as X"):

@@ -42,7 +42,7 @@ def load_immune_cells(*, return_X_y=False, as_frame=False):
         Dictionary-like object, with the attributes
 
         data : CSR array of shape (600, 300), int32, or DataFrame if `as_frame`
-            Counts, cells x genes.
+            Counts, cells by genes.
         target : ndarray of str of shape (600,), or Series if `as_frame`
             Cell types.
         target_names : ndarray of str of shape (3,)
@@ -51,20 +51,20 @@ def load_immune_cells(*, return_X_y=False, as_frame=False):
             Gene symbols, by falling abundance in the source.
         library_size : ndarray of int64 of shape (600,)
             Total count of each cell over all 3000 genes of the source. It is this total, not the
-            row sum of `data`, that speaks about how much of a cell was captured.
+            row sum of `data`, that tells how much of a cell was captured.
         frame : DataFrame of shape (600, 301), or None
             `data` and `target` side by side, if `as_frame`.
         DESCR : str
-            Where the data come from and how they were cut.
+            Source of the data and how this subset was made.
 
     (data, target) : tuple
-        Only these two, if `return_X_y`.
+        Returned if `return_X_y`.
 
     Notes
     -----
     Source: the ``scRT`` data distributed with pyPLNmodels 1.0.10
     (https://github.com/PLN-team/pyPLNmodels), MIT licence, Copyright 2022 Bastien Batardiere;
-    itself a subset of scMARK [1]_. `DESCR` says how the cut was made.
+    itself a subset of scMARK [1]_. `DESCR` says how this subset was made.
 
     References
     ----------

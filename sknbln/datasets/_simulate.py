@@ -1,4 +1,4 @@
-"""Count matrices drawn from the two models, returned with the parameters they were drawn from."""
+"""Count matrices drawn from the two models, returned with their true parameters."""
 
 from numbers import Integral, Real
 
@@ -9,7 +9,7 @@ from scipy.stats import truncnorm
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, validate_params
 
-# The number of dense entries made at a time: about 16 MB an array, whatever n_cells is.
+# Number of dense entries drawn at a time: about 16 MB per array, whatever n_cells is.
 _CHUNK_ENTRIES = 2**21
 
 # Dispersions lie within these multiples of their median: 1.5 to 30 at the default median of 6.3.
@@ -168,8 +168,8 @@ def make_nbln_counts(
         ``Sigma = diag(d)``.
 
     loading_norms : tuple (low, high) of float, default=(0.3, 0.8)
-        The norms of the rows of W, which are the standard deviations of the log-rates that the
-        factors cause, are (close to) uniform between these two.
+        The norms of the rows of W are (close to) uniform between these two: the standard deviations
+        of the log-rates that are due to the factors.
 
     noise_variance : tuple (low, high) of float, default=(0.05, 0.2)
         The variances d are uniform between these two.
@@ -189,7 +189,7 @@ def make_nbln_counts(
         Scale of the capture offsets. With 0 every offset is ``capture_mean - log(depth)``.
 
     depth : float, default=1.0
-        Sequencing depth: 0.1 gives a tenth of the counts at the same `mean`. It may not exceed
+        Sequencing depth: 0.1 gives a tenth of the counts at the same `mean`. At most
         ``exp(capture_mean)``, where every molecule is captured.
 
     return_log_rates : bool, default=False
@@ -299,7 +299,7 @@ def make_nbln_counts(
 
 
 def _check_range(name, value, *, positive=False):
-    """Return (low, high) as two floats, or say what is wrong with them."""
+    """(low, high) as two floats; ValueError if they are not such a range."""
     least = "0 < low" if positive else "0 <= low"
     try:
         low, high = (float(v) for v in value)
@@ -312,7 +312,7 @@ def _check_range(name, value, *, positive=False):
 
 
 def _check_dispersion(value):
-    """Return (median, log_sd) as two floats, or say what is wrong with them."""
+    """(median, log_sd) as two floats; ValueError if they are not."""
     try:
         median, log_sd = (float(v) for v in value)
         ok = median > 0 and 0 <= log_sd < np.inf
@@ -332,7 +332,7 @@ def _draw_loadings(n_genes, n_factors, norms, rng):
     target = rng.uniform(*norms, n_genes)
     if n_factors == 0:
         return W
-    # Alternate between the two conditions. Centring comes last, so it is the one that holds.
+    # Alternate between the two conditions. Centring comes last, so it holds exactly.
     for _ in range(50):
         W *= (target / np.maximum(np.linalg.norm(W, axis=1), np.finfo(float).tiny))[:, None]
         W -= W.mean(axis=0)

@@ -1,4 +1,4 @@
-"""Pictures of fitted estimators, as Display classes in scikit-learn's manner.
+"""Pictures of fitted estimators, as Display classes like those of scikit-learn.
 
 Each has ``from_estimator(estimator, ...)``, which computes and draws, and ``plot()``, which draws again from
 what was computed. matplotlib is imported when something is drawn, not before

@@ -10,11 +10,12 @@ from ._common import (
     BLUE,
     GREY,
     ORANGE,
+    central_range,
     fitted,
     grid_of_axes,
     legend_inside,
     needed,
-    pyplot,
+    show_markers,
     tidy,
 )
 
@@ -22,7 +23,7 @@ _GRID = 64
 _BAND = 0.95
 _SIMULATIONS = 2000
 _CURVE_BINS = 15
-#: genes that a point of the mean-variance curve stands for, at least
+#: fewest genes per point of the mean-variance curve
 _PER_BIN = 10
 
 
@@ -30,12 +31,11 @@ class CalibrationDisplay:
     r"""Whether counts are distributed as the model says.
 
     Left: for each gene, the empirical distribution of its randomized quantile residuals less the
-    uniform one, :math:`F_g(q) - q`, summarized over genes by its median and the range of the middle 50 % and
-    90 % of genes. The dashed band holds 95 % of the whole curves of genes that are right [1]_, and the title
-    says how many genes leave it: about 5 % when all is right, fewer on the rows of the fit, whose
-    parameters have seen the counts. A curve that rises above 0 and then falls below says that
-    observed counts are spread wider than predicted ones, the reverse narrower; all above 0, that they are
-    smaller.
+    uniform one, :math:`F_g(q) - q`, summarized over genes by its median and by the central 50 % and 90 % of
+    genes. The dashed band holds 95 % of the curves of genes with uniform residuals [1]_, each curve as a
+    whole, and the title says how many genes leave it: about 5 % under the model, fewer on the rows of the
+    fit. A curve that rises above 0 and then falls below it shows counts spread wider than predicted, the
+    reverse narrower ones; a curve that stays above 0 shows counts smaller than predicted.
 
     Right: variance against mean of each gene's counts, observed and in library-anchored replicates, with
     the medians over genes of similar mean, and the Poisson line.
@@ -85,49 +85,46 @@ class CalibrationDisplay:
         self.predicted = predicted
 
     @classmethod
-    def from_estimator(
-        cls, estimator, X=None, *, genes=None, n_samples=100, random_state=None, ax=None
-    ):
+    def from_estimator(cls, estimator, X, *, genes=None, n_samples=100, random_state=None, ax=None):
         """Draw the calibration of a fitted estimator on the rows of X.
 
         Parameters
         ----------
         estimator : NBLNEstimator or NBVCPEstimator
-            Fitted.
+            Fitted estimator.
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts, best of rows that the fit has not seen.
+            Counts, preferably rows that the fit has not seen.
         genes : array-like or None, default=None
             Names or positions of genes; None for all.
         n_samples : int, default=100
-            Replicates, for the residuals and again for the variances.
+            Number of replicates, for the residuals and again for the variances.
         random_state : int, RandomState instance or None, default=None
-            None takes the estimator's.
+            None for the estimator's own.
         ax : Figure, Axes, array of Axes or None, default=None
             See :meth:`plot`.
 
         Returns
         -------
         CalibrationDisplay
-            What was drawn.
+            The display that was drawn.
 
         Raises
         ------
         ValueError
-            Without X, and for unknown genes.
+            When X is None, and for unknown genes.
         """
-        caller = f"{cls.__name__}.from_estimator"
-        pyplot(caller)
-        estimator = fitted(estimator, caller)
-        needed(X, caller)
-        seed = estimator.random_state if random_state is None else random_state
-        rng = check_random_state(seed)
+        estimator = fitted(cls, estimator)
+        needed(cls, X)
+        if random_state is None:
+            random_state = estimator.random_state
+        rng = check_random_state(random_state)  # one stream for both
         options = dict(n_samples=n_samples, genes=genes, random_state=rng)
         residuals = quantile_residuals(estimator, X, **options)
         check = predictive_check(estimator, X, **options)
         return cls(residuals, check.observed, check.predicted).plot(ax=ax)
 
     def plot(self, ax=None):
-        """Draw.
+        """Draw the picture.
 
         Parameters
         ----------
@@ -138,10 +135,9 @@ class CalibrationDisplay:
         Returns
         -------
         CalibrationDisplay
-            Itself.
+            The display itself.
         """
-        plt = pyplot(f"{type(self).__name__}.plot")
-        self.figure_, self.axes_ = grid_of_axes(plt, ax, 1, 2, (9.6, 4.0))
+        self.figure_, self.axes_ = grid_of_axes(ax, 1, 2, (9.6, 4.0))
         self._draw_residuals(self.axes_[0, 0])
         _draw_variances(self.axes_[0, 1], self.observed, self.predicted)
         for each in self.axes_.flat:
@@ -151,7 +147,7 @@ class CalibrationDisplay:
     def _draw_residuals(self, ax):
         residuals = np.asarray(self.residuals)
         n_cells, n_genes = residuals.shape
-        # steps of whole cells: between them a fraction of cells cannot follow q
+        # steps of whole cells: a fraction of cells cannot follow q between them
         grid = np.unique(np.round(np.linspace(0, n_cells, _GRID + 1))) / n_cells
         below = np.stack([np.searchsorted(np.sort(q), grid, side="right") for q in residuals.T])
         low, high = _simultaneous_band(n_cells, grid)
@@ -159,7 +155,7 @@ class CalibrationDisplay:
         curves = below / n_cells - grid
         if n_genes >= 10:
             for level, alpha in ((0.9, 0.2), (0.5, 0.4)):
-                ends = np.quantile(curves, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+                ends = central_range(curves, level)
                 ax.fill_between(
                     grid, *ends, color=BLUE, alpha=alpha, linewidth=0, label=f"{level:.0%} of genes"
                 )
@@ -184,7 +180,7 @@ class CalibrationDisplay:
 def _simultaneous_band(n, grid):
     """Counts of n uniform variables below each grid point: limits that hold 95 % of whole curves.
 
-    Binomial quantiles at one level for all points, the level found by simulation, always the same.
+    Binomial quantiles at one level for all points; the level comes from a simulation of fixed seed.
     """
     rng = np.random.default_rng(0)
     steps = np.diff(grid)
@@ -201,8 +197,8 @@ def _draw_variances(ax, observed, predicted):
         (observed, BLACK, "o", "observed"),
         (predicted, ORANGE, "D", "replicated"),
     ):
-        some = (what.mean > 0) & (what.variance > 0)
-        mean, variance = what.mean[some], what.variance[some]
+        positive = (what.mean > 0) & (what.variance > 0)
+        mean, variance = what.mean[positive], what.variance[positive]
         style = dict(color=colour, marker=marker)
         few = 200 / max(mean.size, 1)
         points = dict(s=np.clip(10 * few, 4, 20), alpha=np.clip(few, 0.4, 0.9), linewidths=0)
@@ -217,10 +213,7 @@ def _draw_variances(ax, observed, predicted):
     ax.set(xscale="log", yscale="log")
     ax.set(xlim=_at_least_a_decade(ax.get_xlim()), ylim=_at_least_a_decade(ax.get_ylim()))
     ax.set(xlabel="mean count", ylabel="variance of counts over cells")
-    for handle in legend_inside(ax, loc="upper left").legend_handles:
-        if hasattr(handle, "set_sizes"):
-            handle.set_sizes([20])
-            handle.set_alpha(1)
+    show_markers(legend_inside(ax, loc="upper left"), 20)
 
 
 def _at_least_a_decade(limits):

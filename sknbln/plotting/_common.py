@@ -1,19 +1,17 @@
-"""What the displays share: matplotlib, axes, colours, and gene names."""
+"""What the displays share: matplotlib, checks, axes, colours and gene names."""
 
 import numpy as np
-from sklearn.utils.validation import check_is_fitted
 
 from .._nbln import NBLNEstimator
-from .._nbvcp import NBVCPEstimator
-from .._source import unwrapped
+from ..predictive._arguments import fitted_model
 
-#: Okabe and Ito's palette, which colour-blind readers tell apart; its yellow is too pale for points
+#: Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, too pale for points
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#7F7F7F"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
 
 
-def pyplot(caller):
+def pyplot():
     """The module ``matplotlib.pyplot``.
 
     Raises
@@ -25,36 +23,42 @@ def pyplot(caller):
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError(
-            f"{caller} needs matplotlib, which is not installed: pip install sknbln[plot]"
+            "Pictures need matplotlib, which is not installed: pip install sknbln[plot]"
         ) from error
     return plt
 
 
-def fitted(estimator, caller, kinds=(NBLNEstimator, NBVCPEstimator)):
-    """The fitted estimator, out of its `FrozenEstimator` if it is in one.
+# ------------------------------------------------------------------ arguments
+
+
+def fitted(display, estimator, *, needs_loadings=False):
+    """The fitted estimator that a display is drawn from, out of its `FrozenEstimator`.
 
     Raises
     ------
+    ImportError
+        When matplotlib is not installed: now, and not after long computations.
     TypeError
-        When it is not of one of the kinds.
+        When it is not an estimator of this package, or has no loadings.
     NotFittedError
         When it is not fitted.
     """
-    estimator = unwrapped(estimator)
-    if not isinstance(estimator, kinds):
-        names = " or ".join(f"an {kind.__name__}" for kind in kinds)
-        raise TypeError(f"{caller} takes {names}; found {type(estimator).__name__}.")
-    check_is_fitted(estimator)
-    return estimator
+    pyplot()
+    model = fitted_model(estimator)
+    if needs_loadings and not isinstance(model, NBLNEstimator):
+        raise TypeError(
+            f"{display.__name__} takes an NBLNEstimator; found {type(model).__name__}, which has no loadings."
+        )
+    return model
 
 
-def needed(X, caller, what="the counts that it draws"):
-    """X, which may not be None."""
+def needed(display, X):
+    """Raise ValueError when there are no counts to draw."""
     if X is None:
         raise ValueError(
-            f"{caller} needs X, {what}; found None. Give from_estimator(estimator, X)."
+            f"{display.__name__} needs X, the counts that it draws; found None. Give "
+            "from_estimator(estimator, X)."
         )
-    return X
 
 
 # ------------------------------------------------------------------ genes
@@ -71,25 +75,26 @@ def gene_names(estimator):
 # ------------------------------------------------------------------ axes
 
 
-def one_axes(plt, ax, figsize):
+def one_axes(ax, figsize):
     """The figure and the axes to draw on: the caller's, or new ones."""
     if ax is None:
-        _, ax = plt.subplots(figsize=figsize, layout="constrained")
+        _, ax = pyplot().subplots(figsize=figsize, layout="constrained")
     return ax.figure, ax
 
 
-def grid_of_axes(plt, ax, n_rows, n_cols, figsize, *, n_panels=None):
+def grid_of_axes(ax, n_rows, n_cols, figsize, *, n_panels=None):
     """The figure and an array of axes of shape (n_rows, n_cols).
 
     `ax` may be None (a new figure), a figure or subfigure (axes are added to it), one axes (it is
-    divided, and switched off itself), or as many axes as are drawn on; with `n_panels` at least so
-    many, in their own shape.
+    divided and hidden), or as many axes as the picture needs; with `n_panels` at least so many, in
+    their own shape.
 
     Raises
     ------
     ValueError
         When the number of axes differs, or when the single axes cannot be divided.
     """
+    plt = pyplot()
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
@@ -116,12 +121,12 @@ def grid_of_axes(plt, ax, n_rows, n_cols, figsize, *, n_panels=None):
 
 
 def tidy(ax):
-    """Without the upper and the right edge."""
+    """Remove the upper and the right edge."""
     ax.spines[["top", "right"]].set_visible(False)
 
 
 def legend_beside(ax, **kwargs):
-    """A legend to the right of the axes where the figure's layout makes room for it, else inside."""
+    """A legend to the right of the axes if the figure's layout makes room for it, else inside."""
     if ax.figure.get_layout_engine() is None:
         return ax.legend(**{"loc": "best", "framealpha": 0.8, **kwargs})
     place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
@@ -129,6 +134,22 @@ def legend_beside(ax, **kwargs):
 
 
 def legend_inside(ax, **kwargs):
-    """A legend where it hides least, through which what is behind it shows."""
+    """A translucent legend where it hides least."""
     style = {"loc": "best", "fontsize": "small", "framealpha": 0.8, "edgecolor": "none"}
     return ax.legend(**{**style, **kwargs})
+
+
+def show_markers(legend, size, alpha=1.0):
+    """Points in a legend at a size that can be seen, whatever their size in the picture is."""
+    for handle in legend.legend_handles:
+        if hasattr(handle, "set_sizes"):
+            handle.set_sizes([size])
+            handle.set_alpha(alpha)
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def central_range(values, mass):
+    """Ends of the range that holds the central part of this mass, along the first axis."""
+    return np.quantile(values, [0.5 - mass / 2, 0.5 + mass / 2], axis=0)

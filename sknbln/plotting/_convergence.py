@@ -1,4 +1,4 @@
-"""How a fit arrived where it is."""
+"""Course of a fit."""
 
 import numpy as np
 
@@ -13,11 +13,10 @@ from ._common import (
     fitted,
     grid_of_axes,
     legend_inside,
-    pyplot,
     tidy,
 )
 
-#: decrements below this are rounding; they are drawn as this
+#: decrements below this are rounding errors and drawn at this value
 _SMALLEST_DECREMENT = 1e-16
 #: steps of the running mean of the noisy ELBO
 _WINDOW = 25
@@ -27,11 +26,11 @@ class ConvergenceDisplay:
     """Course of the objective of a fit and, for NBLN, the Newton decrements of its rows.
 
     For `NBLNEstimator`, left: the distance of the objective (log-posterior per cell) from its last value,
-    what each sweep gained and what another one promised, on a logarithmic axis with the gain below which
-    two sweeps in a row end the fit, as does a promise of half of it; a fall is drawn as such (it occurs
-    where a loadings prior is updated). Right: the sorted Newton decrements of the training rows, with the
-    limit below which a row's mode counts as found. For `NBVCPEstimator`: minus the ELBO per step, which
-    is noisy, with its running mean.
+    the gain of each sweep and the predicted gain of another one, on a logarithmic axis. The dashed line is
+    the tolerance: two gains in a row below it end the fit, as does a predicted gain below half of it. The
+    objective may fall where a loadings prior is updated, and such falls are marked. Right: the sorted
+    Newton decrements of the training rows, with the limit below which a row's mode counts as found. For
+    `NBVCPEstimator`: minus the ELBO per step, which is noisy, with its running mean.
 
     Parameters
     ----------
@@ -42,9 +41,9 @@ class ConvergenceDisplay:
     newton_decrement : ndarray of shape (n_cells,) or None, default=None
         Newton decrements of the training rows, nats. None where `objective` is a loss curve.
     tol : float or None, default=None
-        Tolerance of the gain per sweep, a fraction of the objective's magnitude.
+        Tolerance of the gain per sweep, as a fraction of the objective's magnitude.
     promised_gain : float or None, default=None
-        What another sweep promised, nats per cell.
+        Predicted gain of another sweep, nats per cell.
     name : str, default=""
         Name of the estimator, for the title.
 
@@ -77,26 +76,22 @@ class ConvergenceDisplay:
         self.name = name
 
     @classmethod
-    def from_estimator(cls, estimator, X=None, *, ax=None):
+    def from_estimator(cls, estimator, *, ax=None):
         """Draw the course of a fit.
 
         Parameters
         ----------
         estimator : NBLNEstimator or NBVCPEstimator
-            Fitted.
-        X : Ignored
-            Present for the displays' common signature.
+            Fitted estimator.
         ax : Figure, Axes, array of Axes or None, default=None
             Where to draw: see :meth:`plot`.
 
         Returns
         -------
         ConvergenceDisplay
-            What was drawn.
+            The display that was drawn.
         """
-        caller = f"{cls.__name__}.from_estimator"
-        pyplot(caller)
-        estimator = fitted(estimator, caller)
+        estimator = fitted(cls, estimator)
         name = type(estimator).__name__
         if isinstance(estimator, NBLNEstimator):
             display = cls(
@@ -112,23 +107,22 @@ class ConvergenceDisplay:
         return display.plot(ax=ax)
 
     def plot(self, ax=None):
-        """Draw.
+        """Draw the picture.
 
         Parameters
         ----------
         ax : Figure, Axes, array of Axes or None, default=None
             None for a new figure; a figure, to which axes are added; one axes, which is divided
-            where two are needed; or as many axes as are needed.
+            where two are needed; or as many axes as the picture needs.
 
         Returns
         -------
         ConvergenceDisplay
-            Itself.
+            The display itself.
         """
-        plt = pyplot(f"{type(self).__name__}.plot")
         sweeps = self.newton_decrement is not None
         size = (9.0, 3.8) if sweeps else (5.6, 3.8)
-        self.figure_, self.axes_ = grid_of_axes(plt, ax, 1, 1 + sweeps, size)
+        self.figure_, self.axes_ = grid_of_axes(ax, 1, 1 + sweeps, size)
         if sweeps:
             _draw_sweeps(self.axes_[0, 0], np.asarray(self.objective), self.tol, self.promised_gain)
             _draw_decrements(self.axes_[0, 1], np.asarray(self.newton_decrement))
@@ -145,11 +139,11 @@ class ConvergenceDisplay:
 
 
 def _draw_sweeps(ax, objective, tol, promised):
-    """Distance from the last value, the change of each sweep, and what another one promised."""
+    """Distance from the last value, gain of each sweep, and predicted gain of another one."""
     sweep = np.arange(objective.size)
     distance, change = np.abs(objective - objective[-1]), np.diff(objective)
-    some = distance > 0
-    ax.plot(sweep[some], distance[some], color=BLUE, label="distance from the last value")
+    positive = distance > 0
+    ax.plot(sweep[positive], distance[positive], color=BLUE, label="distance from the last value")
     rise, fall = change > 0, change < 0
     ax.plot(sweep[1:][rise], change[rise], "o", color=ORANGE, markersize=4, label="gain of a sweep")
     if fall.any():
@@ -160,7 +154,7 @@ def _draw_sweeps(ax, objective, tol, promised):
         style = dict(color=ORANGE, markersize=5, markerfacecolor="none")
         ax.plot([objective.size], [promised], "o", label="promise of another sweep", **style)
     if tol:
-        # as the fit takes it: of a magnitude of one nat at least
+        # as in the fit: the magnitude is one nat at least
         smallest = tol * magnitude(objective[-1], 1)
         label = f"tol = {tol:g} of the objective"
         ax.axhline(smallest, color=GREY, linestyle="--", linewidth=1.2, label=label)

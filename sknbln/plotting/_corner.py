@@ -4,11 +4,11 @@ from numbers import Integral
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
-from sklearn.utils._param_validation import Interval, validate_params
+from sklearn.utils._param_validation import Interval
 
 from .._nbln import NBLNEstimator
 from ..predictive import compositional_samples
-from ..predictive._arguments import gene_positions
+from ..predictive._arguments import gene_positions, validated_options
 from ._common import (
     BLACK,
     BLUE,
@@ -18,7 +18,7 @@ from ._common import (
     gene_names,
     grid_of_axes,
     needed,
-    pyplot,
+    show_markers,
     tidy,
 )
 
@@ -27,19 +27,20 @@ _HISTOGRAM = 30
 _MASSES = (0.5, 0.9)
 #: width of the strip for zeros, of the width of the axis
 _STRIP = 0.08
+_POINTS_ALPHA = 0.4
 
 
 class CompositionalCornerDisplay:
     """Corner grid of compositions: the model's contours against cells and pseudobulk.
 
-    Each axis is the share of a gene in its cell's counts, log10. Below the diagonal, contours hold 50 % and
+    Each axis is log10 of a gene's share of its cell's counts. Below the diagonal, contours hold 50 % and
     90 % of the model's points, which are compositions *before* count noise; points are the cells'
-    ``counts / total``, which scatter more, by that noise; lines cross at the pseudobulk. On the diagonal, the
-    same for one gene, as densities; the model's is cut off where it is more than four times the cells'.
+    ``counts / total``, which scatter more, by that noise; lines cross at the pseudobulk. The diagonal shows
+    the densities of single genes; the model's is cut off at four times the height of the cells'.
 
-    A share of zero has no logarithm: such cells are drawn in a strip of their own at the low end of
-    the axis, spread out within it, the diagonal says what percentage they are, and its density of cells
-    is that of the others, scaled by their fraction.
+    A share of zero has no logarithm: such cells are drawn in a strip at the low end of the axis, spread
+    out within it. The diagonal states their percentage, and its density is that of the other cells,
+    scaled by their fraction.
 
     Parameters
     ----------
@@ -82,10 +83,11 @@ class CompositionalCornerDisplay:
         self.names = names
 
     @classmethod
+    @validated_options(n_genes=[Interval(Integral, 2, None, closed="left")])
     def from_estimator(
         cls,
         estimator,
-        X=None,
+        X,
         *,
         genes=None,
         n_genes=4,
@@ -98,48 +100,47 @@ class CompositionalCornerDisplay:
         Parameters
         ----------
         estimator : NBLNEstimator or NBVCPEstimator
-            Fitted.
+            Fitted estimator.
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
             Counts.
         genes : array-like or None, default=None
-            Names or positions of genes. None: of the genes that are seen in at least half of the
-            cells (or, where these are too few, of those seen most often) the `n_genes` with the longest
-            loadings; for an `NBVCPEstimator`, the most abundant.
+            Names or positions of genes. None for the `n_genes` with the longest loadings (the most abundant
+            for an `NBVCPEstimator`) among the genes counted in at least half of the cells; where these
+            are too few, those counted in most cells.
         n_genes : int, default=4
-            How many, where `genes` is None.
+            Number of genes if `genes` is None.
         n_samples : int, default=2000
-            Points of the model.
+            Number of points of the model.
         random_state : int, RandomState instance or None, default=None
-            None takes the estimator's.
+            None for the estimator's own.
         ax : Figure, Axes, array of Axes or None, default=None
             See :meth:`plot`.
 
         Returns
         -------
         CompositionalCornerDisplay
-            What was drawn.
+            The display that was drawn.
 
         Raises
         ------
         ValueError
-            Without X, for unknown genes or a single one, and when X has no counts.
+            When X is None, for unknown genes or a single one, and when X has no counts.
         """
-        caller = f"{cls.__name__}.from_estimator"
-        pyplot(caller)
-        estimator = fitted(estimator, caller)
-        _check_options(n_genes=n_genes)
-        needed(X, caller)
+        estimator = fitted(cls, estimator)
+        needed(cls, X)
         if genes is None:
-            genes = _telling_genes(estimator, X, n_genes)
+            genes = _readable_genes(estimator, X, n_genes)
         genes = gene_positions(estimator, genes)
-        found = compositional_samples(
+        compositions = compositional_samples(
             estimator, X, n_samples=n_samples, genes=genes, random_state=random_state
         )
         names = gene_names(estimator)[genes]
-        return cls(found.model, found.cells, found.pseudobulk, names).plot(ax=ax)
+        return cls(compositions.model, compositions.cells, compositions.pseudobulk, names).plot(
+            ax=ax
+        )
 
     def plot(self, ax=None):
-        """Draw.
+        """Draw the picture.
 
         Parameters
         ----------
@@ -150,14 +151,13 @@ class CompositionalCornerDisplay:
         Returns
         -------
         CompositionalCornerDisplay
-            Itself.
+            The display itself.
         """
-        plt = pyplot(f"{type(self).__name__}.plot")
         n = len(self.names)
         if n < 2:
             raise ValueError(f"A corner grid takes two genes or more; found {n}.")
         side = 1.9 * n + 0.8
-        self.figure_, self.axes_ = figure, axes = grid_of_axes(plt, ax, n, n, (side, side))
+        self.figure_, self.axes_ = figure, axes = grid_of_axes(ax, n, n, (side, side))
         logs = [
             _Coordinate(self.model[:, j], self.cells[:, j], self.pseudobulk[j]) for j in range(n)
         ]
@@ -199,7 +199,7 @@ class _Coordinate:
         self.low, high = low - margin, high + margin
         strip = _STRIP * (high - self.low) if self.zero.any() else 0.0
         self.limits = (self.low - strip, high)
-        # golden-ratio steps: even, and the same each time
+        # golden-ratio steps: even, and not random
         self.drawn = self.cells.copy()
         steps = (np.arange(self.zero.sum()) * 0.6180339887) % 1.0
         self.drawn[self.zero] = self.low - strip * (0.15 + 0.7 * steps)
@@ -213,9 +213,9 @@ def _density(points):
     n, dims = points.shape
     width = np.maximum(points.std(0) * n ** (-1 / (dims + 4)), 1e-4)
     limits = np.stack([points.min(0) - 4 * width, points.max(0) + 4 * width], axis=1)
-    found, edges = np.histogramdd(points, bins=_GRID, range=limits)
+    counts, edges = np.histogramdd(points, bins=_GRID, range=limits)
     cell = (limits[:, 1] - limits[:, 0]) / _GRID
-    smooth = gaussian_filter(found, np.maximum(width / cell, 0.5), mode="constant")
+    smooth = gaussian_filter(counts, np.maximum(width / cell, 0.5), mode="constant")
     middles = [edge[:-1] + step / 2 for edge, step in zip(edges, cell, strict=True)]
     return smooth / (n * np.prod(cell)), middles
 
@@ -251,7 +251,7 @@ def _draw_one(ax, x, name):
 def _draw_two(ax, x, y):
     """Contours of the model over the cells and the pseudobulk."""
     many = x.zero.size
-    style = dict(s=float(np.clip(3000 / many, 1.5, 10)), alpha=0.4, linewidths=0)
+    style = dict(s=float(np.clip(3000 / many, 1.5, 10)), alpha=_POINTS_ALPHA, linewidths=0)
     label = f"cells, counts / total ({many})"
     ax.scatter(x.drawn, y.drawn, color=BLACK, label=label, rasterized=many > 5000, **style)
     density, (u, v) = _density(np.column_stack([x.model, y.model]))
@@ -297,13 +297,11 @@ def _draw_legend(figure, axes, outside):
         legend = corner.legend(*entries, fontsize="small", loc="upper right")
         legend.set_in_layout(False)
     legend.set_frame_on(False)
-    for handle in legend.legend_handles:
-        if hasattr(handle, "set_sizes"):
-            handle.set_sizes([16])
+    show_markers(legend, 16, _POINTS_ALPHA)
 
 
-def _telling_genes(estimator, X, n_genes):
-    """Positions of genes whose compositions can be read: often seen, and varying most."""
+def _readable_genes(estimator, X, n_genes):
+    """Positions of genes whose shares can be read: counted in many cells, and varying most."""
     counts = estimator._validated(X)
     seen = np.asarray((counts > 0).mean(axis=0)).ravel()
     often = np.flatnonzero(seen >= 0.5)
@@ -314,10 +312,3 @@ def _telling_genes(estimator, X, n_genes):
     else:
         worth = np.asarray(counts.mean(axis=0)).ravel()
     return often[np.argsort(-worth[often], kind="stable")[:n_genes]]
-
-
-@validate_params(
-    {"n_genes": [Interval(Integral, 2, None, closed="left")]}, prefer_skip_nested_validation=True
-)
-def _check_options(*, n_genes):
-    """Raise scikit-learn's messages for what is out of range."""

@@ -1,37 +1,36 @@
-"""Heat map of gene-gene correlations."""
+"""Heat map of correlations of genes."""
 
 from numbers import Integral
 
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
-from sklearn.utils._param_validation import Interval, StrOptions, validate_params
+from sklearn.utils._param_validation import Interval, StrOptions
 
-from .._nbln import NBLNEstimator
-from ..predictive._arguments import gene_positions
-from ._common import fitted, gene_names, one_axes, pyplot
+from ..predictive._arguments import gene_positions, validated_options
+from ._common import fitted, gene_names, one_axes
 
-#: the smallest type that is read, in points: where it does not fit, genes are not named
+#: smallest legible type, in points: where it does not fit, genes are not named
 _SMALLEST_TYPE = 5.0
-#: ends of the colours' scale to choose from
+#: candidate ends of the colour scale
 _SCALES = np.array([0.1, 0.2, 0.3, 0.5, 0.7, 1.0])
-#: genes whose leaves are ordered optimally: the cost grows with the square, or worse
+#: most genes whose leaves are ordered optimally: the cost grows at least with the square
 _OPTIMAL = 300
 
 
 class CorrelationDisplay:
     r"""Heat map of the correlations of genes, neighbours in a hierarchical clustering side by side.
 
-    ``kind="log_rates"`` is :meth:`NBLNEstimator.get_correlation`, of :math:`P \Sigma P`: what is measured of
+    ``kind="log_rates"`` is :meth:`NBLNEstimator.get_correlation`, from :math:`P \Sigma P`: correlations of
     log-rates relative to the cell's mean log-rate, a gene's own variance d included. ``kind="factors"`` is
     the correlation of :math:`W_\perp W_\perp'`: the cosines between genes' loadings.
 
     The first is the default because it says how much of a gene's variance is shared. The cosines do
-    not: with k factors all genes lie in k dimensions, so that a gene of hardly any loadings has
+    not: with k factors all genes lie in k dimensions, so that a gene with hardly any loadings has
     cosines as large as any other (with one factor all are 1 or -1). Where d is near 0, as it may be when
     the dispersion is frozen at the source's (see :meth:`NBLNEstimator.get_dispersion_diagnostics`), the
-    two coincide, and correlations near 1 or -1 say little in either. In both, genes that hardly vary of
-    themselves vary against the mean of all, and so with each other: the more, the fewer the genes.
+    two coincide, and correlations near 1 or -1 say little in either. In both, genes that hardly vary
+    still vary against the mean of all genes, and so with each other: the more, the fewer genes there are.
 
     Parameters
     ----------
@@ -75,10 +74,13 @@ class CorrelationDisplay:
         self.genes = genes
 
     @classmethod
+    @validated_options(
+        kind=[StrOptions({"log_rates", "factors"})],
+        n_genes=[Interval(Integral, 1, None, closed="left"), None],
+    )
     def from_estimator(
         cls,
         estimator,
-        X=None,
         *,
         kind="log_rates",
         genes=None,
@@ -93,16 +95,14 @@ class CorrelationDisplay:
         Parameters
         ----------
         estimator : NBLNEstimator
-            Fitted.
-        X : Ignored
-            Present for the displays' common signature.
+            Fitted estimator.
         kind : {"log_rates", "factors"}, default="log_rates"
-            Which correlations; the class says what they are.
+            Kind of correlation, explained at the class.
         genes : array-like or None, default=None
             Names or positions of the genes that are shown; None for all. The correlations are those of
             the whole model.
         n_genes : int or None, default=None
-            Of these, show only so many: those with the largest sums of squared correlations with the others.
+            Number of these to show: those with the largest sums of squared correlations with the others.
             None for all.
         vmax, cmap, colorbar, ax
             See :meth:`plot`.
@@ -110,29 +110,26 @@ class CorrelationDisplay:
         Returns
         -------
         CorrelationDisplay
-            What was drawn.
+            The display that was drawn.
 
         Raises
         ------
         TypeError
-            When the estimator has no correlations.
+            When the estimator is not an NBLNEstimator.
         ValueError
             For unknown genes.
         """
-        caller = f"{cls.__name__}.from_estimator"
-        pyplot(caller)
-        estimator = fitted(estimator, caller, (NBLNEstimator,))
-        _check_options(kind=kind, n_genes=n_genes)
+        estimator = fitted(cls, estimator, needs_loadings=True)
         total = estimator.n_features_in_
         shown = gene_positions(estimator, genes)
         C = _cosines(estimator.components_) if kind == "factors" else estimator.get_correlation()
         C = C[np.ix_(shown, shown)]
         chosen = np.arange(shown.size)
-        how = "" if shown.size == total else f", {shown.size} of {total} genes"
+        how = "" if shown.size == total else f"\n{shown.size} of {total} genes"
         if n_genes is not None and n_genes < shown.size:
             connected = np.sum(C**2, 1) - np.diag(C) ** 2
             chosen = np.argsort(-connected, kind="stable")[:n_genes]
-            how = f", the {n_genes} most connected of {shown.size} genes"
+            how = f"\nthe {n_genes} most connected of {shown.size} genes"
         chosen = chosen[_seriation(C[np.ix_(chosen, chosen)])]
         what = {"log_rates": "log-rates", "factors": "loadings"}[kind]
         return cls(
@@ -143,7 +140,7 @@ class CorrelationDisplay:
         ).plot(vmax=vmax, cmap=cmap, colorbar=colorbar, ax=ax)
 
     def plot(self, ax=None, *, vmax=None, cmap="RdBu_r", colorbar=True):
-        """Draw.
+        """Draw the picture.
 
         Parameters
         ----------
@@ -155,14 +152,13 @@ class CorrelationDisplay:
         cmap : str or matplotlib Colormap, default="RdBu_r"
             A diverging map.
         colorbar : bool, default=True
-            Whether the scale of the colours is drawn.
+            Whether to draw the colour scale.
 
         Returns
         -------
         CorrelationDisplay
-            Itself.
+            The display itself.
         """
-        plt = pyplot(f"{type(self).__name__}.plot")
         C = np.asarray(self.correlation)
         n = C.shape[0]
         if vmax is None:
@@ -170,7 +166,7 @@ class CorrelationDisplay:
             wanted = np.quantile(magnitude, 0.99) if magnitude.size else 1.0
             vmax = _SCALES[np.searchsorted(_SCALES[:-1], wanted)]
         side = 4.2 + 0.06 * min(n, 60)
-        self.figure_, self.ax_ = figure, ax = one_axes(plt, ax, (side + 0.8, side))
+        self.figure_, self.ax_ = figure, ax = one_axes(ax, (side + 0.8, side))
         self.im_ = ax.imshow(C, cmap=cmap, vmin=-vmax, vmax=vmax, aspect="equal")
         self.colorbar_ = None
         if colorbar:
@@ -189,17 +185,6 @@ class CorrelationDisplay:
         ax.tick_params(length=0)
         ax.set_title(self.title, fontsize="medium")
         return self
-
-
-@validate_params(
-    {
-        "kind": [StrOptions({"log_rates", "factors"})],
-        "n_genes": [Interval(Integral, 1, None, closed="left"), None],
-    },
-    prefer_skip_nested_validation=True,
-)
-def _check_options(*, kind, n_genes):
-    """Raise scikit-learn's messages for what is out of range."""
 
 
 def _cosines(components):

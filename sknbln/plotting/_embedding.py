@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2
 
-from .._nbln import NBLNEstimator
 from ._common import (
     BLACK,
     BLUE,
@@ -14,14 +13,14 @@ from ._common import (
     legend_beside,
     needed,
     one_axes,
-    pyplot,
+    show_markers,
     tidy,
 )
 
 _MARKERS = "osD^vPX"
-#: whole numbers with more distinct values than this are a scale, not groups
+#: whole numbers with more distinct values are a scale, not groups
 _MOST_LEVELS = 20
-#: groups in the legend; the smallest of more are drawn together
+#: most groups in the legend; the smallest of more are drawn together
 _MOST_GROUPS = 30
 _LEGEND_ROWS = 16
 _DEFAULT_ELLIPSES = 100
@@ -50,7 +49,7 @@ class EmbeddingDisplay:
     ellipses_ : matplotlib EllipseCollection or None
         Posterior regions.
     legend_ : matplotlib Legend or None
-        The legend, where there is something to tell apart.
+        The legend, if there are groups, missing values or ellipses.
     colorbar_ : matplotlib Colorbar or None
         The scale of a number per cell.
     ax_ : matplotlib Axes
@@ -89,7 +88,7 @@ class EmbeddingDisplay:
     def from_estimator(
         cls,
         estimator,
-        X=None,
+        X,
         *,
         components=(0, 1),
         groups=None,
@@ -118,20 +117,18 @@ class EmbeddingDisplay:
         Returns
         -------
         EmbeddingDisplay
-            What was drawn.
+            The display that was drawn.
 
         Raises
         ------
         TypeError
-            When the estimator has no embedding.
+            When the estimator is not an NBLNEstimator.
         ValueError
-            Without X, for components that the estimator does not have, and for groups of another
+            When X is None, for components that the estimator does not have, and for groups of another
             length.
         """
-        caller = f"{cls.__name__}.from_estimator"
-        pyplot(caller)
-        estimator = fitted(estimator, caller, (NBLNEstimator,))
-        needed(X, caller)
+        estimator = fitted(cls, estimator, needs_loadings=True)
+        needed(cls, X)
         pair = _two_components(components, estimator.latent_dim_)
         covariance = None
         if ellipses:
@@ -149,26 +146,25 @@ class EmbeddingDisplay:
         return display.plot(ellipses=ellipses, point_size=point_size, cmap=cmap, ax=ax)
 
     def plot(self, ax=None, *, ellipses=False, point_size=None, cmap="viridis"):
-        """Draw.
+        """Draw the picture.
 
         Parameters
         ----------
         ax : matplotlib Axes or None, default=None
             Where to draw; None for a new figure.
         ellipses : bool or int, default=False
-            For how many cells, at even steps through the rows, the region that holds 90 % of the posterior
-            of the two scores is drawn; True is 100.
+            Number of cells, at even steps through the rows, with a region that holds 90 % of the posterior
+            of the two scores; True for 100.
         point_size : float or None, default=None
-            Area of a point in points squared; None takes one by the number of cells.
+            Area of a point in points squared; None for one that suits the number of cells.
         cmap : str or matplotlib Colormap, default="viridis"
-            For a number per cell.
+            Colours of a number per cell.
 
         Returns
         -------
         EmbeddingDisplay
-            Itself.
+            The display itself.
         """
-        plt = pyplot(f"{type(self).__name__}.plot")
         n = len(self.embedding)
         groups = None if self.groups is None else pd.Series(self.groups).reset_index(drop=True)
         if groups is not None and len(groups) != n:
@@ -176,7 +172,7 @@ class EmbeddingDisplay:
         scale = groups is not None and _is_scale(groups)
         levels = [] if groups is None or scale else _levels(groups)
         columns = -(-len(levels) // _LEGEND_ROWS)
-        self.figure_, ax = self.figure_, self.ax_ = one_axes(plt, ax, (5.2 + 1.3 * columns, 4.6))
+        self.figure_, self.ax_ = _, ax = one_axes(ax, (5.2 + 1.3 * columns, 4.6))
         size = float(np.clip(6000 / max(n, 1), 3, 22)) if point_size is None else point_size
         style = dict(s=size, alpha=0.75, linewidths=0, rasterized=n > 5000)
         self.scatters_, self.colorbar_, self.legend_ = [], None, None
@@ -207,7 +203,7 @@ class EmbeddingDisplay:
         self.colorbar_.solids.set_alpha(1)
 
     def _draw_groups(self, groups, levels, style):
-        """One scatter per group, small groups over large ones; what is left in grey below them."""
+        """One scatter per group, small groups over large ones; all other cells in grey below them."""
         counts = groups.value_counts()
         rank = {level: i for i, level in enumerate(counts.index)}
         for i, level in enumerate(levels):
@@ -236,10 +232,7 @@ class EmbeddingDisplay:
         else:
             above = dict(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, ncols=2)
             self.legend_ = self.ax_.legend(fontsize="small", **above)
-        for handle in self.legend_.legend_handles:
-            if hasattr(handle, "set_sizes"):
-                handle.set_sizes([30])
-                handle.set_alpha(1)
+        show_markers(self.legend_, 30)
 
     def _draw_ellipses(self, ellipses):
         if not ellipses:
@@ -258,7 +251,7 @@ class EmbeddingDisplay:
         radius2 = chi2.ppf(_ELLIPSE_LEVEL, 2)
         axes = 2 * np.sqrt(radius2 * np.maximum(values, 0))
         angles = np.degrees(np.arctan2(vectors[:, 1, 1], vectors[:, 0, 1]))
-        found = EllipseCollection(
+        regions = EllipseCollection(
             axes[:, 1],
             axes[:, 0],
             angles,
@@ -271,14 +264,14 @@ class EmbeddingDisplay:
             alpha=0.5,
             zorder=4,
         )
-        self.ax_.add_collection(found)
-        # matplotlib makes room for the centres only
+        self.ax_.add_collection(regions)
+        # matplotlib makes room for the centres alone
         reach = np.sqrt(radius2 * np.einsum("cii->ci", covariance))
         self.ax_.update_datalim(np.concatenate([centres - reach, centres + reach]))
         self.ax_.autoscale_view()
         label = f"{_ELLIPSE_LEVEL:.0%} of the posterior, {rows.size} cells"
         self.ax_.plot([], [], color=BLACK, linewidth=0.8, alpha=0.6, label=label)
-        return found
+        return regions
 
 
 def _two_components(components, k):

@@ -1,8 +1,7 @@
-"""The norms of the loadings' columns."""
+"""Norms of the components."""
 
 import numpy as np
 
-from .._nbln import NBLNEstimator
 from ..solver.gauge import RANK_FRACTION, SMALLEST_LOADING
 from ._common import (
     BLUE,
@@ -12,7 +11,6 @@ from ._common import (
     fitted,
     legend_beside,
     one_axes,
-    pyplot,
     tidy,
 )
 
@@ -24,15 +22,15 @@ class LoadingsSpectrumDisplay:
     r"""Norms of the components on a logarithmic axis, with the effective rank.
 
     A component counts when its norm :math:`|W_{\perp k}|` exceeds 5 % of the largest, and 0.01 nats per gene
-    (root mean square). Where the fit had a loadings prior, its scales are drawn as the norms that they
-    stand for, :math:`\sigma_k \sqrt{G - 1}`.
+    (root mean square). The scales of a loadings prior are drawn as the norms that they stand for,
+    :math:`\sigma_k \sqrt{G - 1}`.
 
     Parameters
     ----------
     column_norms : ndarray of shape (n_components,)
         Norms of the rows of ``components_``, nats.
     effective_rank : int
-        How many of them count.
+        Number of components that count.
     n_genes : int
         Number of genes G.
     sigma_k : ndarray of shape (n_components,) or None, default=None
@@ -79,42 +77,38 @@ class LoadingsSpectrumDisplay:
         return float(max(largest, SMALLEST_LOADING * np.sqrt(self.n_genes)))
 
     @classmethod
-    def from_estimator(cls, estimator, X=None, *, ax=None):
+    def from_estimator(cls, estimator, *, ax=None):
         """Draw the spectrum of a fitted estimator.
 
         Parameters
         ----------
         estimator : NBLNEstimator
-            Fitted.
-        X : Ignored
-            Present for the displays' common signature.
+            Fitted estimator.
         ax : matplotlib Axes or None, default=None
             Where to draw; None for a new figure.
 
         Returns
         -------
         LoadingsSpectrumDisplay
-            What was drawn.
+            The display that was drawn.
 
         Raises
         ------
         TypeError
-            When the estimator has no loadings.
+            When the estimator is not an NBLNEstimator.
         """
-        caller = f"{cls.__name__}.from_estimator"
-        pyplot(caller)
-        estimator = fitted(estimator, caller, (NBLNEstimator,))
-        found = estimator.w_prior_diagnostics_
+        estimator = fitted(cls, estimator, needs_loadings=True)
+        diagnostics = estimator.w_prior_diagnostics_
         return cls(
-            found["column_frobenius_compositional"],
-            found["effective_rank"],
+            diagnostics["column_frobenius_compositional"],
+            diagnostics["effective_rank"],
             estimator.n_features_in_,
-            sigma_k=found.get("sigma_k"),
-            prior=found["strategy_type"],
+            sigma_k=diagnostics.get("sigma_k"),
+            prior=diagnostics["strategy_type"],
         ).plot(ax=ax)
 
     def plot(self, ax=None):
-        """Draw.
+        """Draw the picture.
 
         Parameters
         ----------
@@ -124,10 +118,9 @@ class LoadingsSpectrumDisplay:
         Returns
         -------
         LoadingsSpectrumDisplay
-            Itself.
+            The display itself.
         """
-        plt = pyplot(f"{type(self).__name__}.plot")
-        _, ax = self.figure_, self.ax_ = one_axes(plt, ax, (6.8, 3.9))
+        self.figure_, self.ax_ = _, ax = one_axes(ax, (6.8, 3.9))
         norms = np.asarray(self.column_norms)
         index = np.arange(1, norms.size + 1)
         counted = index <= self.effective_rank

@@ -1,39 +1,39 @@
-"""Observed and predicted histograms of counts."""
+"""Histograms of counts, observed and predicted."""
 
 from numbers import Integral
 
 import numpy as np
 from sklearn.utils import Bunch
-from sklearn.utils._param_validation import Interval, validate_params
+from sklearn.utils._param_validation import Interval
 
-from ..predictive import iter_posterior_predictive
-from ..predictive._arguments import gene_positions
+from ..predictive._arguments import prepare, validated_options
 from ._common import (
     BLACK,
     BLUE,
+    central_range,
     fitted,
     gene_names,
     grid_of_axes,
     legend_inside,
     needed,
-    pyplot,
     tidy,
 )
 
-#: bins at most; the last one is open
+#: most bins; the last one is open
 _MOST_BINS = 24
 _LEVELS = (0.9, 0.5)
-#: room for a letter of a tick's label, of the axis
+_N_COLS = [Interval(Integral, 1, None, closed="left"), None]
+#: width of a letter of a tick's label, as a fraction of the axis
 _LETTER = 0.035
 
 
 class PPCDisplay:
     """Histograms of counts, observed and posterior-predictive, one panel for a gene.
 
-    Points are the fractions of cells with that count; the bands hold 50 % and 90 % of the same fractions over
-    replicated data sets, the line is their median. Bins are one count wide, or several where counts
-    are large; the last one holds all that is larger. The vertical axis is a square root, on which the
-    spread of a fraction is about the same whether it is large or small (a rootogram [1]_).
+    Points are the fractions of cells with that count; bands hold 50 % and 90 % of the same fractions over
+    replicated data sets, and the line is their median. Bins are one count wide, or several where counts
+    are large; the last one holds all larger counts. The vertical axis is a square root, on which small
+    and large fractions have about the same spread (a rootogram [1]_).
 
     Parameters
     ----------
@@ -76,10 +76,14 @@ class PPCDisplay:
         self.level = level
 
     @classmethod
+    @validated_options(
+        n_genes=[Interval(Integral, 1, None, closed="left")],
+        n_cols=_N_COLS,
+    )
     def from_estimator(
         cls,
         estimator,
-        X=None,
+        X,
         *,
         genes=None,
         n_genes=9,
@@ -95,57 +99,45 @@ class PPCDisplay:
         Parameters
         ----------
         estimator : NBLNEstimator or NBVCPEstimator
-            Fitted.
+            Fitted estimator.
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
             Counts.
         genes : array-like or None, default=None
-            Names or positions of genes. None: `n_genes` of those that were counted at all, at even
+            Names or positions of genes. None for `n_genes` of the genes that have counts, at even
             steps from the least to the most abundant.
         n_genes : int, default=9
-            How many, where `genes` is None.
-        level : {"library_anchored", "marginal", "per_cell"}, default="library_anchored"
-            What is replicated: see :func:`sknbln.predictive.posterior_predictive`.
-        capture : {"posterior", "prior"}, default="posterior"
-            Of ``level="marginal"``; see there.
-        n_samples : int, default=100
-            Replicated data sets.
-        random_state : int, RandomState instance or None, default=None
-            None takes the estimator's.
+            Number of genes if `genes` is None.
+        level, capture, n_samples, random_state
+            See :func:`sknbln.predictive.posterior_predictive`.
         n_cols, ax
             See :meth:`plot`.
 
         Returns
         -------
         PPCDisplay
-            What was drawn.
+            The display that was drawn.
 
         Raises
         ------
         ValueError
-            Without X, and for unknown genes.
+            When X is None, and for unknown genes.
         """
-        caller = f"{cls.__name__}.from_estimator"
-        pyplot(caller)
-        estimator = fitted(estimator, caller)
-        _check_options(n_genes=n_genes, n_cols=n_cols)
-        counts = estimator._validated(needed(X, caller))
+        estimator = fitted(cls, estimator)
+        needed(cls, X)
+        options = dict(level=level, capture=capture)
+        replicates, chosen = prepare(estimator, X, genes, n_samples, random_state, **options)
+        counts = replicates.X
         mean = np.asarray(counts.mean(axis=0)).ravel()
-        chosen = _spread(mean, n_genes) if genes is None else gene_positions(estimator, genes)
+        if genes is None:
+            chosen = _spread(mean, n_genes)
         observed = counts[:, chosen].toarray()
         edges = [_edges(column) for column in observed.T]
         predicted = [[] for _ in chosen]
         # one replicate at a time: only its histograms are kept
-        for replicate in iter_posterior_predictive(
-            estimator,
-            X,
-            level=level,
-            capture=capture,
-            n_samples=n_samples,
-            genes=chosen,
-            random_state=random_state,
-        ):
-            for j, found in enumerate(predicted):
-                found.append(_fractions(replicate[:, j], edges[j]))
+        for s in range(n_samples):
+            replicate = replicates.counts(s, chosen)
+            for j, fractions in enumerate(predicted):
+                fractions.append(_fractions(replicate[:, j], edges[j]))
         names = gene_names(estimator)
         panels = [
             Bunch(
@@ -159,8 +151,9 @@ class PPCDisplay:
         ]
         return cls(panels, level=level).plot(n_cols=n_cols, ax=ax)
 
+    @validated_options(n_cols=_N_COLS)
     def plot(self, ax=None, *, n_cols=None):
-        """Draw.
+        """Draw the picture.
 
         Parameters
         ----------
@@ -168,21 +161,19 @@ class PPCDisplay:
             None for a new figure; a figure, to which axes are added; one axes, which is divided; or
             an array of as many axes as there are genes, or more.
         n_cols : int or None, default=None
-            Columns of the grid; None for one as square as may be.
+            Number of columns of the grid; None for a grid that is nearly square.
 
         Returns
         -------
         PPCDisplay
-            Itself.
+            The display itself.
         """
-        plt = pyplot(f"{type(self).__name__}.plot")
         n = len(self.panels)
         n_cols = int(np.ceil(np.sqrt(n))) if n_cols is None else min(n_cols, n)
         n_rows = -(-n // n_cols)
         narrow = n_cols < 3
         size = (max(2.6 * n_cols + 0.4, 4.8), 2.2 * n_rows + (1.3 if narrow else 0.9))
-        found = grid_of_axes(plt, ax, n_rows, n_cols, size, n_panels=n)
-        self.figure_, self.axes_ = figure, axes = found
+        self.figure_, self.axes_ = figure, axes = grid_of_axes(ax, n_rows, n_cols, size, n_panels=n)
         for each, panel in zip(axes.flat, self.panels, strict=False):
             _draw_panel(each, panel)
         for each in axes.flat[n:]:
@@ -205,17 +196,6 @@ class PPCDisplay:
         else:
             legend_inside(axes.flat[0])
         return self
-
-
-@validate_params(
-    {
-        "n_genes": [Interval(Integral, 1, None, closed="left")],
-        "n_cols": [Interval(Integral, 1, None, closed="left"), None],
-    },
-    prefer_skip_nested_validation=True,
-)
-def _check_options(*, n_genes, n_cols):
-    """Raise scikit-learn's messages for what is out of range."""
 
 
 def _spread(mean, n_genes):
@@ -247,7 +227,7 @@ def _draw_panel(ax, panel):
     # a bin of whole numbers is drawn half a unit to the left: a count sits in the middle of its bin
     drawn = np.append(starts, starts[-1] + width) - 0.5
     for level, alpha in zip(_LEVELS, (0.25, 0.45), strict=True):
-        low, high = np.quantile(panel.predicted, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+        low, high = central_range(panel.predicted, level)
         label = f"predicted, {level:.0%} of replicates"
         ax.stairs(
             high, drawn, baseline=low, fill=True, color=BLUE, alpha=alpha, linewidth=0, label=label
@@ -266,7 +246,7 @@ def _draw_panel(ax, panel):
 
 
 def _set_ticks(ax, starts, width, overflow):
-    """A few whole numbers, and the open bin."""
+    """Ticks at a few whole numbers and at the open bin."""
     from matplotlib.ticker import MaxNLocator
 
     last = f"≥{_short(starts[-1])}"
@@ -278,5 +258,5 @@ def _set_ticks(ax, starts, width, overflow):
 
 
 def _short(count):
-    """A whole number as text; thousands of thousands as 1.2e+06."""
+    """A whole number as text; large ones as 1.2e+06."""
     return f"{count:.0f}" if count < 1e5 else f"{count:.2g}"

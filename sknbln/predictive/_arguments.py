@@ -1,48 +1,74 @@
-"""What the public functions accept, and every message about it."""
+"""Arguments of the public functions: checks, and every message about them."""
 
 from numbers import Integral
 
 import numpy as np
-from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils._param_validation import Interval, StrOptions, validate_params
 from sklearn.utils.validation import check_is_fitted
 
+from .._source import unwrapped
+from ._interface import PredictiveModel
 from ._replicates import CAPTURE, LEVELS, Replicates
 
-CONSTRAINTS = {
+#: options that mean the same wherever they are taken
+_CONSTRAINTS = {
     "level": [StrOptions(set(LEVELS))],
     "capture": [StrOptions(set(CAPTURE))],
     "n_samples": [Interval(Integral, 1, None, closed="left")],
     "random_state": ["random_state"],
 }
-WITHOUT_LEVEL = {name: CONSTRAINTS[name] for name in ("n_samples", "random_state")}
 
 
-def _check_estimator(estimator):
-    if not hasattr(estimator, "_posterior_draws"):
+def validated_options(**constraints):
+    """Decorator that checks the options of a function, in scikit-learn's words.
+
+    `constraints` describe the options that are the function's own; the shared ones are checked where the
+    function has them.
+    """
+    return validate_params({**_CONSTRAINTS, **constraints}, prefer_skip_nested_validation=True)
+
+
+def fitted_model(estimator):
+    """The fitted estimator, out of its `FrozenEstimator` if it is in one."""
+    model = unwrapped(estimator)
+    if not isinstance(model, PredictiveModel):
         raise TypeError(
             "estimator has to be a fitted NBVCPEstimator or NBLNEstimator; found "
-            f"{type(estimator).__name__}. Of a search give best_estimator_, of a pipeline its last step."
+            f"{type(model).__name__}. For a search pass best_estimator_, for a pipeline its last step."
         )
-    check_is_fitted(estimator)
+    check_is_fitted(model)
+    return model
 
 
-def refuse_multinomial(estimator, what):
-    if getattr(estimator, "observation", "nb") == "multinomial":
+def refuse_given_totals(model, what):
+    """Raise ValueError for a model that is conditional on totals."""
+    if model._given_totals:
         raise ValueError(
             f"{what} needs a distribution of totals, which observation='multinomial' does not have: it is "
             "conditional on them. Use level='library_anchored' draws."
         )
 
 
-def replicates_of(
-    estimator, X, level, n_samples, random_state, *, capture="posterior", needs_counts=False
+def prepare(
+    estimator,
+    X,
+    genes,
+    n_samples,
+    random_state,
+    *,
+    level="library_anchored",
+    capture="posterior",
+    needs_counts=False,
 ):
+    """Replicates of the rows of X and the positions of the selected genes, all arguments checked."""
+    model = fitted_model(estimator)
+    positions = gene_positions(model, genes)
     if capture == "prior" and level != "marginal":
         raise ValueError(
             f"capture='prior' draws totals afresh, found level={level!r}: give level='marginal' with it."
         )
     if level == "marginal":
-        refuse_multinomial(estimator, "level='marginal'")
+        refuse_given_totals(model, "level='marginal'")
     if X is None and needs_counts:
         raise ValueError("X is None: the check compares with counts, give them as X.")
     if X is None and level == "per_cell":
@@ -51,43 +77,42 @@ def replicates_of(
             "keep the counts of its fit: give them as X."
         )
     if X is not None:
-        X = estimator._validated(X, estimator._offset_prior() if LEVELS[level] else None)
-    return Replicates(estimator, X, level, n_samples, random_state, capture)
+        X = model._validated(X, model._offset_prior() if LEVELS[level] else None)
+    return Replicates(model, X, level, n_samples, random_state, capture), positions
 
 
-def gene_positions(estimator, genes):
-    """Positions of the selected genes, ndarray of int."""
-    _check_estimator(estimator)
-    n_genes = estimator.n_features_in_
+def gene_positions(model, genes):
+    """Positions of the selected genes of a fitted model, ndarray of int."""
+    n_genes = model.n_features_in_
     if genes is None:
         return np.arange(n_genes)
-    given = np.asarray(genes)
-    if given.ndim != 1 or given.size == 0:
+    selected = np.asarray(genes)
+    if selected.ndim != 1 or selected.size == 0:
         raise ValueError(
             f"genes={genes!r}: expected a list of positions or names, one or more, or None for all."
         )
-    if np.issubdtype(given.dtype, np.integer):
-        unknown = given[(given < 0) | (given >= n_genes)]
-        known, positions = f"positions 0 to {n_genes - 1}", given.astype(np.intp)
-    elif all(isinstance(name, str) for name in given.tolist()):
-        names = getattr(estimator, "feature_names_in_", None)
+    if np.issubdtype(selected.dtype, np.integer):
+        unknown = selected[(selected < 0) | (selected >= n_genes)]
+        expected, positions = f"positions 0 to {n_genes - 1}", selected.astype(np.intp)
+    elif all(isinstance(name, str) for name in selected.tolist()):
+        names = getattr(model, "feature_names_in_", None)
         if names is None:
             raise ValueError(
                 "genes are given by name, but the estimator was fitted without names: give positions, or "
                 "fit on a DataFrame."
             )
         place = {name: i for i, name in enumerate(names)}
-        unknown = np.array([name for name in given if name not in place])
-        known = f"the {n_genes} names of feature_names_in_"
-        positions = np.array([place.get(name, -1) for name in given], np.intp)
+        unknown = np.array([name for name in selected if name not in place])
+        expected = f"the {n_genes} names of feature_names_in_"
+        positions = np.array([place.get(name, -1) for name in selected], np.intp)
     else:
         raise ValueError(
-            f"genes has entries of dtype {given.dtype}: expected integer positions or names. Of a boolean "
-            "mask give np.flatnonzero(mask)."
+            f"genes has entries of dtype {selected.dtype}: expected integer positions or names. For a "
+            "boolean mask pass np.flatnonzero(mask)."
         )
     if unknown.size:
-        raise ValueError(f"genes has unknown entries {unknown[:10].tolist()}: expected {known}.")
-    values, times = np.unique(given, return_counts=True)
+        raise ValueError(f"genes has unknown entries {unknown[:10].tolist()}: expected {expected}.")
+    values, times = np.unique(selected, return_counts=True)
     if np.any(times > 1):
         raise ValueError(
             f"genes names {values[times > 1][:10].tolist()} more than once: name each once."

@@ -2,15 +2,14 @@
 
 import numpy as np
 from scipy.stats import kstest
-from sklearn.utils import Bunch, check_random_state
-from sklearn.utils._param_validation import validate_params
+from sklearn.utils import Bunch
 
-from ._arguments import CONSTRAINTS, WITHOUT_LEVEL, gene_positions, replicates_of
+from ._arguments import prepare, validated_options
 
 STATISTICS = ("mean", "variance", "zero_fraction", "maximum")
 
 
-@validate_params(CONSTRAINTS, prefer_skip_nested_validation=True)
+@validated_options()
 def predictive_check(
     estimator,
     X,
@@ -35,17 +34,13 @@ def predictive_check(
     estimator : fitted NBVCPEstimator or NBLNEstimator
         The model.
     X : {array-like, sparse matrix} of shape (n_rows, n_genes)
-        Counts, at least two rows. Rows that the fit has not seen make a test; see Notes.
-    level : {"marginal", "library_anchored", "per_cell"}, default="library_anchored"
+        Counts, at least two rows. Only rows that the fit has not seen make a test; see Notes.
+    level, capture, random_state
         See :func:`posterior_predictive`.
-    capture : {"posterior", "prior"}, default="posterior"
-        Of ``level="marginal"``; see :func:`posterior_predictive`.
     n_samples : int, default=100
-        Replicates. p-values are ``0.5 / (n_samples + 1)`` or more from 0 and 1.
+        Number of replicates. p-values are ``0.5 / (n_samples + 1)`` or more from 0 and 1.
     genes : array-like of int or str, or None, default=None
-        Positions or names of the genes to check.
-    random_state : int, RandomState instance or None, default=None
-        None takes the estimator's.
+        Positions or names of the genes to check; None for all.
 
     Returns
     -------
@@ -65,27 +60,28 @@ def predictive_check(
     Notes
     -----
     The p-values are uniform, up to the ties of discrete statistics, when X was drawn from the level's
-    predictive at the parameters. What differs from that:
+    predictive distribution at the parameters. Otherwise:
 
     * On the rows of the fit they are conservative, nearer to 1/2 than uniform ones: the parameters
-      have seen the counts, most of all the means.
+      were fitted to these counts, most of all the means.
     * ``"library_anchored"`` takes the total of a row as no evidence on its composition: exact for a flat
       capture prior, and close where capture varies more between rows than the sum of the rates. Where a
-      few genes make up the totals it finds fault with the right model: at the true parameters of
+      few genes make up the totals it rejects the true model: at the true parameters of
       300 rows of ``make_nbln_counts`` (five seeds), 7 % of the genes' variances were outside
       [0.025, 0.975] with 200 genes, 20 % with 30.
-    * ``"marginal"`` is exact without a capture model. With one, the offsets have seen the rows' totals and
+    * ``"marginal"`` is exact without a capture model. With one, the offsets depend on the rows' totals and
       little else: at the true parameters of 500 rows of 200 genes of ``make_nbln_counts`` (three seeds) 5 %
       of the means, 6 % of the variances, 5 % of the zero fractions and 6 % of the maxima were outside. An
-      offset that is frozen at a source of independent genes has taken up what the log-rates of a cell share,
+      offset that is frozen at a source of independent genes absorbs what the log-rates of a cell share,
       and totals scatter a little too much. With ``capture="prior"`` the prior is centred on the observed
-      totals: replicated ones scatter around them, and their mean is larger, by about ``exp(sigma_M**2 / 2)``.
+      totals: replicated ones scatter around them, and their mean is larger, by about
+      ``exp(sigma_M**2 / 2)``.
     * ``"per_cell"`` uses the rows' counts twice, on new rows too. It shows misfit of the count noise
-      and is no test: under the true model 2 to 4 % are outside instead of 5.
+      but is no test: under the true model 2 to 4 % are outside instead of 5.
 
     Genes share rows: the p-values of correlated genes are not independent.
 
-    Memory is that of a chunk of rows; the replicates are never held.
+    Memory holds a chunk of rows; replicates are never stored.
 
     Examples
     --------
@@ -100,10 +96,8 @@ def predictive_check(
     >>> sorted(check.summary)[:2]
     ['maximum_ks', 'maximum_outside']
     """
-    positions = gene_positions(estimator, genes)
-    replicates = replicates_of(
-        estimator, X, level, n_samples, random_state, capture=capture, needs_counts=True
-    )
+    options = dict(level=level, capture=capture, needs_counts=True)
+    replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
     if replicates.n_rows < 2:
         raise ValueError(f"X has {replicates.n_rows} row: a check needs at least two.")
     observed = _observed_statistics(replicates.X[:, positions])
@@ -132,7 +126,7 @@ def _named(statistics):
 
 
 def _statistics(n, total, squares, zeros, largest):
-    """From sums over n rows; equal sums give equal statistics, so that ties are seen."""
+    """Statistics from sums over n rows; equal sums give equal statistics, so that ties are exact."""
     variance = np.maximum(squares - total * (total / n), 0.0) / (n - 1)
     return np.stack([total / n, variance, zeros / n, largest])
 
@@ -158,7 +152,7 @@ def _replicated_statistics(replicates, s, positions):
     return _statistics(replicates.n_rows, total, squares, zeros, largest)
 
 
-@validate_params(WITHOUT_LEVEL, prefer_skip_nested_validation=True)
+@validated_options()
 def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=None):
     r"""Randomized quantile residuals of every count, uniform on (0, 1) under the model.
 
@@ -177,11 +171,9 @@ def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=
     X : {array-like, sparse matrix} of shape (n_rows, n_genes)
         Counts. On the rows of the fit residuals are a little nearer to 1/2 than uniform ones.
     n_samples : int, default=100
-        Replicates.
-    genes : array-like of int or str, or None, default=None
-        Positions or names of the genes.
-    random_state : int, RandomState instance or None, default=None
-        None takes the estimator's.
+        Number of replicates.
+    genes, random_state
+        See :func:`posterior_predictive`.
 
     Returns
     -------
@@ -195,10 +187,10 @@ def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=
 
     Notes
     -----
-    Given its total a row says nothing of its capture. See the notes of :func:`predictive_check` for
-    when the replicates are exact. Residuals of a row share its scores and its total, and are
-    not independent; those of a gene are, over rows. Rows without counts have residuals that are random
-    numbers. Memory is that of the result, twice.
+    A row's total is taken as no evidence on its composition; the notes of :func:`predictive_check` say
+    when that is exact. Residuals of a row share its scores and its total, and are
+    not independent; those of a gene are, over rows. Residuals of rows without counts are random
+    numbers. Memory holds twice the size of the result.
 
     References
     ----------
@@ -214,9 +206,7 @@ def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=
     >>> quantile_residuals(model, X, n_samples=50, genes=[0, 1], random_state=0).shape
     (100, 2)
     """
-    positions = gene_positions(estimator, genes)
-    rng = check_random_state(estimator.random_state if random_state is None else random_state)
-    replicates = replicates_of(estimator, X, "library_anchored", n_samples, rng, needs_counts=True)
+    replicates, positions = prepare(estimator, X, genes, n_samples, random_state, needs_counts=True)
     observed = replicates.X[:, positions].toarray()
     below, ties = np.zeros((2, *observed.shape), np.int32)
     for s in range(n_samples):
@@ -227,6 +217,8 @@ def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=
     residuals = observed
     for rows in replicates.row_chunks():
         # drawn for all genes, so that a gene's residuals do not depend on the selection
-        uniform = rng.uniform(size=(rows.stop - rows.start, replicates.n_genes))[:, positions]
+        uniform = replicates.rng.uniform(size=(rows.stop - rows.start, replicates.n_genes))[
+            :, positions
+        ]
         residuals[rows] = (below[rows] + uniform * (ties[rows] + 1)) / (n_samples + 1)
     return np.clip(residuals, np.finfo(float).tiny, 1 - np.finfo(float).epsneg, out=residuals)

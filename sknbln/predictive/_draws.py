@@ -1,15 +1,14 @@
-"""Replicates of counts and points on the simplex."""
+"""Replicates of counts, and compositions."""
 
 import numpy as np
 from sklearn.utils import Bunch
-from sklearn.utils._param_validation import validate_params
 
 from .. import _capture
-from ._arguments import CONSTRAINTS, WITHOUT_LEVEL, gene_positions, replicates_of
+from ._arguments import prepare, validated_options
 from ._replicates import softmax
 
 
-@validate_params(CONSTRAINTS, prefer_skip_nested_validation=True)
+@validated_options()
 def posterior_predictive(
     estimator,
     X=None,
@@ -22,18 +21,18 @@ def posterior_predictive(
 ):
     r"""Draw counts from a fitted model: replicates of the rows of X.
 
-    Each replicate takes one joint draw of r, mu and eta from the posterior (`sample_posterior`: what is
-    frozen comes from the source's own posterior; W and d are the fitted ones, under
-    ``cascade="marginal"`` scaled to the share that the draw of r leaves to Sigma), then draws the
-    counts, with ``NB(mean, r) = Poisson(mean * gamma)``, ``gamma ~ Gamma(r, 1/r)`` (1 for Poisson
-    channels):
+    Each replicate takes one joint draw of r, mu and eta from the posterior, as `sample_posterior` does:
+    frozen parameters come from the source's posterior. W and d are the fitted ones, scaled under
+    ``cascade="marginal"`` to the share of the overdispersion that the draw of r leaves to Sigma. Then
+    it draws the counts, with ``NB(mean, r) = Poisson(mean * gamma)``, ``gamma ~ Gamma(r, 1/r)`` (1 for
+    Poisson channels):
 
     ``"marginal"``
         Fresh log-rates and totals of cells of the same depths: ``x ~ N(mu, Sigma)``,
-        ``u ~ Poisson(exp(x - eta) * gamma)``. The row's capture offset has its posterior given its counts:
-        the source's where it is frozen, the model's own where it is free. With ``capture="prior"``
-        ``eta_c ~ TruncNormal(log M0 - log L_c, sigma_M, low=0)``, ``L_c`` the row's observed total: totals
-        then scatter by sigma_M nats more.
+        ``u ~ Poisson(exp(x - eta) * gamma)``. The row's capture offset is drawn from its posterior given
+        its counts: the source's where it is frozen, the model's own where it is free. With
+        ``capture="prior"`` it is ``eta_c ~ TruncNormal(log M0 - log L_c, sigma_M, low=0)``, with ``L_c`` the
+        row's observed total: totals then scatter by sigma_M nats more.
     ``"library_anchored"``
         Fresh compositions, observed totals: ``u_c ~ Multinomial(L_c, p_c)``, ``p_c`` proportional to
         ``exp(x_c) * gamma_c``, so that overdispersion is kept. The capture offset drops out.
@@ -59,10 +58,10 @@ def posterior_predictive(
     n_samples : int, default=100
         Replicates.
     genes : array-like of int or str, or None, default=None
-        Positions or names (of ``feature_names_in_``) of the genes to return, in this order; None for
+        Positions or names (in ``feature_names_in_``) of the genes to return, in this order; None for
         all. A gene's draws do not depend on the selection.
     random_state : int, RandomState instance or None, default=None
-        None takes the estimator's. The same seed gives the same draws.
+        None for the estimator's own. The same seed gives the same draws.
 
     Returns
     -------
@@ -76,7 +75,7 @@ def posterior_predictive(
         ``observation="multinomial"`` (it has no distribution of totals), for ``capture="prior"`` with
         another level, and when a drawn rate is beyond 64-bit counts.
     TypeError
-        When `estimator` is neither of the two.
+        When `estimator` is not one of the two.
 
     See Also
     --------
@@ -85,9 +84,9 @@ def posterior_predictive(
 
     Notes
     -----
-    The result takes ``8 n_samples n_rows n_genes_selected`` bytes; besides it there are a few chunks
-    of rows and the parameters' draws. All genes are drawn whatever `genes` is (compositions need
-    them): the selection saves memory, not time. ``"per_cell"`` of an `NBLNEstimator` finds the
+    The result takes ``8 n_samples n_rows n_genes_selected`` bytes, besides a few chunks of rows and the
+    draws of the parameters. All genes are drawn whatever `genes` is, since compositions need them:
+    a selection saves memory, not time. ``"per_cell"`` of an `NBLNEstimator` finds the
     mode of every row once per replicate.
 
     Examples
@@ -103,16 +102,15 @@ def posterior_predictive(
     >>> bool((draws.sum(axis=2) == X.sum(axis=1)).all())
     True
     """
-    positions = gene_positions(estimator, genes)
-    replicates = replicates_of(estimator, X, level, n_samples, random_state, capture=capture)
+    options = dict(level=level, capture=capture)
+    replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
     out = np.empty((n_samples, replicates.n_rows, positions.size), np.int64)
     for s in range(n_samples):
-        for rows, counts in replicates.chunks(s):
-            out[s, rows] = counts[:, positions]
+        replicates.counts(s, positions, out=out[s])
     return out
 
 
-@validate_params(CONSTRAINTS, prefer_skip_nested_validation=True)
+@validated_options()
 def iter_posterior_predictive(
     estimator,
     X=None,
@@ -123,28 +121,15 @@ def iter_posterior_predictive(
     genes=None,
     random_state=None,
 ):
-    """Iterate over replicates: what :func:`posterior_predictive` stacks, one at a time.
+    """Iterate over the replicates that :func:`posterior_predictive` stacks, one at a time.
 
-    Memory is that of one replicate, a few chunks of rows and the parameters' draws. Arguments are
+    Memory holds one replicate, a few chunks of rows and the draws of the parameters. Arguments are
     checked at the call, not at the first replicate.
 
     Parameters
     ----------
-    estimator : fitted NBVCPEstimator or NBLNEstimator
-        The model.
-    X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
-        Rows to replicate; None for the training rows.
-    level : {"marginal", "library_anchored", "per_cell"}, default="library_anchored"
-        What is drawn afresh.
-    capture : {"posterior", "prior"}, default="posterior"
-        Where ``level="marginal"`` takes the rows' capture offsets from: their posterior given their
-        counts, or the capture prior, for cells that are still to come.
-    n_samples : int, default=100
-        Replicates.
-    genes : array-like of int or str, or None, default=None
-        Positions or names of the genes to return.
-    random_state : int, RandomState instance or None, default=None
-        None takes the estimator's.
+    estimator, X, level, capture, n_samples, genes, random_state
+        See :func:`posterior_predictive`.
 
     Returns
     -------
@@ -167,29 +152,21 @@ def iter_posterior_predictive(
     >>> len(largest)
     5
     """
-    positions = gene_positions(estimator, genes)
-    replicates = replicates_of(estimator, X, level, n_samples, random_state, capture=capture)
-    return _stacked_chunks(replicates, positions)
+    options = dict(level=level, capture=capture)
+    replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
+    return (replicates.counts(s, positions) for s in range(n_samples))
 
 
-def _stacked_chunks(replicates, positions):
-    for s in range(replicates.n_samples):
-        out = np.empty((replicates.n_rows, positions.size), np.int64)
-        for rows, counts in replicates.chunks(s):
-            out[rows] = counts[:, positions]
-        yield out
-
-
-@validate_params(WITHOUT_LEVEL, prefer_skip_nested_validation=True)
+@validated_options()
 def compositional_samples(estimator, X=None, *, n_samples=1000, genes=None, random_state=None):
-    """Compositions of cells before observation noise, and the empirical ones beside them.
+    """Draw compositions of cells from the model, before count noise, beside the empirical ones.
 
     The model's points on the simplex are ``softmax(x)``, one fresh ``x ~ N(mu, Sigma)`` per posterior
-    draw. They are invariant under the exchange of log-rate level and capture. The gamma noise of the
-    counts belongs to the observation and is left out, in both models: the points of
-    an `NBVCPEstimator` are its mean composition ``m / sum(m)`` per posterior draw, the limit Sigma -> 0.
-    By that model the compositions of cells do not differ, and the spread of its points is what the
-    posterior does not know. Empirical compositions scatter more than the model's by their observation noise.
+    draw. They do not depend on the level of the log-rates, nor on capture. The gamma noise of the
+    counts belongs to the observation and is left out: the points of an `NBVCPEstimator` are its mean
+    composition ``m / sum(m)`` per posterior draw, the limit Sigma -> 0. In that model all cells have the
+    same composition, and the points spread by the uncertainty of the posterior alone. Empirical
+    compositions scatter more than the model's, by count noise.
 
     Parameters
     ----------
@@ -200,16 +177,16 @@ def compositional_samples(estimator, X=None, *, n_samples=1000, genes=None, rand
     n_samples : int, default=1000
         Points of the model.
     genes : array-like of int or str, or None, default=None
-        Positions or names of the genes to return: coordinates of the composition of all genes.
+        Positions or names of the genes to return; shares are of the counts of all genes.
     random_state : int, RandomState instance or None, default=None
-        None takes the estimator's.
+        None for the estimator's own.
 
     Returns
     -------
     Bunch
-        ``model`` (n_samples, n_genes_selected); and if X is given ``cells`` (n_rows_with_counts,
-        n_genes_selected), each row by its total, rows without counts left out, and ``pseudobulk``
-        (n_genes_selected,), the column totals by the total of X.
+        ``model`` (n_samples, n_genes_selected). With X also ``cells`` (n_rows_with_counts,
+        n_genes_selected), each row divided by its total, without rows that have no counts, and
+        ``pseudobulk`` (n_genes_selected,), the column totals divided by the total of X.
 
     Raises
     ------
@@ -223,23 +200,22 @@ def compositional_samples(estimator, X=None, *, n_samples=1000, genes=None, rand
     >>> from sknbln.predictive import compositional_samples
     >>> X = make_nbvcp_counts(n_cells=100, n_genes=20, random_state=0).data
     >>> model = NBVCPEstimator(random_state=0).fit(X)
-    >>> found = compositional_samples(model, X, n_samples=50, genes=[3, 1, 2])
-    >>> found.model.shape, found.cells.shape, found.pseudobulk.shape
+    >>> shares = compositional_samples(model, X, n_samples=50, genes=[3, 1, 2])
+    >>> shares.model.shape, shares.cells.shape, shares.pseudobulk.shape
     ((50, 3), (100, 3), (3,))
     """
-    positions = gene_positions(estimator, genes)
-    replicates = replicates_of(estimator, None, "library_anchored", n_samples, random_state)
+    replicates, positions = prepare(estimator, None, genes, n_samples, random_state)
     points = np.empty((n_samples, positions.size))
-    for s, model in enumerate(replicates.models()):
-        points[s] = softmax(replicates.fresh_rates(model, 1))[0, positions]
-    found = Bunch(model=points)
+    for s in range(n_samples):
+        points[s] = softmax(replicates.fresh_rates(replicates.params(s), 1))[0, positions]
+    compositions = Bunch(model=points)
     if X is not None:
-        X = estimator._validated(X)
+        X = replicates.model._validated(X)
         totals = _capture.library_sizes(X)
         if not totals.any():
             raise ValueError("X has no counts: compositions of its rows are not defined.")
-        some = totals > 0
-        found.cells = X[some][:, positions].toarray() / totals[some, None]
+        has_counts = totals > 0
+        compositions.cells = X[has_counts][:, positions].toarray() / totals[has_counts, None]
         columns = np.asarray(X.sum(axis=0), float).ravel()
-        found.pseudobulk = columns[positions] / totals.sum()
-    return found
+        compositions.pseudobulk = columns[positions] / totals.sum()
+    return compositions

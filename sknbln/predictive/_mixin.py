@@ -5,12 +5,13 @@ from numbers import Real
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from ._arguments import refuse_multinomial
+from ._arguments import refuse_given_totals
 from ._draws import posterior_predictive
+from ._interface import PredictiveModel
 from ._moments import count_moments
 
 
-class PredictiveMixin:
+class PredictiveMixin(PredictiveModel):
     """Replicated counts and moments as methods of an estimator."""
 
     def posterior_predictive(
@@ -23,22 +24,14 @@ class PredictiveMixin:
         genes=None,
         random_state=None,
     ):
-        """Counts drawn from the fitted model: :func:`sknbln.predictive.posterior_predictive`.
+        """Draw counts from the fitted model by :func:`sknbln.predictive.posterior_predictive`.
 
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
             Rows to replicate; None for the training rows (not with ``level="per_cell"``).
-        level : {"marginal", "library_anchored", "per_cell"}, default="library_anchored"
-            What is drawn afresh.
-        capture : {"posterior", "prior"}, default="posterior"
-            Where ``level="marginal"`` takes the rows' capture offsets from.
-        n_samples : int, default=100
-            Replicates, each with a posterior draw of its own.
-        genes : array-like of int or str, or None, default=None
-            Positions or names of the genes to return.
-        random_state : int, RandomState instance or None, default=None
-            None takes the estimator's.
+        level, capture, n_samples, genes, random_state
+            See :func:`sknbln.predictive.posterior_predictive`.
 
         Returns
         -------
@@ -63,9 +56,8 @@ class PredictiveMixin:
                   Var\, u_g &= E u_g + (E u_g)^2 (e^{S_{gg}} - 1) + e^{2\mu_g + 2 S_{gg} - 2\eta} / r_g \\
                   Cov(u_g, u_h) &= E u_g\, E u_h\, (e^{S_{gh}} - 1)
 
-        The last term of the variance is ``E[rate^2] / r_g``, by the law of total variance. It is
-        sometimes written ``(E u_g)^2 / r_g``, which is its value at ``S_gg = 0`` and too small by
-        ``exp(S_gg)`` elsewhere.
+        The last term of the variance is ``E[rate^2] / r_g``, by the law of total variance. In the
+        form ``(E u_g)^2 / r_g``, right for ``S_gg = 0`` only, it is too small by a factor of ``exp(S_gg)``.
 
         Parameters
         ----------
@@ -87,10 +79,10 @@ class PredictiveMixin:
         Warns
         -----
         RuntimeWarning
-            When moments are beyond floating point; they are inf.
+            When moments overflow; they are inf.
         """
         check_is_fitted(self)
-        refuse_multinomial(self, "moments()")
+        refuse_given_totals(self, "moments()")
         if not isinstance(offset, Real) or not np.isfinite(offset):
             raise ValueError(f"offset={offset!r}: expected a finite number, in nats.")
         return count_moments(self._params(), float(offset))

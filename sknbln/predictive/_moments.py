@@ -9,7 +9,7 @@ from sklearn.utils import Bunch
 def count_moments(params, offset):
     """Mean, variance and covariance of NB counts with log-normal rates.
 
-    Taken in logarithms: only what is itself beyond floating point becomes inf.
+    Computed in logarithms: a moment is inf only where it overflows itself.
     """
     mean, loadings, noise, phi = params
     S = loadings @ loadings.T
@@ -24,10 +24,10 @@ def count_moments(params, offset):
         burst = np.exp(np.log(phi) + 2 * (mean - offset) + 2 * variance)
         total = expected + np.exp(log_noise) + burst
     np.fill_diagonal(covariance, total)
-    beyond = int(np.sum(np.isinf(total)))
-    if beyond:
+    n_overflow = int(np.sum(np.isinf(total)))
+    if n_overflow:
         warnings.warn(
-            f"The moments of {beyond} of {total.size} genes are beyond floating point and given as inf (the "
+            f"The moments of {n_overflow} of {total.size} genes overflow and are returned as inf (the "
             f"largest variance of a log-rate is {variance.max():.4g} nats squared). Look at noise_variance_ "
             "and loadings_ of these genes.",
             RuntimeWarning,

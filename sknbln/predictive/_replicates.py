@@ -1,7 +1,7 @@
-"""Replicated counts of given rows: one posterior draw per replicate, rows in chunks.
+"""Replicated counts of rows: one posterior draw per replicate, rows in chunks.
 
-Every level makes log-intensities ``l = log-rate + log Gamma(r, 1/r)`` of a chunk of rows and then
-counts from them, since ``NB(exp(y), r) = Poisson(exp(y) Gamma(r, 1/r))``:
+Every level draws log-intensities ``l = log-rate + log Gamma(r, 1/r)`` of a chunk of rows, then
+counts, since ``NB(exp(y), r) = Poisson(exp(y) Gamma(r, 1/r))``:
 
 * given an offset, ``Poisson(exp(l))``;
 * given a total, ``Multinomial(total, softmax(l))``.
@@ -22,9 +22,9 @@ from .._rows import RowBatches, with_padded_rank
 from ..solver.params import Params, dispersion
 from ..solver.rates import draw_rates
 
-#: levels, and of which offsets they take posterior draws (of a free one per_cell integrates)
+#: levels, and which capture offsets they draw from the posterior (per_cell integrates free ones)
 LEVELS = {"marginal": "all", "library_anchored": None, "per_cell": "frozen"}
-#: where marginal replicates take the offsets of rows from
+#: distributions that marginal replicates can draw the rows' capture offsets from
 CAPTURE = ("posterior", "prior")
 _CHUNK_ENTRIES = 2**18  # 2 MB an array
 _LARGEST_RATE = 1e18  # counts are 64-bit integers
@@ -47,16 +47,16 @@ class Streams(NamedTuple):
 
 
 class ParameterDraws(NamedTuple):
-    """Posterior draws, one per row: what a replicate of the counts is made with."""
+    """Posterior draws of the parameters, one per replicate."""
 
     r: np.ndarray  # (n_samples, n_genes); inf for Poisson channels
     log_mean: np.ndarray  # (n_samples, n_genes) mu, log-rates
-    eta: np.ndarray | None  # (n_samples, n_rows) offsets; None where not asked for
-    inflation: np.ndarray | None = None  # (n_samples, n_genes) Sigma_gg by the model's; None is 1
+    eta: np.ndarray | None  # (n_samples, n_rows) capture offsets; None where not drawn
+    inflation: np.ndarray | None = None  # (n_samples, n_genes) factor of Sigma_gg; None is 1
 
 
 def degenerate(params):
-    """Whether the log-rates are their mean: independent genes."""
+    """Whether the log-rates do not vary: independent genes."""
     return params.loadings.shape[1] == 0 and not params.noise.any()
 
 
@@ -124,7 +124,8 @@ class Replicates:
 
     Parameters
     ----------
-    estimator : fitted NBVCPEstimator or NBLNEstimator
+    model : PredictiveModel
+        Fitted.
     X : csr_matrix of shape (n_rows, n_genes) or None
         Validated counts; None stands for the training rows, by their library sizes.
     level : one of `LEVELS`
@@ -133,59 +134,61 @@ class Replicates:
     capture : one of `CAPTURE`
     """
 
-    def __init__(self, estimator, X, level, n_samples, random_state, capture="posterior"):
-        seed = estimator.random_state if random_state is None else random_state
-        rng = check_random_state(seed)
-        self.estimator, self.X, self.level, self.n_samples = estimator, X, level, n_samples
-        self.library_size = estimator._library_size if X is None else _capture.library_sizes(X)
-        self.n_rows, self.n_genes = self.library_size.size, estimator.n_features_in_
+    def __init__(self, model, X, level, n_samples, random_state, capture="posterior"):
+        self.rng = check_random_state(model.random_state if random_state is None else random_state)
+        self.model, self.X, self.level = model, X, level
+        self.library_size = model._library_size if X is None else _capture.library_sizes(X)
+        self.n_rows, self.n_genes = self.library_size.size, model.n_features_in_
         per_cell = level == "per_cell"
         eta = None if capture == "prior" else LEVELS[level]
-        self._draws = estimator._posterior_draws(n_samples, X, rng, eta=eta)
-        self._streams = Streams.spawn(rng)
+        self._draws = model._posterior_draws(n_samples, X, self.rng, eta=eta)
+        self._streams = Streams.spawn(self.rng)
         self._totals = np.rint(self.library_size).astype(np.int64)
-        multinomial = getattr(estimator, "observation", "nb") == "multinomial"
-        self.given_totals = level == "library_anchored" or (per_cell and multinomial)
+        self._given_totals = level == "library_anchored" or (per_cell and model._given_totals)
         self._scores = None
         if per_cell and self._draws.eta is None:
-            self._capture = estimator._row_capture(X)
+            self._capture = model._row_capture(X)
 
-    def models(self):
-        """The parameters of each posterior draw, one `Params` per sample."""
-        for s in range(self.n_samples):
-            yield self._model(s)
-
-    def _model(self, s):
-        params, draws = self.estimator._params(), self._draws
+    def params(self, s):
+        """The parameters of posterior draw s."""
+        params, draws = self.model._params(), self._draws
         loadings, noise = params.loadings, params.noise
         if draws.inflation is not None:
             loadings = loadings * np.sqrt(draws.inflation[s])[:, None]
             noise = noise * draws.inflation[s]
         return Params(draws.log_mean[s], loadings, noise, 1.0 / draws.r[s])
 
-    def fresh_rates(self, model, rows):
+    def fresh_rates(self, params, rows):
         """``x ~ N(mu, W W' + diag(d))`` for a number of rows, (rows, n_genes)."""
-        k, normal = model.loadings.shape[1], self._streams.normal
-        if degenerate(model):
-            return np.broadcast_to(model.mean, (rows, model.mean.size))
-        noise = normal.standard_normal((rows, k + model.mean.size))
-        return model.mean + noise[:, :k] @ model.loadings.T + np.sqrt(model.noise) * noise[:, k:]
+        k, normal = params.loadings.shape[1], self._streams.normal
+        if degenerate(params):
+            return np.broadcast_to(params.mean, (rows, params.mean.size))
+        noise = normal.standard_normal((rows, k + params.mean.size))
+        return params.mean + noise[:, :k] @ params.loadings.T + np.sqrt(params.noise) * noise[:, k:]
 
     def chunks(self, s):
         """Yield (slice of rows, counts of shape (rows, n_genes)) of replicate s.
 
-        Replicates have to be asked for in their order.
+        Call it for s = 0, 1, ... in order: the random streams go on from one replicate to the next.
         """
-        model = self._model(s)
+        params = self.params(s)
         parts = self._posterior_rates if self.level == "per_cell" else self._prior_rates
-        for rows, log_rates in parts(model, s):
-            noise = log_gamma_noise(dispersion(model), rows.stop - rows.start, self._streams)
+        for rows, log_rates in parts(params, s):
+            noise = log_gamma_noise(dispersion(params), rows.stop - rows.start, self._streams)
             log_intensity = log_rates + noise
-            if self.given_totals:
+            if self._given_totals:
                 p = softmax(log_intensity)
                 yield rows, self._streams.count.multinomial(self._totals[rows], p)
             else:
                 yield rows, poisson(log_intensity, self._streams.count)
+
+    def counts(self, s, genes, out=None):
+        """Replicate s of the genes at these positions, (n_rows, n_genes_selected), written to `out`."""
+        if out is None:
+            out = np.empty((self.n_rows, genes.size), np.int64)
+        for rows, counts in self.chunks(s):
+            out[rows] = counts[:, genes]
+        return out
 
     def row_chunks(self):
         """Slices of rows whose dense arrays are small."""
@@ -193,29 +196,29 @@ class Replicates:
         for start in range(0, self.n_rows, step):
             yield slice(start, min(start + step, self.n_rows))
 
-    def _prior_rates(self, model, s):
+    def _prior_rates(self, params, s):
         offset = np.zeros(self.n_rows)
         if self._draws.eta is not None:
             offset = self._draws.eta[s]
         elif self.level == "marginal":
-            prior = self.estimator.capture_prior_
+            prior = self.model.capture_prior_
             offset = capture_offsets(prior, self.library_size, self._streams.offset)
         for rows in self.row_chunks():
-            x = self.fresh_rates(model, rows.stop - rows.start)
+            x = self.fresh_rates(params, rows.stop - rows.start)
             yield rows, x - offset[rows, None]
 
-    def _posterior_rates(self, model, s):
+    def _posterior_rates(self, params, s):
         if self._draws.eta is None:
             capture = self._capture
         else:
             capture = self._draws.eta[s], np.zeros(self.n_rows), np.ones(self.n_rows)
-        k, n_genes = model.loadings.shape[1], self.n_genes
-        if degenerate(model):
+        k, n_genes = params.loadings.shape[1], self.n_genes
+        if degenerate(params):
             for rows in self.row_chunks():
-                yield rows, model.mean - capture[0][rows, None]
+                yield rows, params.mean - capture[0][rows, None]
             return
-        batches = RowBatches(self.X, *capture, batch_size=self.estimator.batch_size)
-        params = with_padded_rank(model)
+        batches = RowBatches(self.X, *capture, batch_size=self.model.batch_size)
+        params = with_padded_rank(params)
         padded = params.loadings.shape[1]
         if self._scores is None:
             self._scores = np.zeros((self.n_rows, padded + 1))

@@ -11,7 +11,8 @@ Every function is meant to run in float64 (see ``sknbln._jax.float64``).
 ``marginal``        the Laplace marginal and the sums over cells of its exact gradient
 ``rates``           draws of a cell's log-rates from its Laplace posterior
 ``start``           start values from the moments of the scores
-``objective``       the log-posterior in the coordinates of the ascent, and the coupling
+``coupling``        the coordinates of the ascent; the marginal-preserving coupling
+``objective``       the log-posterior in the coordinates of the ascent
 ``metric``          steps of the parameters from those sums
 ``columns``         a common change of all loadings
 ``ascent``          the loop over sweeps with its monotone guard

@@ -116,17 +116,12 @@ def third_derivative(terms):
     return terms.curvature * (1.0 - terms.odds) * terms.keep
 
 
-class DispersionTerms(NamedTuple):
-    """Derivatives in ``log r`` at fixed ``y``, elementwise (without the constant's part)."""
-
-    score: jnp.ndarray  # d log p / d log r
-    second: jnp.ndarray  # d^2 log p / d (log r)^2
-    d_gradient: jnp.ndarray  # d gradient / d log r
-    d_curvature: jnp.ndarray  # d curvature / d log r
-
-
 def dispersion_terms(u, phi, terms, logs):
-    """Derivatives of the y-dependent part of the channel in ``log r = -log phi``."""
+    """Derivatives in ``log r = -log phi`` at fixed y, elementwise, of the part that depends on y.
+
+    Returns the first and second derivative of ``log p``, and the derivatives of its gradient and of its
+    curvature in y.
+    """
     prob = terms.odds * terms.keep
     share = u * phi / (1.0 + u * phi)
     _, entropy = logs
@@ -134,7 +129,7 @@ def dispersion_terms(u, phi, terms, logs):
     d_gradient = terms.fitted * (share - prob)
     second = terms.rate * terms.keep - entropy - d_gradient
     d_curvature = terms.curvature * (2.0 * prob - share)
-    return DispersionTerms(score, second, d_gradient, d_curvature)
+    return score, second, d_gradient, d_curvature
 
 
 # ------------------------------------------------------------------ constants, on the host

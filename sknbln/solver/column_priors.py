@@ -39,7 +39,14 @@ from scipy.optimize import minimize_scalar
 from .gauge import RANK_FRACTION, compositional, singular_basis
 from .metric import least_squares_matrix
 
+#: rounds of the iteration by which an update finds its scales, at most
 _SCALE_ROUNDS = 200
+#: sweeps under the same scales, at most
+SWEEPS_PER_STAGE = 6
+#: and where the scales have settled: every stage starts with an empty memory of the quasi-Newton steps
+SWEEPS_OF_SETTLED_STAGE = 60
+_SETTLED = 0.02  # relative change of a column's lambda
+LONGEST_REACH = 4.0  # largest factor by which a change of a column's log variance is lengthened
 
 
 class ColumnPenalty(NamedTuple):
@@ -82,19 +89,29 @@ class Evidence(NamedTuple):
         return max(self.information.shape[0] - 1, 1)
 
 
-class ColumnVariances(NamedTuple):
-    """An update of the columns' scales."""
+class ColumnScales(NamedTuple):
+    """Scales of the columns: as an update makes them, and then as a stage of sweeps uses them."""
 
-    variance: np.ndarray  # (k,) lambda_k^2
-    volume: np.ndarray  # (k,) gamma_k of the volume term; 0 without it
-    smallest: float = 0.0  # that a variance may be
+    variance: np.ndarray  # (k,) lambda_k^2; of a stage: over-relaxed
+    volume: np.ndarray  # (k,) coefficients v of the volume term; 0 without it
+    smallest: float = 0.0  # lower bound of a variance
     tau: float | None = None  # the global scale, where there is one
+    change: np.ndarray = 0.0  # (k,) of log variances since the last stage
+    reach: np.ndarray = 1.0  # (k,) factor by which the next change is lengthened
+    penalty: ColumnPenalty | None = None  # of the stage
+    settled: bool = False  # whether the scales of real columns are those of the last stage
+    unchanged: bool = False  # whether all scales are, to rounding
+
+    @property
+    def most_sweeps(self):
+        """Largest number of sweeps of the stage."""
+        return SWEEPS_OF_SETTLED_STAGE if self.settled else SWEEPS_PER_STAGE
 
 
 def gaussian(evidence, last=None, *, sigma=1.0):
     """``w_gk ~ N(0, sigma^2)`` with a fixed ``sigma``."""
     k = evidence.squared_norm.size
-    return ColumnVariances(np.full(k, sigma**2), np.zeros(k))
+    return ColumnScales(np.full(k, sigma**2), np.zeros(k))
 
 
 def horseshoe_variance(S, dof, tau, smallest=0.0):
@@ -126,7 +143,7 @@ def horseshoe(evidence, last=None, *, tau_scale=1.0, lambda_min=1e-3):
         if abs(np.log(tau / before)) < 1e-6:
             break
     v = horseshoe_variance(S, dof, tau, smallest)
-    return ColumnVariances(v, np.zeros(S.size), smallest, tau)
+    return ColumnScales(v, np.zeros(S.size), smallest, tau)
 
 
 def normal_exponential_gamma(evidence, last=None, *, alpha=1.0, beta=1.0, lambda_min=1e-3):
@@ -144,7 +161,7 @@ def normal_exponential_gamma(evidence, last=None, *, alpha=1.0, beta=1.0, lambda
         if np.all(np.abs(new - psi) <= 1e-8 * psi):
             break
         psi = new
-    return ColumnVariances(new, np.zeros(S.size), smallest)
+    return ColumnScales(new, np.zeros(S.size), smallest)
 
 
 #: smallest variance under "ard": scales of 1e-3 at least, as of the other priors. A column of W_perp that is
@@ -171,7 +188,7 @@ def ard(evidence, last=None):
             break
         v = new
     gamma = np.sum(1.0 - 1.0 / (1.0 + information * v), 0)
-    return ColumnVariances(v, gamma * support, SMALLEST_ARD_VARIANCE)
+    return ColumnScales(v, gamma * support, SMALLEST_ARD_VARIANCE)
 
 
 #: updates of the columns' scales by the name of their prior; None is no prior
@@ -234,46 +251,23 @@ def evidence_at(loadings, moments, n_cells):
     return Evidence(np.sum(squares, 0), spread / (1.0 + spread), information, weight)
 
 
-SWEEPS_PER_STAGE = 6
-#: a stage under scales that stay goes on: every other one starts without a memory of the steps
-SWEEPS_OF_SETTLED_STAGE = 60
-_SETTLED = 0.02  # relative change of a column's lambda
-LONGEST_REACH = 4.0  # of an update of a column's log variance, times what was found
+def relaxed(update, last):
+    """The `ColumnScales` of an update with over-relaxed variances.
 
-
-class ColumnScales(NamedTuple):
-    """Scales of the columns under which a stage of sweeps is done."""
-
-    found: ColumnVariances  # at the start of the stage
-    variance: np.ndarray  # (k,) lambda_k^2 that the stage has: over-relaxed
-    change: np.ndarray  # (k,) of their logarithms since the last stage
-    reach: np.ndarray  # (k,) of the next update, times what is found
-    penalty: ColumnPenalty
-    settled: bool  # real columns have the scales that they had
-    unchanged: bool  # all columns have, to rounding
-
-    @property
-    def most_sweeps(self):
-        """Sweeps of the stage."""
-        return SWEEPS_OF_SETTLED_STAGE if self.settled else SWEEPS_PER_STAGE
-
-
-def relaxed(found, last):
-    """Variances to go on with, their change, and the reach of the next update.
-
-    An update of the variances goes a small part of the way for a column that the data let go. A change that
+    An update moves the variance of a column that the data let go only a small part of the way. A change that
     keeps its sign from stage to stage is taken twice, then `LONGEST_REACH` times.
     """
     if last is None:
-        return found.variance, 0.0, 1.0
-    change = np.log(found.variance / last.variance)
+        return update
+    change = np.log(update.variance / last.variance)
     persists = change * last.change > 0
     reach = np.where(persists, np.minimum(2.0 * last.reach, LONGEST_REACH), 1.0)
-    return np.maximum(last.variance * np.exp(reach * change), found.smallest), change, reach
+    variance = np.maximum(last.variance * np.exp(reach * change), update.smallest)
+    return update._replace(variance=variance, change=change, reach=reach)
 
 
-def next_scales(objective, x, update, last, n_cells):
-    """Coordinates in the singular basis of W_perp, and the `ColumnScales` that are found there.
+def next_scales(objective, x, column_prior, last, n_cells):
+    """Coordinates in the singular basis of W_perp, and the `ColumnScales` of the next stage.
 
     ``last`` are those of the stage that has ended, None before the first.
     """
@@ -282,14 +276,15 @@ def next_scales(objective, x, update, last, n_cells):
     objective.rotate(rotation)
     own = objective.coupling.expand(x)
     evidence = evidence_at(own.loadings, objective.moments(own), n_cells)
-    found = update(evidence, None if last is None else last.found)
-    variance, change, reach = relaxed(found, last)
-    settled = unchanged = False
+    update = column_prior(evidence, last)
+    scales = relaxed(update, last)
     if last is not None:
-        real = found.variance > (RANK_FRACTION / 2) ** 2 * found.variance.max()
-        ratio = np.sqrt(found.variance[real] / last.variance[real])
-        settled = bool(np.all(np.abs(ratio - 1.0) < _SETTLED))
-        unchanged = np.allclose(variance, last.variance, rtol=1e-9, atol=0.0)
-    ascending = found.volume[np.argsort(evidence.reliability)]
-    penalty = ColumnPenalty(1.0 / variance, ascending, evidence.weight)
-    return x, ColumnScales(found, variance, change, reach, penalty, settled, unchanged)
+        real = update.variance > (RANK_FRACTION / 2) ** 2 * update.variance.max()
+        ratio = np.sqrt(update.variance[real] / last.variance[real])
+        scales = scales._replace(
+            settled=bool(np.all(np.abs(ratio - 1.0) < _SETTLED)),
+            unchanged=np.allclose(scales.variance, last.variance, rtol=1e-9, atol=0.0),
+        )
+    ascending = update.volume[np.argsort(evidence.reliability)]
+    penalty = ColumnPenalty(1.0 / scales.variance, ascending, evidence.weight)
+    return x, scales._replace(penalty=penalty)

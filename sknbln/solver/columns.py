@@ -16,13 +16,6 @@ _NO_INFORMATION = 1e-100
 LEAST_ROTATION = 0.02
 
 
-class Information(NamedTuple):
-    """Of the cells in the entries of a matrix S: ``own * S + other * S'``."""
-
-    own: np.ndarray  # (k, k)
-    other: np.ndarray  # (k, k)
-
-
 class Columns(NamedTuple):
     """Information in a common change of all loadings, ``W (I + S)``.
 
@@ -39,8 +32,9 @@ class Columns(NamedTuple):
     loadings: np.ndarray  # (n_genes, k)
     natural: np.ndarray  # (n_genes, k, k) derivative of a gene's own loadings in its coordinates
     basis: np.ndarray  # (k, k)
-    observed: Information  # in the basis
-    complete: Information  # the same of complete data; nowhere less
+    #: (own, other), (k, k) each: the observed information times S is ``own * S + other * S'``, in the basis
+    observed: tuple
+    complete: tuple  # the same of complete data; nowhere less
     precision: np.ndarray  # (k,) P
     products: np.ndarray  # (k, k) C
 
@@ -52,7 +46,7 @@ class Columns(NamedTuple):
         # a column of noise is no longer than its genes' regressions want it
         reliability = np.maximum(h / (1.0 + h), 0.5)
         complete = n_cells * np.broadcast_to(h[:, None], basis.shape)
-        complete = Information(complete, np.zeros_like(complete))
+        complete = complete, np.zeros_like(complete)
         centred = loadings - loadings.mean(0)
         precision = np.broadcast_to(precision, h.shape)
         products = centred.T @ centred
@@ -63,7 +57,7 @@ class Columns(NamedTuple):
 
     def with_observed(self, T):
         """With T as the observed information in symmetric changes, but no more than complete data have."""
-        own = self.complete.own
+        own, _ = self.complete
         # of T alone the arithmetic means of complete data's, with a rotation beside it the harmonic ones
         most = rotation = (own + own.T) / 2.0
         if self.has_prior:
@@ -71,7 +65,7 @@ class Columns(NamedTuple):
             rotation = LEAST_ROTATION * most * (1.0 - np.eye(len(own)))
             most = most - rotation
         T = np.minimum(T, most)
-        return self._replace(observed=Information((T + rotation) / 2.0, (T - rotation) / 2.0))
+        return self._replace(observed=((T + rotation) / 2.0, (T - rotation) / 2.0))
 
     @property
     def has_prior(self):
@@ -95,18 +89,19 @@ class Columns(NamedTuple):
 
     def times(self, information, S):
         """``observed`` or ``complete`` information, with the prior's, times S."""
+        own, other = information
         X = self.basis.T @ S @ self.basis
-        of_cells = information.own * X + information.other * X.T
+        of_cells = own * X + other * X.T
         return self.basis @ of_cells @ self.basis.T + self.products @ S * self.precision
 
     def inverse(self, information, T):
         """S of which :meth:`times` makes T; symmetric without a prior."""
-        B, k = self.basis, self.precision.size
+        B, k, (own, other) = self.basis, self.precision.size, information
         if not self.has_prior:
-            total = information.own + information.other
+            total = own + other
             total = total + total.T
             return B @ (B.T @ (T + T.T) @ B / np.where(total > 0, total, np.inf)) @ B.T
-        diagonal = B**2 @ information.own @ B.T**2
+        diagonal = B**2 @ own @ B.T**2
         diagonal = diagonal + np.outer(np.diag(self.products), self.precision)
         # of a column of nothing there is no S
         inverse = np.divide(1.0, diagonal, out=np.zeros((k, k)), where=diagonal > _NO_INFORMATION)

@@ -143,9 +143,9 @@ def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
     results, regression = jax.tree.map(
         lambda a: a.reshape(n_cells, *a.shape[2:]) if a.ndim > 1 else a.max(), found
     )
-    gradient, moments = _regression_sums(params, *regression)
+    gradient, moments = _regression_sums(params, **regression)
     genes = sums.genes._replace(gradient_loadings=gradient, moments=moments)
-    return regression.alpha, results, sums._replace(genes=genes)
+    return regression["alpha"], results, sums._replace(genes=genes)
 
 
 def _solve_block(cells, params, factors, zeta, last_step):
@@ -188,20 +188,12 @@ def rotated(genes, rotation):
     )
 
 
-class _GeneScores(NamedTuple):
-    """Exact gradient of each cell's marginal in the parameters of each gene, (n_cells, n_genes)."""
-
-    mean: jnp.ndarray
-    noise: jnp.ndarray  # in d
-    log_r: jnp.ndarray  # without the constant's part
-    information_log_r: jnp.ndarray  # at fixed y, without the constant's part
-    missing_log_r: jnp.ndarray  # how much of it is lost because y is not known
-    K: jnp.ndarray  # diagonal of (A^{-1} + Sigma)^{-1}
-    beta: jnp.ndarray
-    xi: jnp.ndarray  # (n_cells, k + 1)
-
-
 def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
+    """The terms of `GeneSums`, each (n_cells, n_genes), and ``beta`` and ``xi``.
+
+    The gradients are exact, of each cell's marginal in each gene's mean, d and log r. Of ``F' beta = P xi``,
+    beta is (n_cells, n_genes) and xi (n_cells, k + 1).
+    """
     d, phi = params.noise[None, :], params.dispersion[None, :]
     terms, rest, b = lin.terms, lin.rest, lin.b
 
@@ -218,66 +210,50 @@ def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
     beta = x - b * lifted
     q = d * x + lifted * rest
 
-    dispersion = dispersion_terms(cells.counts, phi, terms, logs)
-    return _GeneScores(
-        alpha + beta,
-        0.5 * (alpha**2 - K) + alpha * beta,
-        dispersion.score - 0.5 * variance * dispersion.d_curvature + q * dispersion.d_gradient,
-        -dispersion.second,
-        variance * dispersion.d_gradient**2,
-        K,
-        beta,
-        xi,
+    score, second, d_gradient, d_curvature = dispersion_terms(cells.counts, phi, terms, logs)
+    terms = GeneSums(
+        gradient_mean=alpha + beta,
+        gradient_noise=0.5 * (alpha**2 - K) + alpha * beta,
+        gradient_log_r=score - 0.5 * variance * d_curvature + q * d_gradient,
+        # variance of the score of d: of Gaussian responses, and a quarter of a count's fourth cumulant
+        information_noise=0.5 * K**2 + 0.25 * K,
+        information_log_r=-second,
+        missing_log_r=variance * d_gradient**2,
+        **_OF_THE_WHOLE_BATCH,
     )
-
-
-class _Regression(NamedTuple):
-    """What the sums over cells behind the loadings are made of; 0 for padding."""
-
-    b: jnp.ndarray  # (n_cells, n_genes) weights of the genes' regressions
-    v_beta: jnp.ndarray  # (n_cells, n_genes) weighted working responses, and beta
-    alpha: jnp.ndarray  # (n_cells, n_genes)
-    z: jnp.ndarray  # (n_cells, k)
-    xi: jnp.ndarray  # (n_cells, k)
-    second: jnp.ndarray  # (n_cells, k + 1, k + 1) second moment of the scores
-    scale: jnp.ndarray  # (n_cells,) of the capture column
+    return terms, beta, xi
 
 
 def _gene_sums(cells, params, factors, mode, lin, logs, covariance):
-    """`GeneSums` but for those of the whole batch, and the `_Regression` that they are made of."""
+    """`GeneSums` but for those of the whole batch, and the arguments of `_regression_sums` for these."""
     k = params.loadings.shape[1]
     weight = cells.weight[:, None]
     alpha, zeta = mode.alpha, mode.zeta
-    scores = _gene_scores(cells, params, factors, alpha, lin, logs, covariance)
+    scores, beta, xi = _gene_scores(cells, params, factors, alpha, lin, logs, covariance)
     v = alpha + lin.b * factors.lift(zeta * lin.scales)  # the working response times b
     second = zeta[:, :, None] * zeta[:, None, :] + covariance
 
     def total(x):  # a sum with all that it is made of in one loop would not be vectorized
         return cells.weight @ jax.lax.optimization_barrier(x)
 
-    sums = GeneSums(
-        gradient_mean=total(scores.mean),
-        gradient_noise=total(scores.noise),
-        gradient_log_r=total(scores.log_r),
-        # variance of the score of d: of Gaussian responses, and a quarter of a count's fourth cumulant
-        information_noise=total(0.5 * scores.K**2 + 0.25 * scores.K),
-        information_log_r=total(scores.information_log_r),
-        missing_log_r=total(scores.missing_log_r),
-        **_OF_THE_WHOLE_BATCH,
+    regression = dict(
+        b=weight * lin.b,
+        v_beta=weight * (v + beta),
+        alpha=weight * alpha,
+        z=zeta[:, :k],
+        xi=xi[:, :k],
+        second=second,
+        scale=lin.scales[:, k],
     )
-    return sums, _Regression(
-        weight * lin.b,
-        weight * (v + scores.beta),
-        weight * alpha,
-        zeta[:, :k],
-        scores.xi[:, :k],
-        second,
-        lin.scales[:, k],
-    )
+    return jax.tree.map(total, scores), regression
 
 
 def _regression_sums(params, b, v_beta, alpha, z, xi, second, scale):
     """Gradient of the loadings, and ``sum_c b [1 z][1 z]'``.
+
+    ``b``, ``alpha`` and ``v_beta`` (weighted working responses, and beta) are (n_cells, n_genes), 0 for
+    padding; ``z`` and ``xi`` (n_cells, k) are of the factors alone, ``second`` (n_cells, k + 1, k + 1) is the
+    second moment of the scores and ``scale`` (n_cells,) that of the capture column.
 
     ``(alpha alpha' - K + beta alpha' + alpha beta') F`` without a cells x genes x k array: ``F' alpha = P
     zeta`` and ``F' beta = P xi``, and ``alpha zeta' - K F = v zeta' - b F E[zeta zeta']``.
@@ -312,10 +288,10 @@ def score_products(cells, params, alpha, results, constant_scores):
     zeta, factors = results.zeta, lowrank.Factors.of(params.loadings)
     lin = linearize(cells, params, log_rates(cells, params, factors, zeta, alpha), factors)
     logs = log_odds_terms(params.dispersion[None, :], lin.terms)
-    scores = _gene_scores(cells, params, factors, alpha, lin, logs, results.covariance)
+    scores, beta, xi = _gene_scores(cells, params, factors, alpha, lin, logs, results.covariance)
     second = zeta[:, :, None] * zeta[:, None, :] + results.covariance
     second = (second[:, :k, :] * lin.scales[:, None, :]).reshape(-1, k + 1)
-    z, xi = zeta[:, :k, None], scores.xi[:, :k, None]
+    z, xi = zeta[:, :k, None], xi[:, :k, None]
     v = alpha + lin.b * factors.lift(zeta * lin.scales)
 
     def products(block):
@@ -329,12 +305,12 @@ def score_products(cells, params, alpha, results, constant_scores):
         return by_gene @ jnp.swapaxes(by_gene, 1, 2)
 
     parts = (
-        scores.mean,
-        v + scores.beta,
+        scores.gradient_mean,
+        v + beta,
         alpha,
         lin.b,
-        params.noise[None, :] * scores.noise,
-        scores.log_r + constant_scores,
+        params.noise[None, :] * scores.gradient_noise,
+        scores.gradient_log_r + constant_scores,
     )
     # a block of genes at a time: what it needs stays in the processor's caches
     weight = cells.weight[:, None]

@@ -91,25 +91,6 @@ def _expansion(cells, params, terms):
     return Linearization(terms, den, 1.0 / den, b, None, scales, precision)
 
 
-class _State(NamedTuple):
-    zeta: jnp.ndarray
-    alpha: jnp.ndarray
-    y: jnp.ndarray
-    dzeta: jnp.ndarray  # Newton direction, from where the last step was accepted
-    dalpha: jnp.ndarray
-    dy: jnp.ndarray
-    slope: jnp.ndarray  # directional derivative there
-    length: jnp.ndarray  # how far along the direction the cell is
-    step: jnp.ndarray  # and how much further it goes, or back
-    reach: jnp.ndarray  # no step changes a log-rate by more
-    last: jnp.ndarray  # that is the last step
-    done: jnp.ndarray
-    n_iter: jnp.ndarray
-    rate: jnp.ndarray  # of the system that was made last: what cost most
-    L: jnp.ndarray
-    decrement: jnp.ndarray
-
-
 def _direction(params, factors, lin, zeta, alpha):
     """Newton direction at (zeta, alpha), where ``lin`` was made, the slope along it and its change of y.
 
@@ -166,6 +147,74 @@ def _left_after(decrement, largest):
     return decrement * (0.5 * m * jnp.exp(1.5 * m)) ** 2
 
 
+def _start(cells, params, factors, zeta):
+    """A `Mode` at the start of the iteration, of which no system is made yet, and the state of its search.
+
+    Until the end of the iteration ``converged`` says which cells are done.
+    """
+    centre = log_rates(cells, params, factors, zeta, jnp.zeros_like(cells.counts))
+    alpha = _genes_alone(cells, params, centre)
+    zero, nowhere = jnp.zeros_like(cells.offset), jnp.zeros_like(centre)
+    n, size = zeta.shape
+    mode = Mode(
+        zeta=zeta,
+        alpha=alpha,
+        y=centre + params.noise[None, :] * alpha,
+        rate=nowhere,
+        L=jnp.zeros((n, size, size)),
+        decrement=zero,
+        converged=cells.weight <= 0,
+        n_iter=jnp.full((), -1, jnp.int32),  # the first iteration takes no step
+    )
+    search = dict(
+        dzeta=jnp.zeros_like(zeta),  # Newton direction, from where the last step was accepted
+        dalpha=nowhere,
+        dy=nowhere,
+        slope=zero,  # derivative of the objective along the direction, there
+        length=zero,  # how far along the direction the cell is
+        step=zero,  # how much further it goes next; below 0 it goes back
+        reach=zero + FARTHEST,  # largest change of a log-rate by the next step, nats
+        last=jnp.zeros(n, bool),  # whether the next step is the last
+    )
+    return mode, search
+
+
+def _iterate(cells, params, factors, last_step, mode, search):
+    """One step of every cell that is not done, and what it does next."""
+    d = params.noise[None, :]
+    t = jnp.where(mode.converged, 0.0, search["step"])[:, None]
+    zeta = mode.zeta + t * search["dzeta"]
+    alpha = mode.alpha + t * search["dalpha"]
+    y = mode.y + t * search["dy"]
+    lin = linearize(cells, params, y, factors)
+    slope = lowrank.row_sums(lin.terms.gradient * search["dy"] - d * alpha * search["dalpha"])
+    slope = slope - jnp.sum(lin.prior_precision * zeta * search["dzeta"], 1)
+    before = search["slope"]
+    accept = search["last"] | (slope >= -0.25 * before)
+    length = search["length"] + t[:, 0]
+    secant = length * before / jnp.maximum(before - slope, 1e-300)
+    cut = jnp.clip(secant, 0.1 * length, 0.7 * length)
+    dzeta, dalpha, decrement, dy = _direction(params, factors, lin, zeta, alpha)
+    largest = _largest(dy)
+    far = (mode.n_iter >= 0) & (slope >= 0.5 * before)
+    reach = jnp.where(far, 2.0 * search["reach"], FARTHEST)
+    there = accept[:, None]
+    done = mode.converged | search["last"]
+    n_iter = mode.n_iter + 1
+    mode = Mode(zeta, alpha, y, lin.terms.rate, lin.L, decrement, done, n_iter)
+    search = dict(
+        dzeta=jnp.where(there, dzeta, search["dzeta"]),
+        dalpha=jnp.where(there, dalpha, search["dalpha"]),
+        dy=jnp.where(there, dy, search["dy"]),
+        slope=jnp.where(accept, decrement, before),
+        length=jnp.where(accept, 0.0, length),
+        step=jnp.where(accept, reach / jnp.maximum(largest, reach), cut - length),
+        reach=reach,
+        last=accept & (_left_after(decrement, largest) <= last_step),
+    )
+    return mode, search
+
+
 def find_mode(cells, params, zeta, last_step=LAST_STEP, factors=None):
     """Damped Newton from the scores ``zeta`` (n_cells, k + 1), one `while_loop` for the batch.
 
@@ -181,82 +230,16 @@ def find_mode(cells, params, zeta, last_step=LAST_STEP, factors=None):
 
     Returns the :class:`Mode`.
     """
-    d = params.noise[None, :]
     factors = lowrank.Factors.of(params.loadings) if factors is None else factors
-    centre = log_rates(cells, params, factors, zeta, jnp.zeros_like(cells.counts))
-    alpha = _genes_alone(cells, params, centre)
-    zero, nowhere = jnp.zeros_like(cells.offset), jnp.zeros_like(centre)
-    n, size = zeta.shape
-    state = _State(
-        zeta=zeta,
-        alpha=alpha,
-        y=centre + d * alpha,
-        dzeta=jnp.zeros_like(zeta),
-        dalpha=nowhere,
-        dy=nowhere,
-        slope=zero,
-        length=zero,
-        step=zero,
-        reach=zero + FARTHEST,
-        last=jnp.zeros(n, bool),
-        done=cells.weight <= 0,
-        n_iter=jnp.full((), -1, jnp.int32),  # the first iteration takes no step
-        rate=nowhere,
-        L=jnp.zeros((n, size, size)),
-        decrement=zero,
-    )
 
     def unfinished(state):
-        return (state.n_iter < 0) | jnp.any(~state.done) & (state.n_iter < MAX_NEWTON)
+        mode, _ = state
+        return (mode.n_iter < 0) | jnp.any(~mode.converged) & (mode.n_iter < MAX_NEWTON)
 
     def body(state):
-        t = jnp.where(state.done, 0.0, state.step)[:, None]
-        zeta = state.zeta + t * state.dzeta
-        alpha = state.alpha + t * state.dalpha
-        y = state.y + t * state.dy
-        lin = linearize(cells, params, y, factors)
-        slope = lowrank.row_sums(lin.terms.gradient * state.dy - d * alpha * state.dalpha)
-        slope = slope - jnp.sum(lin.prior_precision * zeta * state.dzeta, 1)
-        accept = state.last | (slope >= -0.25 * state.slope)
-        length = state.length + t[:, 0]
-        secant = length * state.slope / jnp.maximum(state.slope - slope, 1e-300)
-        cut = jnp.clip(secant, 0.1 * length, 0.7 * length)
-        dzeta, dalpha, decrement, dy = _direction(params, factors, lin, zeta, alpha)
-        largest = _largest(dy)
-        far = (state.n_iter >= 0) & (slope >= 0.5 * state.slope)
-        reach = jnp.where(far, 2.0 * state.reach, FARTHEST)
+        return _iterate(cells, params, factors, last_step, *state)
 
-        def pick(a, b):
-            return jnp.where(accept[:, None], a, b)
-
-        return _State(
-            zeta=zeta,
-            alpha=alpha,
-            y=y,
-            dzeta=pick(dzeta, state.dzeta),
-            dalpha=pick(dalpha, state.dalpha),
-            dy=pick(dy, state.dy),
-            slope=jnp.where(accept, decrement, state.slope),
-            length=jnp.where(accept, 0.0, length),
-            step=jnp.where(accept, reach / jnp.maximum(largest, reach), cut - length),
-            reach=reach,
-            last=accept & (_left_after(decrement, largest) <= last_step),
-            done=state.done | state.last,
-            n_iter=state.n_iter + 1,
-            rate=lin.terms.rate,
-            L=lin.L,
-            decrement=decrement,
-        )
-
-    state = jax.lax.while_loop(unfinished, body, state)
-    decrement = jnp.where(cells.weight > 0, state.decrement, 0.0)  # padding is not solved
-    return Mode(
-        state.zeta,
-        state.alpha,
-        state.y,
-        state.rate,
-        state.L,
-        decrement,
-        state.done & (decrement <= jnp.maximum(DECREMENT_TOL, last_step)),
-        state.n_iter,
-    )
+    mode, _ = jax.lax.while_loop(unfinished, body, _start(cells, params, factors, zeta))
+    decrement = jnp.where(cells.weight > 0, mode.decrement, 0.0)  # padding is not solved
+    converged = mode.converged & (decrement <= jnp.maximum(DECREMENT_TOL, last_step))
+    return mode._replace(decrement=decrement, converged=converged)

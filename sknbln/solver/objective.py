@@ -1,37 +1,16 @@
-r"""The log-posterior of the globals as a function of the coordinates in which it is maximized.
-
-Without coupling the coordinates are the model's parameters themselves. With it (the
-marginal-preserving cascade) the coordinates are each gene's *marginal* log-mean ``M`` and, where it
-is frozen, *marginal* overdispersion ``phi_m``; the covariance takes its share of both:
-
-.. math:: \mu = M - \Sigma_{gg}/2, \qquad \phi = (1 + \phi_m) e^{-\Sigma_{gg}} - 1
-
-and so that ``phi > 0``, ``Sigma_gg`` saturates below ``S_max = log(1 + phi_m)``: a row (w, d) of the
-coordinates with ``S = |w|^2 + d`` stands for the row ``(sqrt(c) w, c d)`` with
-``c = S_max (1 - exp(-S / S_max)) / S``.
-"""
+"""The log-posterior of the globals as a function of the coordinates in which it is maximized."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from .channel import SMALLEST_OVERDISPERSION
 from .columns import Columns
+from .coupling import Identity
 from .lowrank import triangle
 from .marginal import BatchSums, rotated
-from .metric import Metric, least_squares_matrix, packed
-from .params import (
-    NOISE_UNIT,
-    GaussianPrior,
-    Params,
-    in_model_units,
-    noise_coordinate,
-    noise_variance,
-)
+from .metric import Metric
+from .params import NOISE_RATE, GaussianPrior, Params, in_model_units, noise_variance
 
-#: rate of the exponential prior of every noise variance d: mean 1/2 nat squared. It matters for genes
-#: with next to no counts, whose d is otherwise unbounded.
-NOISE_RATE = 2.0
 #: standard deviation of the normal prior of log m, around the genes' average
 LOG_MEAN_PRIOR_SCALE = 4.0
 #: location and standard deviation of the normal prior of log r
@@ -84,121 +63,6 @@ def _squares(k):
     """Columns of the packed moments that hold the squares of the scores."""
     i, j, _ = triangle(k)
     return 1 + k + np.flatnonzero(i == j)
-
-
-class Identity:
-    """The coordinates are the parameters."""
-
-    def expand(self, x):
-        """Coordinates of the model's own parameters."""
-        return x
-
-    def pull_back(self, x, gradient):
-        """Gradient in the coordinates, from that in (mu, W, d, log r)."""
-        return gradient._replace(noise=(noise_variance(x) + NOISE_UNIT) * gradient.noise)
-
-    def pull_back_metric(self, x, metric):
-        """Metric in the coordinates."""
-        slope = noise_variance(x) + NOISE_UNIT
-        return metric._replace(noise=slope**2 * metric.noise + slope * NOISE_RATE)
-
-
-class MarginalCoupling:
-    """Marginal mean, and where `couple_dispersion` marginal overdispersion, are the coordinates."""
-
-    def __init__(self, couple_dispersion):
-        self.couple_dispersion = couple_dispersion
-
-    def _variance(self, x):
-        return np.sum(x.loadings**2, 1) + noise_variance(x)
-
-    def _saturation(self, x):
-        """``S``, ``c`` and ``dc/dS`` per gene."""
-        S = self._variance(x)
-        if not self.couple_dispersion:
-            return S, np.ones_like(S), np.zeros_like(S)
-        t = S / np.log1p(np.exp(-x.dispersion))
-        small = t < 1e-5
-        safe = np.where(small, 1.0, t)
-        c = np.where(small, 1.0 - t / 2, -np.expm1(-safe) / safe)
-        dc_dt = np.where(small, -0.5 + t / 3, (np.exp(-t) - c) / safe)
-        return S, c, dc_dt * t / np.maximum(S, 1e-300)
-
-    def _slopes(self, x, S):
-        """Derivatives of ``Sigma_gg`` and of ``log r`` in S; the marginal overdispersion is frozen."""
-        if not self.couple_dispersion:
-            return np.ones_like(S), np.zeros_like(S)
-        t = np.log1p(np.exp(-x.dispersion))
-        slope = np.exp(-S / t)
-        level = np.maximum(t * slope, SMALLEST_OVERDISPERSION)  # log(1 + phi)
-        return slope, np.exp(level) * level / np.expm1(level) / t
-
-    def _log_overdispersion(self, x, S):
-        """``log phi``: with ``t = log(1 + phi_m)``, ``log(1 + phi) = t - c S = t exp(-S / t)``."""
-        t = np.log1p(np.exp(-x.dispersion))
-        return np.log(np.maximum(np.expm1(t * np.exp(-S / t)), SMALLEST_OVERDISPERSION))
-
-    def expand(self, x):
-        """Coordinates of the model's own parameters."""
-        S, c, _ = self._saturation(x)
-        variance = c * S
-        log_r = x.dispersion
-        if self.couple_dispersion:
-            log_r = -self._log_overdispersion(x, S)
-        return Params(
-            x.mean - variance / 2,
-            np.sqrt(c)[:, None] * x.loadings,
-            noise_coordinate(c * noise_variance(x)),
-            log_r,
-        )
-
-    def pull_back(self, x, grad):
-        """Gradient in the coordinates: the chain rule through Sigma_gg."""
-        S, c, dc_dS = self._saturation(x)
-        d_variance, d_log_r = self._slopes(x, S)
-        d = noise_variance(x)
-        by_c = np.sum(grad.loadings * x.loadings, 1) / (2.0 * np.sqrt(c)) + grad.noise * d
-        by_S = by_c * dc_dS - 0.5 * grad.mean * d_variance + grad.dispersion * d_log_r
-        return Params(
-            grad.mean,
-            np.sqrt(c)[:, None] * grad.loadings + 2.0 * by_S[:, None] * x.loadings,
-            (d + NOISE_UNIT) * (c * grad.noise + by_S),
-            np.zeros_like(grad.dispersion) if self.couple_dispersion else grad.dispersion,
-        )
-
-    def pull_back_metric(self, x, metric):
-        """Metric in the coordinates: ``J' I J`` gene by gene, blocks (mu, w) and d.
-
-        A loading or d that changes moves the mean and the dispersion beside it. So do the lengths of the
-        columns: of their common changes only rotations are known to be free.
-        """
-        S, c, dc_dS = self._saturation(x)
-        d_variance, d_log_r = self._slopes(x, S)
-        W, noise, root = x.loadings, noise_variance(x), np.sqrt(c)
-        n_genes, k = W.shape
-        products = W[:, :, None] * W[:, None, :]
-        natural = root[:, None, None] * np.eye(k) + (dc_dS / root)[:, None, None] * products
-        J = np.zeros((n_genes, k + 1, k + 1))  # of (mu, w) in (M, loadings)
-        J[:, 0, 0] = 1.0
-        J[:, 0, 1:] = -d_variance[:, None] * W
-        J[:, 1:, 1:] = natural
-        A = least_squares_matrix(metric.moments, k)
-        log_r = np.maximum(metric.dispersion, 0.0) * d_log_r**2
-        others = 4.0 * (metric.noise * (dc_dS * noise) ** 2 + log_r)
-        pulled = np.swapaxes(J, 1, 2) @ A @ J
-        pulled[:, 1:, 1:] += others[:, None, None] * products
-        # of (mu, w) in d of the coordinates
-        along = np.concatenate([-0.5 * d_variance[:, None], (dc_dS / (2.0 * root))[:, None] * W], 1)
-        own = c + dc_dS * noise
-        slope = noise + NOISE_UNIT
-        information = np.einsum("gi,gij,gj->g", along, A, along)
-        information += metric.noise * own**2 + log_r
-        columns = metric.columns._replace(loadings=W, natural=natural).with_observed(np.inf)
-        return metric._replace(
-            moments=packed(pulled),
-            noise=slope**2 * information + slope * own * NOISE_RATE,
-            columns=columns,
-        )
 
 
 class Objective:

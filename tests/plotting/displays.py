@@ -20,12 +20,12 @@ def legend_texts(ax):
 
 
 def line(ax, label):
-    """The line whose label starts so."""
+    """The line whose label starts with this text."""
     (found,) = [each for each in ax.lines if str(each.get_label()).startswith(label)]
     return found
 
 
-# name -> draws it; all that is drawn from the small fits
+# name -> a function that draws the display from the small fits
 DRAW = {
     "spectrum": lambda model, X, **k: LoadingsSpectrumDisplay.from_estimator(model, **k),
     "correlation": lambda model, X, **k: CorrelationDisplay.from_estimator(model, **k),

@@ -1,5 +1,6 @@
 """What all displays have in common: drawn on the caller's axes, with matplotlib only then."""
 
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -12,12 +13,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 
 from sknbln import NBLNEstimator, NBVCPEstimator, plotting
-from sknbln.plotting import (
-    CompositionalCornerDisplay,
-    ConvergenceDisplay,
-    CorrelationDisplay,
-    PPCDisplay,
-)
+from sknbln.plotting import ConvergenceDisplay, PPCDisplay
 
 from .displays import (
     DRAW,
@@ -99,6 +95,12 @@ def test_asks_for_the_counts(name, model):
         DRAW[name](model, None)
 
 
+@every_display
+def test_only_displays_that_draw_counts_take_them(name, model, counts):
+    parameters = inspect.signature(type(DRAW[name](model, counts)).from_estimator).parameters
+    assert ("X" in parameters) == (name in NEED_COUNTS)
+
+
 def test_import_does_not_import_matplotlib():
     code = """
         import sys
@@ -118,12 +120,12 @@ def test_import_does_not_import_matplotlib():
 # ------------------------------------------------------------------ genes and grids
 
 
-@pytest.mark.parametrize("display", [CorrelationDisplay, PPCDisplay, CompositionalCornerDisplay])
-def test_unknown_genes(model, counts, display):
+@pytest.mark.parametrize("name", ["calibration", "corner", "correlation", "ppc"])
+def test_unknown_genes(name, model, counts):
     with pytest.raises(ValueError, match="unknown entries \\['nobody'\\]"):
-        display.from_estimator(model, counts, genes=["G03", "nobody"])
+        DRAW[name](model, counts, genes=["G03", "nobody"])
     with pytest.raises(ValueError, match="unknown entries \\[20\\]: expected positions 0 to 19"):
-        display.from_estimator(model, counts, genes=[3, 20])
+        DRAW[name](model, counts, genes=[3, 20])
 
 
 def test_genes_without_names_are_named_by_position(counts):

@@ -90,4 +90,4 @@ def test_corner_of_a_gene_that_was_never_counted(model, counts):
     display = CompositionalCornerDisplay.from_estimator(model, counts, genes=["G04", "G01", "G02"])
     assert display.axes_[0, 0].get_title() == "G04\n100.0% of cells are 0"
     display.figure_.canvas.draw()
-    assert "pseudobulk" in legend_texts(display.axes_[0, 2])  # of the other two
+    assert "pseudobulk" in legend_texts(display.axes_[0, 2])  # in the panel of the other two

@@ -41,6 +41,9 @@ def test_correlation_of_chosen_and_of_the_most_connected_genes(model):
     connected = np.sum((C - np.eye(N_GENES)) ** 2, axis=1)
     assert set(display.genes) == set(np.argsort(-connected)[:6])
     assert "6 most connected of 20 genes" in display.ax_.get_title()
+    display.figure_.canvas.draw()
+    title = display.ax_.title.get_window_extent()
+    assert 0 <= title.x0 and title.x1 <= display.figure_.bbox.width  # not cut off
     with pytest.raises(ValueError, match="'n_genes' parameter"):
         CorrelationDisplay.from_estimator(model, n_genes=0)
 

@@ -52,6 +52,8 @@ def test_ppc_spreads_genes_over_mean_expression(model, counts):
     places = [order.get_loc(panel.name) for panel in display.panels]
     assert places == [0, 3, 6, 9, 12, 15, 18]
     assert display.axes_.shape == (2, 4)
+    with pytest.raises(ValueError, match="'n_cols' parameter"):
+        display.plot(n_cols=0)
     visible = [ax.get_visible() for ax in display.axes_.flat]
     assert visible == [True] * 7 + [False]
     everything = PPCDisplay.from_estimator(model, counts, n_genes=50, n_samples=2)

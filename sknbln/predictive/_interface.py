@@ -1,0 +1,40 @@
+"""What posterior predictive draws need of an estimator."""
+
+from abc import ABC, abstractmethod
+
+
+class PredictiveModel(ABC):
+    """A model of counts that replicates can be drawn from.
+
+    Besides the methods below, a fitted model has the parameters `random_state` and `batch_size` and the
+    attributes `n_features_in_`, `capture_prior_` (None without a capture model) and `_library_size`, the
+    totals of the training rows, ndarray of shape (n_cells,).
+    """
+
+    @abstractmethod
+    def _params(self):
+        """The fitted parameters, a `Params` in log-rates."""
+
+    @abstractmethod
+    def _validated(self, X, prior=None):
+        """Counts as canonical CSR, with a warning for rows whose totals exceed the M0 of `prior`."""
+
+    @abstractmethod
+    def _offset_prior(self):
+        """The capture prior of the rows' offsets; None where offsets do not enter."""
+
+    @abstractmethod
+    def _posterior_draws(self, n_samples, X, rng, *, eta):
+        """`ParameterDraws`, with no offsets (`eta` None), with those that are frozen, or with all.
+
+        X is validated counts, or None for the training rows.
+        """
+
+    def _row_capture(self, X):
+        """Offset, scale and prior precision of each row: for models whose offsets may be free."""
+        raise NotImplementedError
+
+    @property
+    def _given_totals(self):
+        """Whether the model is conditional on the totals of rows."""
+        return getattr(self, "observation", "nb") == "multinomial"

@@ -121,7 +121,7 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
             When rows have more counts than the M0 of the capture prior (not with `given_totals`).
         """
         check_is_fitted(self)
-        given_totals = given_totals or getattr(self, "observation", None) == "multinomial"
+        given_totals = given_totals or self._given_totals
         X = self._validated(X, None if given_totals else self.capture_prior_)
         if given_totals:
             return _capture.score_rows_given_totals(X, self._params(), self.batch_size)

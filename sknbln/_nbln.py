@@ -430,7 +430,7 @@ class NBLNEstimator(
         own = objective.coupling.expand(outcome.point.x)._replace(
             mean=self.mean_, loadings=self.loadings_
         )
-        self._curvature, self._rows = _posterior.curvature(
+        self._standard_deviation, self._rows = _posterior.standard_deviations(
             rows,
             objective.sweep.scores,
             in_model_units(own),
@@ -439,7 +439,7 @@ class NBLNEstimator(
             objective.prior_log_r.precision + objective.weak_log_r.precision,
             precision,
         )
-        self.components_standard_error_ = np.ascontiguousarray(self._curvature.loadings.T)
+        self.components_standard_error_ = np.ascontiguousarray(self._standard_deviation.loadings.T)
         self.newton_decrement_ = self._rows.decrement
         self.capture_offset_ = np.maximum(self._rows.offset, 0.0)
 

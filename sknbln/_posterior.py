@@ -17,8 +17,6 @@ mu_g), and for log r its own curvature less what it shares with log d and mu: bo
 of the cells' exact gradients.
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -33,6 +31,7 @@ from .solver.coupling import (
     remaining_level,
     remaining_level_slopes,
 )
+from .solver.params import Params
 
 
 class CoupledDispersion(Transform):
@@ -84,19 +83,14 @@ def mean_covariance_diagonal(information, loadings, n_cells, prior_precision):
     return 1.0 / total + np.einsum("gi,gi->g", back @ np.linalg.inv(correction), back)
 
 
-class Curvature(NamedTuple):
-    """Standard deviations of globals; 0 where frozen."""
+def standard_deviations(
+    batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings
+):
+    """Standard deviations of mu, W, log d and log r at the fit, and the rows' posteriors, by one pass.
 
-    mean: np.ndarray  # (n_genes,)
-    loadings: np.ndarray  # (n_genes, k)
-    log_r: np.ndarray  # (n_genes,)
-
-
-def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings):
-    """Standard deviations of mu, W and log r at the fit, and the rows' solutions, by one pass over the rows.
-
-    ``scores`` start the rows' modes, ``prior_*`` are the precisions of the priors. W and log r: from
-    the outer products of the cells' exact gradients, gene by gene, all of a gene's parameters together.
+    The first are `Params`, 0 where frozen. ``scores`` start the rows' modes, ``prior_*`` are the
+    precisions of the priors. W and log r: from the outer products of the cells' exact gradients, gene by
+    gene, all of a gene's parameters together.
     """
     n_genes, k = params.loadings.shape
     products, information, rows = gene_score_products(batches, params, scores, free.dispersion)
@@ -128,7 +122,8 @@ def curvature(batches: RowBatches, scores, params, free, prior_mean, prior_log_r
     # varies by 1/2n in the length of a column and by 1/4n from each column into the others.
     squares = params.loadings**2
     shared = (squares + squares.sum(1, keepdims=True)) / (4 * batches.n_cells)
-    return Curvature(mean_sd, np.sqrt(sd[:, 1 : k + 1] ** 2 + shared), log_r_sd), rows
+    loadings_sd = np.sqrt(sd[:, 1 : k + 1] ** 2 + shared)
+    return Params(mean_sd, loadings_sd, sd[:, k + 1], log_r_sd), rows
 
 
 def distributions(model, scores, score_covariance, offsets):
@@ -146,12 +141,14 @@ def distributions(model, scores, score_covariance, offsets):
                 change = CoupledDispersion(model._coordinate_variance)
                 found["r"] = dist.TransformedDistribution(found["r"], change)
         else:
-            found["r"] = dist.LogNormal(np.log(model.dispersion_), model._curvature.log_r)
+            found["r"] = dist.LogNormal(
+                np.log(model.dispersion_), model._standard_deviation.dispersion
+            )
     if "mu" in model.frozen_params_:
         shift = np.diag(model.get_covariance()) / 2 if coupled else 0.0
         found["mu"] = dist.Normal(guide.log_mean[0] - shift, guide.log_mean_scale)
     else:
-        found["mu"] = dist.Normal(model.mean_, model._curvature.mean)
+        found["mu"] = dist.Normal(model.mean_, model._standard_deviation.mean)
     if offsets is None and guide.capture_offset is not None:
         prior_scale = model._source.capture_prior_.sigma
         offsets = guide.capture_offset[0], guide.capture_offset_scale(prior_scale)
@@ -174,7 +171,7 @@ def parameter_draws(model, n_samples, X, rng, *, eta):
     r = source.r
     if "r" not in model.frozen_params_:
         noise = rng.standard_normal(r.shape)
-        r = model.dispersion_ * np.exp(model._curvature.log_r * noise)
+        r = model.dispersion_ * np.exp(model._standard_deviation.dispersion * noise)
     elif coupled:
         t = np.log1p(1.0 / source.r)
         left = remaining_level(t, model._coordinate_variance)
@@ -182,7 +179,7 @@ def parameter_draws(model, n_samples, X, rng, *, eta):
     if "mu" in model.frozen_params_:
         log_mean = source.log_mean - (variance / 2 if coupled else 0.0)
     else:
-        log_mean = model.mean_ + model._curvature.mean * rng.standard_normal(r.shape)
+        log_mean = model.mean_ + model._standard_deviation.mean * rng.standard_normal(r.shape)
         # the marginal mean, mu + Sigma_gg/2, is what the data know
         log_mean = log_mean - (variance - fitted) / 2
     inflation = None

@@ -6,26 +6,26 @@ The model is
           \eta_c \sim \mathrm{TruncNormal}(\mathrm{loc}_c, s_c, 0), \quad
           u_{cg} \sim NB(m_g e^{-\eta_c}, r_g)
 
-Its log-likelihood is written by the parts that it has: the terms linear in the counts and the gamma
-functions are sums over the whole matrix, known exactly from row totals, column totals and the
-distinct counts of each gene; only ``(u + r) log(1 + m e^{-eta} / r)`` is a sum over a minibatch. That
-removes most of the noise and nearly all gamma functions; ``tests/test_svi.py`` compares it with
-NumPyro's own ``NegativeBinomial2``.
+The log-likelihood is split. The terms linear in the counts and the gamma functions are sums over the whole
+matrix, exact from row totals, column totals and the distinct counts of each gene; only
+``(u + r) log(1 + m e^{-eta} / r)`` is summed over a minibatch. That removes most of the noise and nearly all
+gamma functions. ``tests/test_svi.py`` compares the result with NumPyro's own ``NegativeBinomial2``.
 
-The guide is independent up to one direction. A common shift of all log m and all eta leaves the
-likelihood unchanged: only the priors hold it, so that its standard deviation ``sigma`` is large beside those
-of single parameters given the others. With ``f`` the likelihood's share of a parameter's precision,
+In the guide all parameters are independent but for one direction. A common shift of all log m and all eta
+leaves the likelihood unchanged: only the priors determine it, so that its standard deviation ``sigma`` is
+large beside the conditional ones of single parameters. With ``f`` the likelihood's share of a parameter's
+precision,
 
 .. math:: \log m \sim N(l, \mathrm{diag}(s_g^2) + \sigma^2 f f'), \quad
           \eta_c \mid \log m \sim \mathrm{TruncNormal}(l_c + f_c t, s_c, 0), \quad
           t = \frac{\sum_g f_g (\log m_g - l_g) / s_g^2}{\sum_g f_g^2 / s_g^2}
 
-and log r is normal. That is the Gaussian posterior itself where the informations factorize over cells
-and genes. ``sigma`` and ``f`` come from the curvature at the maximum; locations and scales move, in units of
-the standard deviations that the curvature gives, so that one learning rate fits all.
+and log r is normal. This is exact for a Gaussian posterior whose information factorizes over cells and
+genes. ``sigma`` and ``f`` come from the curvature at the maximum and stay fixed. Locations and scales are
+optimized in units of the standard deviations from the curvature, so that one learning rate suits all.
 
-The scale of log r that this finds is that given the offsets. How much of the information in log r their
-posterior variances ``v_c`` take is known from the maximum too (Louis 1982),
+The resulting scale of log r is conditional on the offsets. The information in log r that is lost because the
+offsets are unknown, with posterior variances ``v_c``, is computed at the maximum (Louis 1982),
 
 .. math:: \sum_c v_c \left( \frac{\partial^2 \log p(u_{cg})}
           {\partial \eta_c \, \partial \log r_g} \right)^2
@@ -50,37 +50,37 @@ from .solver.channel import log1p_of_positive
 
 #: rows per step; independent of the estimator's batch_size, which only sets memory
 MINIBATCH = 256
-WINDOW = 50
-_FARTHEST = 30.0
+WINDOW = 50  # steps over which losses and iterates are averaged
+_MOST_TRUNCATED = 30.0  # standard deviations by which a location may lie below the bound 0
 _ELBO = Trace_ELBO(sum_sites=False)
 _ADAM = optax.scale_by_adam()
-#: NumPyro's stack of effect handlers is one list for all threads: they trace one after the other
+#: held while NumPyro traces: its stack of effect handlers is one list for all threads
 _TRACING = threading.Lock()
 
 
 class Problem(NamedTuple):
-    """What does not change from step to step."""
+    """Priors and sums of the counts: everything that is the same in every step."""
 
     mean_prior: tuple  # loc, scale of log m, (n_genes,) each
     dispersion_prior: tuple  # loc, scale of log r, (n_genes,) each
     row_prior: tuple  # loc, scale of the capture offset, (n_cells,) each
-    row_totals: np.ndarray
-    column_totals: np.ndarray
-    gene: np.ndarray  # distinct counts of a gene: gene, count, multiplicity
-    count: np.ndarray
-    times: np.ndarray
+    row_totals: np.ndarray  # (n_cells,)
+    column_totals: np.ndarray  # (n_genes,)
+    gene: np.ndarray  # (n_distinct,) of each distinct count of a gene: the gene,
+    count: np.ndarray  # the count,
+    times: np.ndarray  # and how often it occurs
     log_factorials: float
     n_cells: float
 
 
 class Guide(NamedTuple):
-    """Posterior: locations, scales given the common shift, and that. The offset's is truncated at 0."""
+    """Parameters of the guide; scales are conditional on the common shift, offsets are truncated at 0."""
 
     log_mean: tuple  # loc, scale, (n_genes,) each
     log_dispersion: tuple
     capture_offset: tuple | None  # loc, scale, (n_cells,) each; None without a capture model
-    common_shift: tuple  # share of the likelihood in each log m, (n_genes,), and sigma
-    dispersion_known: np.ndarray  # (n_genes,) share of log r's information left by the offsets
+    common_shift: tuple  # f of each log m, (n_genes,), and sigma
+    dispersion_known: np.ndarray  # (n_genes,) share of the information in log r that is left
 
     @property
     def log_mean_scale(self):
@@ -102,7 +102,7 @@ class Guide(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """What draws of the guide are made of: standard normal, and for the offsets uniform."""
+    """Random numbers for one draw of the guide: standard normal, and uniform for the offsets."""
 
     common_shift: np.ndarray  # ()
     log_mean: np.ndarray  # (n_genes,)
@@ -111,7 +111,7 @@ class Noise(NamedTuple):
 
     @classmethod
     def drawn(cls, rng, n_genes, n_rows):
-        """From a RandomState: generators in the compiled step would cost more than the rest of it."""
+        """From a RandomState: JAX's generators in the compiled step would take longer than the rest of it."""
         normal = rng.standard_normal(2 * n_genes + 1)
         uniform = np.maximum(rng.random_sample(n_rows), np.finfo(float).tiny)
         return cls(normal[0], normal[1 : n_genes + 1], normal[n_genes + 1 :], uniform)
@@ -123,13 +123,13 @@ def likelihood_share(scale, prior_scale):
 
 
 def shift_of(deviation, scale, share):
-    """The common shift that deviations of log m (..., n_genes) from their locations say, by least squares."""
+    """The common shift by least squares, from deviations of log m (..., n_genes) from their locations."""
     weight = share / scale**2
     return (deviation @ weight) / (share @ weight)
 
 
 def model(problem, start, rows, counts, weight, noise, has_capture):
-    """NumPyro model on a minibatch: rows, their dense counts, and weights that are 0 for padding."""
+    """NumPyro model of a minibatch: rows, their dense counts, and weights, 0 for padding."""
     log_mean = numpyro.sample("log_mean", dist.Normal(*problem.mean_prior).to_event(1))
     log_r = numpyro.sample("log_dispersion", dist.Normal(*problem.dispersion_prior).to_event(1))
     scale = problem.n_cells / jnp.sum(weight)
@@ -152,7 +152,7 @@ def model(problem, start, rows, counts, weight, noise, has_capture):
 
 
 def guide(problem, start, rows, counts, weight, noise, has_capture):
-    """The guide in standardized coordinates around ``start`` (a `Guide`); its draws are made of ``noise``."""
+    """The guide in standardized coordinates around ``start`` (a `Guide`), with draws made of ``noise``."""
     mean, scale = _moved("log_mean", start.log_mean)
     share, sigma = start.common_shift
     normal = dist.LowRankMultivariateNormal(mean, (sigma * share)[:, None], scale**2)
@@ -174,7 +174,7 @@ def guide(problem, start, rows, counts, weight, noise, has_capture):
 
 
 def _draw(name, distribution, value):
-    """A sample site whose draw is known."""
+    """A sample site with a fixed value."""
     with numpyro.handlers.substitute(data={name: value}):
         numpyro.sample(name, distribution)
 
@@ -193,11 +193,11 @@ def _step(params, average, state, learning_rate, decay, problem, start, batch):
 
     def loss(p):
         with _TRACING:
-            # every draw is known: no key is used
+            # all sites have fixed values: the key is not used
             sites = _ELBO.loss(
                 jax.random.key(0), p, model, guide, problem, start, *batch, has_capture
             )
-        # NumPyro's own sum runs over a set of names, in another order in every process
+        # NumPyro sums over a set of names, in an order that differs between processes
         return sum(sites[name] for name in sorted(sites))
 
     value, grads = jax.value_and_grad(loss)(params)
@@ -208,7 +208,7 @@ def _step(params, average, state, learning_rate, decay, problem, start, batch):
 
 
 def _minibatches(X, rng):
-    """Endless minibatches without replacement within an epoch: (rows, dense counts, weight)."""
+    """Minibatches without end, each row at most once in an epoch: (rows, dense counts, weight)."""
     n = X.shape[0]
     size = min(MINIBATCH, -(-n // 64) * 64)
     while True:
@@ -216,7 +216,7 @@ def _minibatches(X, rng):
         for start in range(0, n, size):
             rows = order[start : start + size]
             if rows.size < size and start:
-                break  # the rest comes with the next epoch
+                break  # an incomplete minibatch is left out
             counts = np.zeros((size, X.shape[1]))
             X[rows].toarray(out=counts[: rows.size])
             weight = np.zeros(size)
@@ -225,9 +225,9 @@ def _minibatches(X, rng):
 
 
 def _bucketed(problem, start):
-    """The same problem in arrays whose lengths are rounded up, so that folds share one kernel.
+    """Problem and start with array lengths rounded up, so that folds share one compiled step.
 
-    Padding rows are in no minibatch; padding counts have multiplicity 0.
+    Padding rows are in no minibatch, padding counts occur 0 times.
     """
     distinct = 4096 * -(-max(problem.count.size, 1) // 4096)
     rows = 64 * -(-problem.row_totals.size // 64)
@@ -236,9 +236,9 @@ def _bucketed(problem, start):
         return np.concatenate([a, np.full(size - a.size, value, a.dtype)])
 
     def offsets(loc, scale):
-        # NumPyro's truncated normal underflows where the bound is 38 standard deviations away; from
-        # 30 on everything sits at the bound already
-        loc = np.maximum(loc, -_FARTHEST * scale)
+        # NumPyro's truncated normal underflows where the bound is 38 standard deviations away; at 30 all
+        # its mass is at the bound already
+        loc = np.maximum(loc, -_MOST_TRUNCATED * scale)
         return longer(loc, rows, 1.0), longer(scale, rows, 1.0)
 
     problem = problem._replace(
@@ -254,32 +254,32 @@ def _bucketed(problem, start):
 
 
 def resumed(start, previous):
-    """``start``, with the globals of a previous guide where they are still near.
+    """``start``, with log m and log r of a previous guide for genes where they are still near.
 
-    A gene whose maximum has moved by more than 3 standard deviations, because the rows or the prior
-    are others, starts anew; so do all offsets, which belong to the rows.
+    A gene whose maximum has moved by more than 3 standard deviations, because the rows or the prior have
+    changed, starts anew. So do all offsets, which belong to rows.
     """
-    found = {}
+    kept = {}
     for name in ("log_mean", "log_dispersion"):
         (loc, scale), (old_loc, old_scale) = getattr(start, name), getattr(previous, name)
         near = np.abs(old_loc - loc) <= 3.0 * np.minimum(scale, old_scale)
-        found[name] = np.where(near, old_loc, loc), np.where(near, old_scale, scale)
-    return start._replace(**found)
+        kept[name] = np.where(near, old_loc, loc), np.where(near, old_scale, scale)
+    return start._replace(**kept)
 
 
 def _sum(losses, shifts):
-    """On the host: adding to one loss at a time would wait for every step."""
+    """Losses plus shifts, on the host; adding to each loss as it comes would wait for every step."""
     n = min(len(losses), len(shifts))
     return np.asarray(losses[:n], float) + np.asarray(shifts[:n], float)
 
 
 class Fit(NamedTuple):
-    """What the loop found; `reason` is a sentence."""
+    """Result of the loop."""
 
     guide: Guide
     losses: np.ndarray  # minus the ELBO in nats per cell, one per step
     converged: bool
-    reason: str
+    reason: str  # why the loop ended
     interrupted: bool  # by Ctrl-C; `guide` is that of the last complete step
 
 
@@ -287,10 +287,10 @@ class Fit(NamedTuple):
 def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report=None):
     """Maximize the ELBO from `start` by Adam; the posterior is the average of the last iterates.
 
-    ``baseline`` (n_cells,) is each row's log-likelihood at the start, the control variate that
-    takes the choice of rows out of the reported losses. Stops when the mean loss of a window of
-    steps is no longer below that of the window before by more than ``tol`` nats per cell or by more
-    than the noise of the difference (its standard error).
+    ``baseline`` (n_cells,) are the log-likelihoods of the rows at the start, a control variate that removes
+    the choice of rows from the reported losses. The loop stops when the mean loss of a window of steps is
+    below that of the window before by less than ``tol`` nats per cell, or by less than the standard error of
+    the difference.
     """
     n_cells = X.shape[0]
     problem, start = _bucketed(problem, start)
@@ -319,7 +319,7 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
             )
             chosen = baseline[rows[weight > 0]]
             losses.append(loss)
-            if step:  # every step that waits its turn holds its counts
+            if step:  # a step that waits holds its counts in memory: at most one does
                 losses[-2].block_until_ready()
             shifts.append(chosen.mean() - baseline.mean())
             if (step + 1) % WINDOW == 0 and step + 1 >= 2 * WINDOW:
@@ -338,13 +338,13 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
                     break
     except KeyboardInterrupt:
         converged, interrupted, reason = False, True, "it was interrupted"
-    found = {}
+    fitted = {}
     for name in moving:
         loc, scale = getattr(start, name)
         shift, log_scale = (
             np.asarray(average[f"{name}_{what}"]) for what in ("shift", "log_scale")
         )
-        found[name] = (loc + scale * shift, scale * np.exp(log_scale))
-    if "capture_offset" in found:
-        found["capture_offset"] = tuple(a[:n_cells] for a in found["capture_offset"])
-    return Fit(start._replace(**found), _sum(losses, shifts), converged, reason, interrupted)
+        fitted[name] = (loc + scale * shift, scale * np.exp(log_scale))
+    if "capture_offset" in fitted:
+        fitted["capture_offset"] = tuple(a[:n_cells] for a in fitted["capture_offset"])
+    return Fit(start._replace(**fitted), _sum(losses, shifts), converged, reason, interrupted)

@@ -1,4 +1,4 @@
-"""The ascent: monotone, honest about how it ended, and true to what is frozen."""
+"""The ascent: it is monotone, reports how it ended, and leaves frozen blocks alone."""
 
 import numpy as np
 import pytest
@@ -151,7 +151,7 @@ def test_nothing_free_is_an_optimum():
 
 
 @pytest.mark.parametrize("noise", [0.0, noise_coordinate(0.1)], ids=["no noise", "noise"])
-def test_limits_stay(noise):
+def test_poisson_counts_and_no_noise_stay(noise):
     """Poisson counts (``log_r = inf``) and no noise (``log_noise = 0``) are not free, and stay.
 
     Without noise there are no loadings either: that is the independent-gene model.
@@ -169,7 +169,7 @@ def test_limits_stay(noise):
     assert outcome.point.value > evaluate(start).value
 
 
-def test_max_iter_is_reported():
+def test_max_iter_is_kept_and_reported():
     evaluate, start = problem(8)
     seen = []
     outcome = run(evaluate, start, max_iter=3, tol=0.0, report=lambda i, p: seen.append((i, p)))
@@ -184,7 +184,7 @@ def test_max_iter_is_reported():
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
 def test_small_gains_stop_it(tol, monkeypatch):
-    """A promise below half the tolerance, or two gains in a row below it."""
+    """Either the next step promises less than half the tolerance, or two sweeps in a row gained less."""
     evaluate, start = problem(8)
     promises, next_step = [], ascent._next_step
 
@@ -195,7 +195,7 @@ def test_small_gains_stop_it(tol, monkeypatch):
 
     monkeypatch.setattr(ascent, "_next_step", recorded)
     outcome = run(evaluate, start, tol=tol)
-    # with the memory and, where that promises little, by the metric alone: the larger counts
+    # where the memory promises little the metric is asked too, and the larger promise counts
     values = np.array([v for v, _ in promises])
     promises = np.array([p for _, p in promises])
     promises = [
@@ -215,7 +215,7 @@ def test_small_gains_stop_it(tol, monkeypatch):
 
 
 def test_a_promise_is_what_a_step_gains_near_the_optimum():
-    """Half the slope along a quasi-Newton step; what a range does not let move promises nothing."""
+    """The promise is half the slope along the step; coordinates at the end of their range promise nothing."""
     evaluate, start = problem(9)
     outcome = run(evaluate, start, tol=1e-7, max_iter=300)
     best = run(evaluate, outcome.point.x, tol=1e-10, max_iter=300).point.value
@@ -233,7 +233,7 @@ def test_a_promise_is_what_a_step_gains_near_the_optimum():
 
 
 def scaled(evaluate, factor, constant=0.0):
-    """The objective times a factor, as of so many times the rows, plus a constant."""
+    """The objective times a factor, as for that many times the rows, plus a constant."""
 
     def function(x):
         point = evaluate(x)
@@ -263,7 +263,7 @@ def test_tol_is_a_fraction_of_the_objectives_magnitude():
     assert_allclose(large.history, 1000.0 * np.array(plain.history), rtol=1e-6)
     gains, magnitude = np.diff(large.history), np.abs(large.history[:-1])
     assert gains[-1] < 1e-4 * magnitude[-1]
-    assert gains[-1] > 1e-4  # in nats per cell it would have gone on
+    assert gains[-1] > 1e-4  # with an absolute tolerance it would have gone on
     assert not np.any((gains[:-2] < 1e-4 * magnitude[:-2]) & (gains[1:-1] < 1e-4 * magnitude[1:-1]))
 
 
@@ -273,7 +273,7 @@ def test_tol_is_of_one_nat_where_the_objective_is_about_zero():
     outcome = run(scaled(evaluate, 1.0, -best), start, tol=1e-4)
     gains = np.diff(outcome.history)
     assert outcome.converged and abs(outcome.history[-2]) < 1.0
-    # as where the magnitude is 1: of its own, next to nothing, it would have gone on
+    # as with a magnitude of 1; relative to its own, which is about 0, it would have gone on
     one = run(scaled(evaluate, 1.0, 1.0 - best), start, tol=1e-4)
     assert outcome.n_iter == one.n_iter
     assert gains[-1] > 1e-4 * abs(outcome.history[-1])
@@ -329,7 +329,7 @@ def test_a_start_that_is_not_finite_is_refused():
         run(evaluate, start._replace(mean=np.full(small.N_GENES, np.nan)))
 
 
-def test_no_step_that_helps_is_said():
+def test_a_failed_step_is_reported():
     """An objective whose gradient points the wrong way: the ascent stops and does not claim success."""
     evaluate, start = problem(12)
 
@@ -341,12 +341,12 @@ def test_no_step_that_helps_is_said():
     assert not outcome.converged
     assert "no damped step raises the objective" in outcome.reason
     assert_array_equal(outcome.point.x.mean, start.mean)
-    # the sweep that was refused has its entry too
+    # the failed sweep has its entry too
     assert outcome.history == [outcome.point.value / N] * (outcome.n_iter + 1)
 
 
-def test_what_rounding_hides_is_not_asked_for():
-    """An objective that is known to 1e-3 nats: no tolerance makes it an ascent of its noise, or a failure."""
+def test_the_tolerance_is_no_less_than_the_rounding_error():
+    """An objective with errors of 1e-3 nats: the ascent converges with a tolerance far below them."""
     evaluate, start = problem(9)
     rng = np.random.default_rng(0)
     error = 1e-3
@@ -360,7 +360,7 @@ def test_what_rounding_hides_is_not_asked_for():
         outcome = run(rounded, start, tol=tol, max_iter=300)
         assert outcome.converged, outcome.reason
         assert best - outcome.point.value < 10 * error
-        # and nothing is held back where the rounding error is small
+        # where the rounding error is small the tolerance is kept
         exact = run(evaluate, start, tol=tol, max_iter=300)
         assert exact.point.rounding < 1e-12 * abs(best)
         assert outcome.n_iter < exact.n_iter
@@ -424,7 +424,7 @@ def test_pairs_of_the_memory_show_curvature(seed, size, along):
     memory.add(s, y, expected)
     ((s_kept, y_kept, sy),) = memory.pairs
     least = ascent.LEAST_CURVATURE * (s @ expected)
-    # what is mixed cancels: rounding of its size
+    # the mixed terms cancel: a rounding error of their size
     slack = 1e-14 * np.linalg.norm(s) * (np.linalg.norm(y) + np.linalg.norm(expected))
     assert sy >= least - slack
     assert sy == s @ y_kept
@@ -435,7 +435,7 @@ def test_pairs_of_the_memory_show_curvature(seed, size, along):
         assert_allclose(sy, least, rtol=0, atol=slack)
 
 
-def test_memory_refuses_steps_that_the_metric_does_not_see_and_forgets():
+def test_memory_refuses_steps_without_expected_curvature_and_forgets():
     memory = ascent._Memory()
     s = np.array([1.0, 0.0])
     memory.add(s, s, 0.0 * s)

@@ -148,7 +148,7 @@ def test_derivatives_in_the_dispersion():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(-8.0, 4.0), st.floats(0.0, 6.0))
 def test_derivatives_anywhere(seed, log10_phi, log10_count):
-    """Those of the two tests above, at random places."""
+    """The derivatives of the two tests above, at random points."""
     rng = np.random.default_rng(seed)
     y = rng.uniform(-14.0, 16.0, (N_PROPERTY, 1))
     u = rng.integers(0, int(10**log10_count) + 1, y.shape).astype(float)
@@ -172,7 +172,7 @@ def test_derivatives_anywhere(seed, log10_phi, log10_count):
     assert by_dispersion(lambda c: c[0].curvature, d_curvature) < 1e-10
 
 
-def test_dispersion_does_not_matter_to_poisson():
+def test_derivatives_in_the_dispersion_are_zero_for_poisson_counts():
     u, y, _ = grid()
     found = channel(u, y, np.zeros_like(y))[3]
     for derivative in found:
@@ -277,7 +277,7 @@ def test_log_rising_slope_is_the_first_derivative(r):
 
 
 def test_log_rising_slope_of_sizes_on_both_sides_of_the_switch():
-    """One call with small and large sizes keeps each where it belongs."""
+    """One call with small and large sizes."""
     rng = np.random.default_rng(0)
     u, r = rng.poisson(20.0, 50).astype(float), np.exp(rng.uniform(-3.0, 8.0, 50))
     assert np.any(r < _STIRLING) and np.any(r > _STIRLING)
@@ -318,9 +318,9 @@ def test_histogram_sums_are_the_dense_sums():
 
 @pytest.mark.parametrize("value", [2.0**31 - 1, 2.0**31, 2.0**40 + 1, 0.5, 2.0**31 + 0.5], ids=str)
 def test_histogram_of_fractional_and_huge_counts(value):
-    """Whichever way they are told apart: the distinct counts of every gene, and how often."""
+    """The distinct counts of every gene and their multiplicities, by both ways of counting."""
     X = count_matrix()
-    X[:, -1] = 3.0  # so that one gene has nothing but one count
+    X[:, -1] = 3.0  # one gene has the same count in all other cells
     X[2:4, 0], X[7, -1] = value, value
     histogram = CountHistogram(sp.csr_matrix(X))
     expected = {}

@@ -42,7 +42,7 @@ def evidence(S, n_genes=40, information=100.0, reliability=0.95):
 # ------------------------------------------------------------------ the penalty
 
 
-def test_penalty_gradient_and_its_blindness_to_the_all_ones_part():
+def test_penalty_gradient_and_no_effect_of_the_all_ones_part():
     rng = np.random.default_rng(0)
     W, V = rng.standard_normal((2, 9, 3))
     penalty = ColumnPenalty(np.array([0.5, 2.0, 9.0]), np.array([0.0, 1.0, 4.0]), rng.random(9))
@@ -53,7 +53,7 @@ def test_penalty_gradient_and_its_blindness_to_the_all_ones_part():
 
 
 def test_a_rotation_of_the_singular_basis_gains_nothing_at_first_order():
-    """Else sweeps and updates of the scales, which turn the columns back, do not come to rest."""
+    """Otherwise sweeps and updates of the scales, which turn the columns back, would not converge."""
     rng = np.random.default_rng(0)
     W = rng.standard_normal((9, 3))
     W = W @ singular_basis(W)
@@ -94,7 +94,7 @@ def test_horseshoe_scale_is_the_mode_with_lambda_a_standard_deviation(S):
 
 def test_horseshoe_finds_the_joint_mode_of_scales_and_tau():
     S, dof = np.array([20.0, 8.0, 0.5]), 39
-    v, volume, _, tau = horseshoe(evidence(S), tau_scale=0.7)
+    v, volume, _, tau, *_ = horseshoe(evidence(S), tau_scale=0.7)
 
     def minus(x):
         scale, tau = np.exp(x[:3]), np.exp(x[3])
@@ -171,8 +171,8 @@ def stages_until_settled(step, relax):
     return found, n
 
 
-def test_scales_that_go_a_small_part_of_the_way_are_taken_further():
-    """One column that nears its variance by 5 % a stage, one that alternates about it."""
+def test_slow_scales_are_over_relaxed():
+    """One column goes 5 % of the way to its variance in a stage, another alternates about it."""
     target, left = np.log([1e-2, 2.0]), np.array([0.95, -0.5])
 
     def step(v):
@@ -214,7 +214,7 @@ def test_relaxed_scales_keep_their_floor():
         ),
     ],
 )
-def test_bad_priors_say_what_is_known(prior, message):
+def test_bad_priors_are_refused(prior, message):
     with pytest.raises(ValueError, match=message):
         named(prior)
 
@@ -300,8 +300,8 @@ def test_each_stage_is_an_ascent_of_the_penalized_objective(rank_three, monkeypa
 
 
 @pytest.mark.parametrize("prior", ["gaussian", "ard"])
-def test_stages_that_move_nothing_end_the_fit_and_are_said(rank_three, monkeypatch, prior):
-    """Where no step raises the objective under scales that stay: once more is the same again."""
+def test_stages_without_any_move_end_the_fit_and_warn(rank_three, monkeypatch, prior):
+    """Where no step raises the objective and the scales stay, another stage would be the same."""
     from sknbln.solver import ascent
 
     monkeypatch.setattr(ascent, "_next_step", lambda *args: (None, 1e9))

@@ -1,4 +1,4 @@
-"""A common change of all loadings: its information, and the step that the regressions leave out."""
+"""A common change of all loadings: its information, and its step beyond that of the regressions."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_information_of_columns_is_that_of_a_factor_model():
 
 
 def test_information_of_columns_is_between_nothing_and_that_of_complete_data():
-    """Of symmetric changes, rotations and all mixtures, so that the step climbs whatever the gradient."""
+    """For all changes, symmetric or not, so that the step ascends for any gradient."""
     rng = np.random.default_rng(9)
     for size in ([2.0, 1.0, 0.6], [30.0, 0.1, 1e-3], [1e-2, 1e-3, 1e-4]):
         W = rng.standard_normal((60, 3)) * size
@@ -65,7 +65,7 @@ def test_inverse_of_the_columns_information(precision):
     columns, _ = columns_at(rng.standard_normal((60, 3)), precision)
     S = rng.standard_normal((3, 3))
     if not np.any(precision):
-        S = S + S.T  # of a rotation nothing is known
+        S = S + S.T  # without a prior there is no information in a rotation
     back = columns.inverse(columns.observed, columns.times(columns.observed, S))
     assert_allclose(back, S, rtol=1e-5, atol=1e-6)
     if np.any(precision):
@@ -73,7 +73,7 @@ def test_inverse_of_the_columns_information(precision):
         assert_allclose(back, S, rtol=1e-5, atol=1e-6)
 
 
-def test_columns_of_noise_and_of_nothing_take_the_regressions_step():
+def test_columns_of_noise_and_zero_columns_take_the_regressions_step():
     rng = np.random.default_rng(5)
     W = np.c_[1e-3 * rng.standard_normal((12, 2)), np.zeros(12)]
     columns = columns_at(W)[0]
@@ -82,8 +82,8 @@ def test_columns_of_noise_and_of_nothing_take_the_regressions_step():
     assert columns_at(nothing)[0].step(nothing).shape == (12, 0)
 
 
-def test_columns_of_nothing_under_a_prior():
-    """As where a prior has taken all columns to zero: the observed information is singular."""
+def test_zero_columns_under_a_prior():
+    """A prior may take all columns to zero, where the observed information is singular."""
     rng = np.random.default_rng(12)
     for _ in range(20):
         alike = rng.standard_normal((12, 1)) * [1.0, -4e-3]
@@ -107,7 +107,7 @@ def test_prior_of_the_columns_is_part_of_their_information():
 
 
 def test_column_step_climbs():
-    """A rise by any gradient, and Newton's step along W S for a gradient of that kind alone."""
+    """An ascent for any gradient, and Newton's step for the gradient of a function of S alone."""
     rng = np.random.default_rng(7)
     W = rng.standard_normal((12, 3))
     columns, weight = columns_at(W)
@@ -128,14 +128,14 @@ def test_column_step_climbs():
 
 @pytest.mark.parametrize("dispersion", [True, False])
 def test_coupled_loadings_take_the_regressions_step(dispersion):
-    """Their common change moves means and dispersions too, of which its information says nothing."""
+    """Their common change also moves means and dispersions, which its information leaves out."""
     evaluate, start = problem(15, MarginalCoupling(dispersion))
     x = start._replace(loadings=3.0 * start.loadings)
     point = evaluate(x)
     assert_array_equal(point.metric.columns.step(point.gradient.loadings), 0.0)
     free = problem(15)[0](x)
     assert np.any(free.metric.columns.step(free.gradient.loadings) != 0)
-    # under a prior, which holds rotations, theirs alone is longer
+    # under a prior, which determines rotations, only the step of a rotation is longer
     penalty = ColumnPenalty(np.array([1.0, 50.0]), np.zeros(K), np.zeros(small.N_GENES))
     columns = evaluate(x, penalty).metric.columns
     turn = columns.basis @ np.array([[0.0, 1.0], [-1.0, 0.0]]) @ columns.basis.T

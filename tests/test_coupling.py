@@ -19,7 +19,7 @@ ROWS = 5
 
 
 def coordinates(seed, size, log_noise, log_r):
-    """Rows of a size and a noise variance, both given by their logarithms."""
+    """Coordinates with loadings of scale ``exp(size)`` and noise variance ``exp(log_noise)``."""
     rng = np.random.default_rng(seed)
     return Params(
         rng.uniform(-3, 8, ROWS),
@@ -88,8 +88,8 @@ def test_small_rows_are_hardly_changed():
     assert_allclose(params.dispersion, x.dispersion, atol=1e-5)
 
 
-# log of the rows' size, and whether the dispersion is coupled. With rows of size 1 Sigma_gg reaches its
-# bound to within exp(-20), with 3.3 beyond what a double can tell from it.
+# log of the scale of the loadings, and whether the dispersion is coupled. At scale 1 Sigma_gg is within
+# exp(-20) of its bound, at 3.3 it equals it in double precision.
 CASES = [
     (size, couple) for size in (-14.0, -6.0, -5.3, -5.0, -2.0, 0.0, 1.2) for couple in (True, False)
 ]

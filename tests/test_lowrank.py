@@ -21,7 +21,7 @@ def float64(strict_jax):
 
 @jax.jit
 def fast(W, b, scale, precision, x):
-    """Everything that the module offers, of one system."""
+    """All functions of the module, for one system."""
     factors = lowrank.Factors.of(W)
     scales = lowrank.column_scale(scale, W.shape[1])
     M = lowrank.precision_matrix(b, factors, scales, lowrank.column_scale(precision, W.shape[1]))
@@ -118,7 +118,7 @@ def test_triangle_packs_and_unpacks(n):
 
 
 def test_a_zero_column_decouples():
-    """What padding of the latent dimension rests on."""
+    """The latent dimension is padded with such columns."""
     W, b, scale, precision, x = draw(SHAPES[2], 3, 0.7, 0.1)
     W[:, 1] = 0.0
     found = fast(W, b, scale, precision, x)

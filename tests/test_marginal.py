@@ -1,4 +1,4 @@
-"""The Laplace marginal and its exact gradient, against slower ways to the same numbers."""
+"""The Laplace marginal and its exact gradient, against slower computations of the same numbers."""
 
 import jax
 import numpy as np
@@ -117,7 +117,7 @@ def test_large_size_is_poisson():
     assert np.all(nearly != poisson)
 
 
-def test_large_counts_are_gaussian_andsolver_is_exact():
+def test_large_counts_are_gaussian_and_laplace_is_exact():
     """With ``1/u`` and Sigma small the likelihood is Gaussian in the log-rate over the posterior.
 
     What is left are the cubic terms ``u (y - log u)^3 / 6``, about 1e6 (3e-4)^3 / 6 = 5e-6.
@@ -291,7 +291,7 @@ def test_cells_that_do_not_converge_are_counted(monkeypatch):
 
 
 def test_sums_of_parts_of_the_cells_add_up():
-    """Two halves of the cells are all of them; the zero sums have the shapes of those that are found."""
+    """The sums of two halves of the cells add up to those of all; zero sums have the same shapes."""
     cells, params, _ = small.problem(29)
     nothing = no_sums(*params.loadings.shape)
     whole = sweep(cells, params)
@@ -308,7 +308,7 @@ def test_sums_of_parts_of_the_cells_add_up():
 
 
 @pytest.mark.parametrize("block", [1, 2, 4])
-def test_nothing_depends_on_how_many_cells_are_solved_at_a_time(block):
+def test_the_number_of_cells_solved_at_a_time_changes_nothing(block):
     cells, params, _ = small.problem(29)
     cells = cells._replace(weight=np.r_[np.ones(6), 0.0, 0.0])
     start = small.zeros(cells, params)
@@ -320,8 +320,8 @@ def test_nothing_depends_on_how_many_cells_are_solved_at_a_time(block):
         assert_allclose(found, value, rtol=1e-9, atol=1e-9)
 
 
-def test_a_mode_is_found_to_what_is_asked_for():
-    """What is left of the decrement is below what may be left, and the objective as near as that says."""
+def test_modes_are_found_to_the_tolerance():
+    """The Newton decrement is below the tolerance, and the log marginal as close as that implies."""
     cells, params, _ = small.problem(29)
     start = small.zeros(cells, params)
     exact = solve_cells(cells, params, start)[1]
@@ -338,7 +338,7 @@ def test_a_mode_is_found_to_what_is_asked_for():
 
 
 def few_genes(n_genes, largest_variance):
-    """Cells that share one set of globals; their counts are drawn from it."""
+    """Cells with the same global parameters, their counts drawn from the model."""
     rng = np.random.default_rng(n_genes)
     variance = rng.uniform(0.1, largest_variance, n_genes)
     direction = rng.standard_normal((n_genes, 1))
@@ -419,7 +419,7 @@ def test_error_against_importance_sampling(poisson):
         assert abs(estimate - value[c] - next_term) < 0.015 + 3 * se
 
 
-def test_the_two_exact_references_agree():
+def test_the_two_references_agree():
     """Importance sampling against numerical integration, on two genes."""
     cells, params, r = few_genes(2, 1.0)
     result = solve(cells, params)

@@ -1,4 +1,4 @@
-"""The steps of the parameters: regressions of genes, common shift, scales, and the product of the metric."""
+"""Steps of the parameters: regressions of genes, common shift, scales; and the product with the metric."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def test_regression_step_solves_each_genes_system(free_mean, free_loadings):
         assert_allclose(np.r_[mean[g], loadings[g]], expected, rtol=1e-5, atol=1e-8)
 
 
-def test_regression_step_of_nothing():
+def test_regression_step_of_nothing_free():
     mean, loadings = regression_step(*at_a_point(), NONE)
     assert not mean.any() and not loadings.any()
 
@@ -59,7 +59,7 @@ def test_regression_step_of_a_gene_without_information_is_finite():
 
 
 def with_prior(metric, precision):
-    """The moments as the objective has them under a prior of the columns."""
+    """The metric with the precisions of a prior of the columns in its moments."""
     i, j, _ = triangle(K)
     moments = metric.moments.copy()
     moments[:, 1 + K + np.flatnonzero(i == j)] += precision
@@ -68,8 +68,8 @@ def with_prior(metric, precision):
 
 @pytest.mark.parametrize("coupled", [True, False])
 @pytest.mark.parametrize("free_mean", [True, False])
-def test_regression_step_leaves_what_the_genes_share_to_the_data(free_mean, coupled):
-    """A prior holds deviations of the natural loadings from their mean; one of the columns has none."""
+def test_prior_leaves_the_mean_over_genes_to_the_data(free_mean, coupled):
+    """A prior holds deviations of the natural loadings from their mean; one of the columns has no prior."""
     (gradient, metric), G = at_a_point(), small.N_GENES
     precision = np.array([50.0, 0.0])
     natural = metric.columns.natural
@@ -100,7 +100,7 @@ def test_regression_step_leaves_what_the_genes_share_to_the_data(free_mean, coup
     assert_allclose(back[keep], rhs[keep], rtol=1e-5, atol=1e-8)
 
 
-def test_product_is_positive_where_the_columns_take_more_than_there_is():
+def test_product_is_positive_where_the_columns_excess_is_too_large():
     rng = np.random.default_rng(11)
     precision, zero = np.array([1e4, 1e-2]), np.zeros(small.N_GENES)
     gradient, metric = at_a_point()
@@ -131,10 +131,10 @@ def test_scale_step_is_newtons_inside_its_bounds():
 @pytest.mark.parametrize(
     "free", [ALL, Params(True, False, True, True), Params(False, True, True, True)]
 )
-def test_product_is_what_the_steps_invert(free):
+def test_product_is_inverted_by_the_steps(free):
     """Each block's step maps the product back to the direction it was made of."""
     gradient, metric = at_a_point()
-    # the columns' own part, below, is inverted exactly only where the regressions are alike
+    # without the part of the columns, which is inverted exactly only where the regressions are alike
     columns = metric.columns
     metric = metric._replace(columns=columns._replace(observed=columns.complete))
     rng = np.random.default_rng(0)
@@ -179,6 +179,6 @@ def test_product_inverts_the_columns_step():
     regression = found.loadings / weight[:, None]
     back = regression + columns.step(found.loadings)
     assert_allclose(back, step.loadings, rtol=1e-10, atol=1e-12)
-    # of loadings that are not free there is no part
+    # the columns have no part where the loadings are not free
     held = product(gradient, metric, step, ALL._replace(loadings=False))
     assert_allclose(held.loadings, weight[:, None] * step.loadings, rtol=1e-12)

@@ -1,4 +1,4 @@
-"""The per-cell Newton iteration: the dense twin's mode, cell by cell, from any start, for any batch."""
+"""The Newton iteration per cell: the dense twin's mode, from any start and in any batch."""
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ def float64(strict_jax):
         yield
 
 
-def found(cells, params, zeta=None):
+def solved(cells, params, zeta=None):
     zeta = small.zeros(cells, params) if zeta is None else zeta
     return jax.tree.map(np.asarray, find_mode(cells, params, zeta))
 
@@ -57,38 +57,38 @@ def per_cell(mode):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_mode_is_the_dense_twins(kind):
     cells, params, r = small.problem(1, **kind)
-    mode = found(cells, params)
+    mode = solved(cells, params)
     assert mode.converged.all()
     for c in range(small.N_CELLS):
         assert_allclose(mode.y[c], twin(cells, params, r, c).y, **TOL)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_state_is_what_it_is_said_to_be(kind):
+def test_mode_solves_its_equations(kind):
     """``y = loc + F zeta + d alpha``, alpha the likelihood's gradient, ``P zeta = F' alpha``."""
     cells, params, r = small.problem(2, **kind)
-    mode = found(cells, params)
+    mode = solved(cells, params)
     for c in range(small.N_CELLS):
         F = direct.factors(params.loadings, cells.scale[c])
         loc = params.mean - cells.offset[c]
         P = np.r_[np.ones(small.RANK), cells.precision[c]]
         assert_allclose(mode.y[c], loc + F @ mode.zeta[c] + params.noise * mode.alpha[c], **TOL)
         gradient = direct.pmf_derivatives(cells.counts[c], mode.y[c], r)[0]
-        # what is left of the gradient is the error of y times the curvature, a few hundred
+        # the remaining gradient is the error of y times the curvature, a few hundred
         assert_allclose(mode.alpha[c], gradient, atol=1e-7)
         assert_allclose(P * mode.zeta[c], F.T @ mode.alpha[c], atol=1e-7)
 
 
 def test_decrement_is_below_its_tolerance():
     cells, params, _ = small.problem(3)
-    mode = found(cells, params)
+    mode = solved(cells, params)
     assert np.all(mode.decrement <= DECREMENT_TOL)
     assert 1 < mode.n_iter <= 12
 
 
-def test_one_newton_step_from_the_mode_goes_nowhere():
+def test_a_newton_step_from_the_mode_stays_there():
     cells, params, _ = small.problem(3)
-    mode = found(cells, params)
+    mode = solved(cells, params)
     zeta, alpha = newton_step(cells, params, mode.y)
     assert_allclose(zeta, mode.zeta, **TOL)
     assert_allclose(alpha, mode.alpha, atol=1e-7)
@@ -97,10 +97,10 @@ def test_one_newton_step_from_the_mode_goes_nowhere():
 def test_start_does_not_matter():
     cells, params, _ = small.problem(4)
     rng = np.random.default_rng(0)
-    mode = found(cells, params)
+    mode = solved(cells, params)
     for size in (1.0, 30.0):
         zeta = size * rng.standard_normal((small.N_CELLS, small.RANK + 1))
-        other = found(cells, params, zeta)
+        other = solved(cells, params, zeta)
         assert other.converged.all()
         assert_allclose(other.y, mode.y, **TOL)
 
@@ -110,17 +110,17 @@ def test_no_noise_in_some_genes_or_in_all():
     noise = params.noise.copy()
     noise[::3] = 0.0
     for d in (noise, np.zeros_like(noise)):
-        some = params._replace(noise=d)
-        mode = found(cells, some)
+        without = params._replace(noise=d)
+        mode = solved(cells, without)
         assert mode.converged.all()
         for c in range(small.N_CELLS):
-            assert_allclose(mode.y[c], twin(cells, some, r, c).y, **TOL)
+            assert_allclose(mode.y[c], twin(cells, without, r, c).y, **TOL)
 
 
 def test_no_prior_variance_at_all():
     cells, params, _ = small.problem(6, capture="fixed")
     params = params._replace(loadings=0 * params.loadings, noise=0 * params.noise)
-    mode = found(cells, params)
+    mode = solved(cells, params)
     assert mode.converged.all()
     assert_array_equal(mode.y, params.mean[None, :] - cells.offset[:, None])
     assert_array_equal(mode.zeta, 0.0)
@@ -128,10 +128,10 @@ def test_no_prior_variance_at_all():
 
 def test_a_cell_alone_is_the_cell_among_others():
     cells, params, _ = small.problem(7)
-    together = per_cell(found(cells, params))
+    together = per_cell(solved(cells, params))
     for c in range(small.N_CELLS):
         one = Cells(*(a[c : c + 1] for a in cells))
-        for name, value in per_cell(found(one, params)).items():
+        for name, value in per_cell(solved(one, params)).items():
             assert_allclose(value[0], together[name][c], err_msg=name, rtol=1e-9, atol=1e-9)
 
 
@@ -139,7 +139,7 @@ def test_an_extreme_cell_does_not_touch_the_others():
     cells, params, _ = small.problem(7)
     counts = cells.counts.copy()
     counts[3] = 1e7
-    usual, other = found(cells, params), found(cells._replace(counts=counts), params)
+    usual, other = solved(cells, params), solved(cells._replace(counts=counts), params)
     keep = np.arange(small.N_CELLS) != 3
     assert not np.allclose(usual.y[3], other.y[3])
     assert_allclose(other.y[keep], usual.y[keep], rtol=1e-9, atol=1e-9)
@@ -148,8 +148,8 @@ def test_an_extreme_cell_does_not_touch_the_others():
 def test_permuted_rows():
     cells, params, _ = small.problem(8)
     order = np.random.default_rng(0).permutation(small.N_CELLS)
-    mode = per_cell(found(cells, params))
-    other = per_cell(found(Cells(*(a[order] for a in cells)), params))
+    mode = per_cell(solved(cells, params))
+    other = per_cell(solved(Cells(*(a[order] for a in cells)), params))
     for name, value in other.items():
         assert_allclose(value, mode[name][order], err_msg=name, rtol=1e-9, atol=1e-9)
 
@@ -157,8 +157,8 @@ def test_permuted_rows():
 def test_permuted_genes():
     cells, params, _ = small.problem(8)
     order = np.random.default_rng(1).permutation(small.N_GENES)
-    mode = found(cells, params)
-    other = found(
+    mode = solved(cells, params)
+    other = solved(
         cells._replace(counts=cells.counts[:, order]), Params(*(a[order] for a in params))
     )
     assert_allclose(other.y, mode.y[:, order], **TOL)
@@ -168,15 +168,15 @@ def test_permuted_genes():
 
 def test_padding_rows_change_nothing_and_cost_no_iteration():
     cells, params, _ = small.problem(9)
-    mode = found(cells, params)
+    mode = solved(cells, params)
     weight = np.ones(small.N_CELLS)
     weight[5:] = 0.0
     counts = cells.counts.copy()
     counts[5:] = 1e9
-    padded = found(cells._replace(weight=weight, counts=counts), params)
+    padded = solved(cells._replace(weight=weight, counts=counts), params)
     assert_allclose(padded.y[:5], mode.y[:5], rtol=1e-12, atol=1e-12)
     assert padded.n_iter <= mode.n_iter
-    nothing = found(cells._replace(weight=np.zeros(small.N_CELLS)), params)
+    nothing = solved(cells._replace(weight=np.zeros(small.N_CELLS)), params)
     assert nothing.n_iter == 0
 
 
@@ -184,7 +184,7 @@ def test_padded_latent_columns_change_nothing():
     cells, params, _ = small.problem(9)
     few = params._replace(loadings=params.loadings[:, :2])
     wide = np.column_stack([few.loadings, np.zeros((small.N_GENES, 2))])
-    mode, padded = found(cells, few), found(cells, params._replace(loadings=wide))
+    mode, padded = solved(cells, few), solved(cells, params._replace(loadings=wide))
     assert_array_equal(padded.zeta[:, 2:4], 0.0)
     assert_allclose(padded.zeta[:, [0, 1, 4]], mode.zeta, **TOL)
     assert_allclose(padded.y, mode.y, **TOL)
@@ -208,10 +208,10 @@ def test_extreme_counts_converge(capture, poisson, noise):
     cells, params, r = small.problem(10, poisson=poisson, capture=capture)
     cells = cells._replace(counts=extreme_counts())
     params = params._replace(noise=noise * params.noise)
-    mode = found(cells, params)
+    mode = solved(cells, params)
     assert mode.converged.all()
     assert np.all(np.isfinite(mode.y))
-    # stationary: what is left of the gradient, against the size of its parts
+    # stationary: the remaining gradient is small beside its terms
     for c in range(small.N_CELLS):
         gradient = direct.pmf_derivatives(cells.counts[c], mode.y[c], r)[0]
         F = direct.factors(params.loadings, cells.scale[c])
@@ -222,7 +222,7 @@ def test_extreme_counts_converge(capture, poisson, noise):
 @pytest.mark.parametrize("shift", [-30.0, 30.0])
 def test_means_far_from_the_counts_converge(shift):
     cells, params, _ = small.problem(11)
-    mode = found(cells, params._replace(mean=params.mean + shift))
+    mode = solved(cells, params._replace(mean=params.mean + shift))
     assert mode.converged.all()
     assert mode.n_iter < MAX_NEWTON / 2
 
@@ -241,25 +241,25 @@ def test_discordant_cells_converge():
         cells = Cells(
             rng.poisson(rate).astype(float), rng.uniform(-1, 1, C), scale, np.ones(C), np.ones(C)
         )
-        mode = found(cells, Params(mean, loadings, noise, phi))
+        mode = solved(cells, Params(mean, loadings, noise, phi))
         assert mode.converged.all(), f"seed {seed}"
         assert mode.n_iter < MAX_NEWTON / 2, f"seed {seed}"
 
 
 def test_flat_offset_is_where_fitted_and_observed_totals_agree():
     cells, params, r = small.problem(12, capture="flat")
-    mode = found(cells, params)
+    mode = solved(cells, params)
     assert mode.converged.all()
     for c in range(small.N_CELLS):
         gradient = direct.pmf_derivatives(cells.counts[c], mode.y[c], r)[0]
         assert abs(gradient.sum()) < 1e-7
     # the prior location of a flat offset says nothing
-    other = found(cells._replace(offset=cells.offset + 2.5), params)
+    other = solved(cells._replace(offset=cells.offset + 2.5), params)
     assert_allclose(other.y, mode.y, **TOL)
     assert_allclose(other.zeta[:, -1], mode.zeta[:, -1] + 2.5, **TOL)
 
 
-def test_iterations_at_most_are_done_and_said(monkeypatch):
+def test_the_largest_number_of_iterations_is_kept_and_reported(monkeypatch):
     monkeypatch.setattr(mode_module, "MAX_NEWTON", 2)
     cells, params, _ = small.problem(13)
     cells = cells._replace(counts=extreme_counts())

@@ -350,7 +350,7 @@ def test_curvature_of_mu_matches_a_parametric_bootstrap():
         refits.append(
             NBLNEstimator(informative_prior_estimator=source, **options).fit(counts).mean_
         )
-    ratio = model._curvature.mean / np.std(refits, axis=0, ddof=1)
+    ratio = model._standard_deviation.mean / np.std(refits, axis=0, ddof=1)
     assert 0.8 < np.median(ratio) < 1.2
 
 

@@ -30,7 +30,7 @@ BLOCKS = Params._fields
 
 
 def priors(rng):
-    """Two priors, of which some genes have none, and a weak one."""
+    """Two priors that leave some genes without a prior, and a weak prior."""
     G = small.N_GENES
     precision = rng.uniform(0.5, 4.0, G) * (np.arange(G) % 3 > 0)
     return (
@@ -98,7 +98,7 @@ def test_gradient_is_the_difference_quotient(coupling, block):
         and coupling.couple_dispersion
     ):
         assert_array_equal(grad - function.prior_log_r.gradient(x.dispersion), 0.0)
-        return  # the marginal overdispersion is frozen: only its prior's gradient is asked for
+        return  # the marginal overdispersion is frozen: its gradient is that of its prior
     h = 1e-3
 
     def value(t, step):
@@ -153,7 +153,7 @@ def test_preconditioner_is_the_sums_and_the_priors_curvatures():
     assert_allclose(metric.shift, sums.information_shift + prior.sum(), rtol=1e-8)
     assert_allclose(metric.moments[:, 0], genes.moments[:, 0] + prior, rtol=1e-8)
     assert_allclose(metric.moments[:, 1:], genes.moments[:, 1:], rtol=1e-8, atol=1e-8)
-    # of the likelihood alone, without any prior
+    # the sums are those of the likelihood alone, without priors
     assert_allclose(point.sums.genes.moments, genes.moments, rtol=1e-8, atol=1e-8)
     assert np.all(metric.noise > 0) and sums.information_shift > 0
 
@@ -186,14 +186,14 @@ def test_constants_are_kept_while_the_dispersions_are_the_same(monkeypatch):
     assert len(made) == 1
     assert_array_equal(again.x.dispersion, first.x.dispersion)
     other = x._replace(dispersion=x.dispersion + np.where(np.arange(small.N_GENES) == 3, 1e-9, 0.0))
-    for at in (other, x):  # one gene is enough; what was known before is not mixed up with it
+    for at in (other, x):  # one gene is enough, and no old constants are used
         fresh = objective(Identity())[0](at)
         n = len(made)
         point = function(at)
         assert len(made) == n + 1
         assert_allclose(point.value, fresh.value, rtol=1e-13)
         assert_allclose(point.gradient.dispersion, fresh.gradient.dispersion, rtol=1e-8)
-    # nor by a change in place
+    # nor are they after a change in place
     at.dispersion[5] += 1.0
     fresh = objective(Identity())[0](at)
     assert_allclose(function(at).value, fresh.value, rtol=1e-13)
@@ -202,7 +202,7 @@ def test_constants_are_kept_while_the_dispersions_are_the_same(monkeypatch):
 # ------------------------------------------------------------------ the prior
 
 
-def test_another_penalty_needs_no_other_pass(monkeypatch):
+def test_another_penalty_needs_no_new_pass(monkeypatch):
     function, x = objective(Identity())
     passes = []
     whole = Sweeper.__call__
@@ -222,7 +222,7 @@ def test_another_penalty_needs_no_other_pass(monkeypatch):
     assert len(passes) == 2
 
 
-def test_a_rotation_needs_no_other_pass(monkeypatch):
+def test_a_rotation_needs_no_new_pass(monkeypatch):
     function, x = objective(Identity())
     passes = []
     whole = Sweeper.__call__

@@ -267,7 +267,9 @@ def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
     np.testing.assert_allclose((1 + 1 / draws.r) * np.exp(variance), 1 + 1 / source.r, rtol=1e-8)
     # and the marginal mean does not follow the share
     kept = draws.log_mean + variance / 2
-    spread = (kept - model.mean_ - np.diag(model.get_covariance()) / 2) / model._curvature.mean
+    spread = (
+        kept - model.mean_ - np.diag(model.get_covariance()) / 2
+    ) / model._standard_deviation.mean
     assert abs(spread.std() - 1) < 0.3
 
 

@@ -1,4 +1,4 @@
-"""Draws from the Laplace posterior of log-rates, against dense matrices."""
+"""Draws of log-rates from their Laplace posterior, against dense matrices."""
 
 import jax
 import numpy as np
@@ -34,8 +34,8 @@ KINDS = [
 
 @pytest.mark.parametrize("zero_noise", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_draws_are_thesolver_posterior_s(kind, zero_noise):
-    """A draw is affine in its noise: unit vectors give its matrix, and so its exact covariance."""
+def test_draws_are_from_the_laplace_posterior(kind, zero_noise):
+    """A draw is affine in its noise: unit vectors give its matrix, and with it the exact covariance."""
     cells, params, r = small.problem(seed=1, **kind)
     if zero_noise:
         noise = params.noise.copy()

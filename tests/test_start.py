@@ -1,4 +1,4 @@
-"""Start values of the loadings: the moments of the scores, densely, and what they recover."""
+"""Start values of the loadings, against dense moments of the scores and against the truth."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def dense(counts, offset, log_mean, r, k):
 
 def small_data(poisson=False):
     cells, _, r = small.problem(50, poisson=poisson, capture="fixed")
-    # away from the independent-gene fit too: what is computed does not depend on it
+    # away from the independent-gene fit: the formula holds anywhere
     log_mean = np.log(cells.counts.mean(0) + 0.5) + 0.8
     return cells, log_mean, r
 
@@ -54,13 +54,13 @@ def test_equals_a_dense_eigendecomposition(poisson, monkeypatch):
     cells, log_mean, r = small_data(poisson)
     found = loadings(cells, log_mean, r, K)
     expected = dense(cells.counts, cells.offset, log_mean, r, K)
-    # the sign of an eigenvector is anyone's
+    # the sign of an eigenvector is arbitrary
     assert_allclose(found @ found.T, expected @ expected.T, rtol=1e-8, atol=1e-10)
     assert_allclose(np.abs(found), np.abs(expected), rtol=1e-6, atol=1e-8)
     assert np.all(np.diff(np.linalg.norm(expected, axis=0)) < 0)
 
 
-def test_a_gene_asking_for_more_is_held(monkeypatch):
+def test_large_loadings_are_cut_at_the_start(monkeypatch):
     monkeypatch.setattr(start_module, "_LARGEST_SD", 0.5)
     cells, log_mean, r = small_data()
     free = dense(cells.counts, cells.offset, log_mean, r, K)
@@ -97,7 +97,7 @@ def test_as_many_dimensions_as_genes():
     assert np.all(np.isfinite(found))
 
 
-def test_a_gene_without_counts_gets_nothing_to_speak_of():
+def test_a_gene_without_counts_gets_no_loadings():
     cells, log_mean, r = small_data()
     counts = cells.counts.copy()
     counts[:, 4] = 0.0
@@ -135,12 +135,12 @@ def test_recovers_the_span_of_the_factors():
 LOG_R = np.log(np.array([1e-4, 0.1, 1.0, 10.0, 1e4]))
 
 
-def test_without_variance_the_dispersion_is_as_it_was():
-    # phi is what is left of 1 + phi: rounding of 1 over phi
+def test_without_variance_the_dispersion_does_not_change():
+    # phi is computed from 1 + phi: a rounding error of 1 / phi
     assert_allclose(less_overdispersion(LOG_R, np.zeros(5)), LOG_R, rtol=0, atol=1e-11)
 
 
-def test_variance_that_explains_too_much_leaves_a_tenth():
+def test_a_large_variance_leaves_a_tenth_of_the_overdispersion():
     variance = np.log1p(np.exp(-LOG_R))  # all of it
     for factor in (1.0, 2.0, 1e3):
         found = less_overdispersion(LOG_R, factor * variance)
@@ -150,7 +150,7 @@ def test_variance_that_explains_too_much_leaves_a_tenth():
 @settings(max_examples=200, deadline=None)
 @given(st.floats(-9.0, 9.0), st.floats(0.0, 20.0), st.floats(0.0, 1.0))
 def test_marginal_overdispersion_is_kept_down_to_a_tenth(log_r, variance, more):
-    """``(1 + phi) exp(variance)`` is what it was; more variance never leaves more overdispersion."""
+    """``(1 + phi) exp(variance)`` does not change; more variance never leaves more overdispersion."""
     log_r, variance = np.array([log_r]), np.array([variance])
     found = less_overdispersion(log_r, variance)
     before, left = np.exp(-log_r), np.exp(-found)

@@ -1,10 +1,10 @@
 """Laplace solver of the negative binomial log-normal model.
 
-Pure functions of arrays; nothing in this package knows scikit-learn or changes JAX's modes.
-Every function is meant to run in float64 (see ``sknbln._jax.float64``).
+Pure functions of arrays: no scikit-learn, and JAX's configuration is never changed.
+Every function is written to run in float64 (see ``sknbln._jax.float64``).
 
 ==================  ======================================================================
-``params``          the parameters, what a cell brings, Gaussian priors
+``params``          the parameters, the data of a batch of cells, Gaussian priors
 ``channel``         the count channel: log-likelihood, derivatives, normalizing constants
 ``lowrank``         algebra of ``diag + F F'`` batched over cells
 ``mode``            the per-cell Newton iteration
@@ -13,10 +13,10 @@ Every function is meant to run in float64 (see ``sknbln._jax.float64``).
 ``start``           start values from the moments of the scores
 ``coupling``        the coordinates of the ascent; the marginal-preserving coupling
 ``objective``       the log-posterior in the coordinates of the ascent
-``metric``          steps of the parameters from those sums
+``metric``          the metric of the ascent, and steps of the parameters
 ``columns``         a common change of all loadings
 ``ascent``          the loop over sweeps with its monotone guard
 ``column_priors``   priors of the loadings' columns
-``gauge``           W_perp, its singular basis, the effective rank
+``gauge``           W_perp, its singular basis, the effective rank of the loadings
 ==================  ======================================================================
 """

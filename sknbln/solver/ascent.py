@@ -1,8 +1,8 @@
-"""The loop over sweeps: preconditioned quasi-Newton ascent with a monotone guard.
+"""The loop over sweeps: preconditioned quasi-Newton ascent that never lowers the objective.
 
-The direction is the limited-memory BFGS two-loop recursion whose initial metric is the step of
-``metric`` (so with an empty memory it *is* that step). A trial that would lower the objective is
-damped until it does not; where two cuts of a quasi-Newton step do not suffice, the memory is dropped.
+The direction is that of limited-memory BFGS, by the two-loop recursion, with `metric.direction` as the
+initial metric; with an empty memory it is that direction itself. A step that would lower the objective is
+shortened until it does not. Where two trials of a quasi-Newton step are not enough, the memory is dropped.
 """
 
 from functools import partial
@@ -15,27 +15,29 @@ from .metric import direction, product
 from .objective import Point
 from .params import Params, moved
 
-PLAIN_SWEEPS = 4  # the first steps are long: they say little of the curvature at the maximum
-MEMORY = 8
-MAX_CUTS = 12
-MEMORY_CUTS = 2  # of a quasi-Newton step
-#: a pair of the memory that shows less curvature than this fraction of the metric's is mixed with it
+PLAIN_SWEEPS = (
+    4  # sweeps that are not remembered: first steps say little of the curvature at the maximum
+)
+MEMORY = 8  # largest number of pairs
+MAX_CUTS = 12  # trials of a step
+MEMORY_CUTS = 2  # trials of a quasi-Newton step
+#: a pair with less curvature than this fraction of the metric's is mixed with the metric's
 LEAST_CURVATURE = 0.1
-LARGEST_STEP = 1.5  # nats
-SURE = 0.5  # a sweep gains between half and twice what it promises, mostly
+LARGEST_STEP = 1.5  # nats, of each gene
+SURE = 0.5  # most sweeps gain between half and twice their promise
 
 
 class Outcome(NamedTuple):
-    """The ascent after its last sweep; `reason` is a sentence."""
+    """The ascent after its last sweep."""
 
     point: Point
-    stages: list  # values of each stage from its start on, nats per cell
+    stages: list  # for each stage, the values at its start and after each sweep, nats per cell
     gain: float  # of the last sweep, nats per cell
-    promised: float  # by the next sweep, nats per cell
+    promised: float  # gain that the next sweep promises, nats per cell
     converged: bool
-    reason: str
-    columns: ColumnScales | None  # of the loadings under a prior of their columns
-    interrupted: bool = False
+    reason: str  # why the ascent ended; "" where it goes on
+    columns: ColumnScales | None  # None without a prior of the loadings
+    interrupted: bool = False  # by Ctrl-C
 
     @property
     def history(self):
@@ -44,12 +46,12 @@ class Outcome(NamedTuple):
 
     @property
     def n_iter(self):
-        """Sweeps done."""
+        """Number of sweeps."""
         return sum(len(stage) - 1 for stage in self.stages)
 
 
 def magnitude(value, n_cells):
-    """Of an objective, nats per cell: what `tol` is a fraction of; at least 1."""
+    """Magnitude of an objective, nats per cell, at least 1; `tol` is a fraction of it."""
     return max(abs(value) / n_cells, 1.0)
 
 
@@ -69,16 +71,16 @@ def _unflat(x, like, free):
 
 
 class _Memory:
-    """Pairs of steps and changes of the gradient (of minus the objective)."""
+    """Pairs of a step and the change of the gradient (of minus the objective) along it."""
 
     def __init__(self):
         self.pairs = []
 
     def add(self, s, y, expected):
-        """Remember that the step s changed the gradient by y; the metric expected another change.
+        """Remember a step s and the change y of the gradient; the metric expected the change ``expected``.
 
-        Powell's damping: a change that shows next to no curvature along s, or a negative one, would
-        make the next step far too long.
+        Powell's damping: a y with next to no curvature along s, or negative curvature, would make the next
+        step far too long, and is mixed with ``expected``.
         """
         least = LEAST_CURVATURE * float(s @ expected)
         sy = float(s @ y)
@@ -91,11 +93,11 @@ class _Memory:
         self.pairs = [*self.pairs[-(MEMORY - 1) :], (s, y, sy)]
 
     def forget(self):
-        """All pairs."""
+        """Drop all pairs."""
         self.pairs = []
 
     def direction(self, g, precondition):
-        """Two-loop recursion; ``precondition`` maps a gradient to a step."""
+        """Quasi-Newton direction by the two-loop recursion; ``precondition`` maps a gradient to a step."""
         q, alphas = g.copy(), []
         for s, y, sy in reversed(self.pairs):
             a = float(s @ q) / sy
@@ -110,35 +112,34 @@ class _Memory:
 def ascend(objective, x, free, *, n_cells, tol, max_iter, column_prior=None, report=None):
     """Maximize the objective.
 
-    Under a prior of the loadings' columns the sweeps come in stages: between them the loadings are rotated to
-    their singular basis, and the columns' scales updated there.
+    Under a prior of the columns of the loadings the sweeps come in stages. Before each stage the loadings are
+    rotated to their singular basis, and the scales of the columns are updated there.
 
     Parameters
     ----------
     objective : callable
-        Maps coordinates, and the prior of the loadings where there is one, to a `Point`.
+        Maps coordinates, and the penalty of the loadings if there is one, to a `Point`.
     x : Params
         Coordinates of the start.
     free : Params of bool
         Which blocks are estimated.
     n_cells : int
-        The history is per cell.
+        Number of cells, for values per cell.
     tol : float
-        Stop when the next sweep, of a quasi-Newton step, promises less than `SURE` times this fraction
-        of the objective's magnitude (at least of one nat per cell), or two in a row gained less than it.
-        What is less than the objective's rounding error is not told from it.
+        Relative tolerance. The ascent stops when two sweeps in a row gained less than this fraction of the
+        objective's magnitude (at least one nat per cell), or when the next quasi-Newton step promises less
+        than `SURE` times that. The tolerance is never below the rounding error of the objective.
     max_iter : int
-        Sweeps at most.
+        Largest number of sweeps.
     column_prior : callable or None
-        The update of the columns' scales: see ``column_priors``.
+        Update of the scales of the columns, see ``column_priors``; None without a prior.
     report : callable or None
         Called with (number of sweeps done, `Point`) after each accepted sweep.
 
     Returns
     -------
     Outcome
-        ``interrupted`` after a KeyboardInterrupt that came after the first complete sweep; an
-        earlier one is raised.
+        With ``interrupted`` set after a KeyboardInterrupt. One before the end of the first sweep is raised.
     """
     outcome, stages, columns = None, [], None
     try:
@@ -174,10 +175,10 @@ def ascend(objective, x, free, *, n_cells, tol, max_iter, column_prior=None, rep
 
 
 def _ended(climb, columns, no_more, max_iter):
-    """Whether the ascent has converged, and why it has ended: "" where it goes on."""
+    """Whether the ascent has converged, and the reason why it ends, "" if it goes on."""
     over = bool(climb.reason)
     if over and columns is not None:
-        # a stage that did not move, under scales that did not: the next would be the same
+        # neither the coordinates nor the scales have moved: the next stage would be the same
         stuck = len(climb.gains) == 1 and climb.gain == 0.0 and columns.unchanged
         over = (climb.converged and columns.settled) or stuck
     converged = climb.converged and (columns is None or columns.settled)
@@ -187,7 +188,7 @@ def _ended(climb, columns, no_more, max_iter):
 
 
 class _Climb:
-    """Sweeps under one objective: where they are, the next step, and what it promises."""
+    """Sweeps under one objective: the current point, the next step, and the gain that it promises."""
 
     def __init__(self, evaluate, x, free, n_cells, tol):
         self.evaluate, self.free, self.n_cells, self.tol = evaluate, free, n_cells, tol
@@ -202,11 +203,11 @@ class _Climb:
 
     @property
     def gain(self):
-        """Of the last sweep, nats."""
+        """Gain of the last sweep, nats."""
         return self.gains[-1]
 
     def sweep(self):
-        """Move along the next step, damped where it has to be, and make the next; whether it moved."""
+        """Take the next step, shortened if it has to be, and prepare the one after; whether it moved."""
         point, memory, free = self.point, self.memory, self.free
         cuts = MEMORY_CUTS if memory.pairs else MAX_CUTS
         trial, move = _search(self.evaluate, point, self.step, cuts)
@@ -239,10 +240,10 @@ class _Climb:
 
     def _look_for_the_end(self, least):
         promises_little = self.memory.pairs and self.promised < least
-        if promises_little:  # a memory may have lost sight of what is left
+        if promises_little:  # the memory may miss what is left: ask the metric alone too
             plain = _next_step(self.point, _Memory(), self.free)[1]
             self.promised = max(self.promised, plain)
-        # the metric alone overestimates the curvature of what moves slowly: it is not enough
+        # without a memory a small promise is not enough: the metric overestimates the curvature of slow moves
         promises_little = bool(self.memory.pairs) and self.promised < least
         self.converged = self.small == 2 or promises_little
         if self.small == 2:
@@ -254,7 +255,7 @@ class _Climb:
 
 
 def _within_reach(step):
-    """Cut each gene's step to a nat or two: a gene without counts has next to no curvature."""
+    """Cut each gene's step to `LARGEST_STEP`: a gene without counts has next to no curvature."""
     size = np.sqrt(step.mean**2 + np.sum(step.loadings**2, 1))
     cut = np.minimum(1.0, LARGEST_STEP / np.maximum(size, 1e-300))
     return Params(
@@ -266,7 +267,7 @@ def _within_reach(step):
 
 
 def _next_step(point, memory, free):
-    """The step to try first, and what it promises: half the slope along what the ranges let it move, nats."""
+    """The next step, and the gain that it promises: half the slope along its move inside the ranges, nats."""
     g = _flat(point.gradient, free)
 
     def precondition(q):
@@ -281,14 +282,14 @@ def _next_step(point, memory, free):
 
 
 def _change(x, step, length):
-    """Coordinates after ``length`` times a step, and by how much each of them moved."""
+    """Coordinates after ``length`` times a step, and their changes."""
     new = moved(x, step, length)
     with np.errstate(invalid="ignore"):  # inf - inf of blocks that are not free
         return new, Params(*(a - b for a, b in zip(new, x, strict=True)))
 
 
 def _search(evaluate, point, step, cuts):
-    """The first damped trial that does not lower the objective, and the move to it; or None twice."""
+    """The first point along the step that does not lower the objective, and the move to it; or None, None."""
     length = 1.0
     for _ in range(cuts):
         x, move = _change(point.x, step, length)

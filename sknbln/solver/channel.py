@@ -20,12 +20,12 @@ from scipy.special import digamma, gammaln, polygamma
 # Above this r the differences of gamma functions are taken from Stirling's series, which does not
 # cancel; below it the library functions are exact to rounding.
 _STIRLING = 30.0
-# From here on r is infinite: what it adds, u^2 / 2r, is below rounding for every count.
+# From here on r counts as infinite: its term u^2 / 2r is below rounding for every count.
 _POISSON = 1e30
-# Log-rates above this are taken as this: far beyond any count, and its exponential is finite.
+# Log-rates are cut off here: far beyond any count, and the exponential is finite.
 MAX_LOG_RATE = 600.0
-# An overdispersion that is not 0 is this at least: its reciprocal is finite, and what it adds to a count is
-# below rounding.
+# Smallest overdispersion that is not 0: its reciprocal is finite, and its effect on any count is below
+# rounding.
 SMALLEST_OVERDISPERSION = 1e-280
 _SQRT_HALF_BITS = np.int64(0x3FE6A09E00000000)  # of a number just below sqrt(1/2)
 _TWO_52_BITS = np.int64(0x4330000000000000)
@@ -42,7 +42,7 @@ _LOG_SERIES = (
 
 
 class ChannelTerms(NamedTuple):
-    """Derivatives of the log-likelihood in the log-rate, elementwise, ``(n_cells, n_genes)``."""
+    """Derivatives of the log-likelihood in the log-rate, elementwise, (n_cells, n_genes)."""
 
     gradient: jnp.ndarray  # d log p / dy
     curvature: jnp.ndarray  # -d^2 log p / dy^2, >= 0
@@ -61,7 +61,7 @@ def channel_terms(u, y, phi):
 
 
 def terms_at(u, rate, phi):
-    """:func:`channel_terms` where the rate is known."""
+    """:func:`channel_terms` from the rate ``exp(y)``."""
     odds = phi * rate
     keep = 1.0 / (1.0 + odds)
     fitted = (1.0 + u * phi) * rate * keep
@@ -70,7 +70,7 @@ def terms_at(u, rate, phi):
 
 def log_odds_terms(phi, terms):
     """``log(1 + phi e^y)`` and ``log(1 + phi e^y) / phi``, which at ``phi = 0`` is ``e^y``."""
-    # the barrier has it made once for all that use it
+    # the barrier makes XLA compute the logarithm once and not in each of its uses
     log1p = jax.lax.optimization_barrier(log1p_of_positive(terms.odds))
     positive = phi >= SMALLEST_OVERDISPERSION
     return log1p, jnp.where(positive, log1p / jnp.where(positive, phi, 1.0), terms.rate)
@@ -84,9 +84,9 @@ def log_likelihood_terms(u, y, logs):
 
 @jax.custom_jvp
 def log1p_of_positive(x):
-    """``log(1 + x)`` of x >= 0, within two units in the last place; NaN and inf are as they are.
+    """``log(1 + x)`` for x >= 0, within two units in the last place; NaN and inf are kept.
 
-    The library's own is not vectorized in double precision and takes four times as long. With
+    The library's function is not vectorized in double precision and takes four times as long. With
     ``1 + x = 2^n m`` and m near 1, and ``s = f / (2 + f)``, ``f = m - 1``, the series of
     ``log m = 2 artanh s`` is FreeBSD's.
     """
@@ -95,15 +95,15 @@ def log1p_of_positive(x):
     n = jax.lax.shift_right_logical(above, np.int64(52))
     m = jax.lax.bitcast_convert_type(bits - jax.lax.shift_left(n, np.int64(52)), x.dtype)
     n = jax.lax.bitcast_convert_type(n | _TWO_52_BITS, x.dtype) - 2.0**52
-    f = jnp.where(n > 0, m - 1.0, x)  # below, 1 + x has lost what x had
+    f = jnp.where(n > 0, m - 1.0, x)  # for small x, 1 + x has lost digits of x
     s = f / (2.0 + f)
     z = s * s
     series = jnp.zeros_like(z)
     for c in reversed(_LOG_SERIES):
         series = z * (c + series)
     half = 0.5 * f * f
-    found = n * _LN2_HIGH - ((half - (s * (half + series) + n * _LN2_LOW)) - f)
-    return jnp.where(x < jnp.inf, found, x)
+    log = n * _LN2_HIGH - ((half - (s * (half + series) + n * _LN2_LOW)) - f)
+    return jnp.where(x < jnp.inf, log, x)
 
 
 @log1p_of_positive.defjvp
@@ -175,7 +175,7 @@ def log_rising_derivatives(u, r):
     big = ~small & (r < _POISSON)
     ub, rb = u[big], r[big]
     z = ub + rb
-    # r (d/dr) of (u+r-1/2) log1p(u/r) - u + tail(u+r) - tail(r), and once more
+    # r (d/dr), once and twice, of (u+r-1/2) log1p(u/r) - u + tail(u+r) - tail(r)
     log1p = np.log1p(ub / rb)
     t1z, t2z = _stirling_tail_derivatives(z)
     t1r, t2r = _stirling_tail_derivatives(rb)

@@ -1,31 +1,32 @@
 r"""Priors of the loadings' columns: updates of their scales between stages of sweeps.
 
 Every prior acts on the columns of ``W_perp`` (loadings less their mean over genes) as a Gaussian with
-``G - 1`` degrees of freedom and standard deviation ``lambda_k``; the strategies differ in how
-``lambda_k`` is found from the column's ``S_k = |W_perp[:, k]|^2``. The solver sees a `ColumnPenalty`
-and none of the names.
+``G - 1`` degrees of freedom and standard deviation ``lambda_k``. The priors differ in their update of
+``lambda_k``, which is a function of the `Evidence`, foremost of ``S_k = |W_perp[:, k]|^2``. The objective
+takes a `ColumnPenalty`, whatever the prior.
 
 **What the posterior mode of W gets wrong, and "ard" does not.** At the mode of (W, lambda) the prior
 pulls every column along its own direction with a force of ``G - 1`` degrees of freedom, while the
 ``n`` cells determine the length of a factor by ``2 n`` only: real columns come out short by
-``(G - 1) / 2 n`` in log length. The posterior *volume* of W undoes this. What the cells say of
-a gene's loading, ``A``, is its weight times the squares of the scores' means: with ``q = w' B w``, ``B =
-mean_c b_cg`` and the reliability ``rho = q / (1 + q)`` those go as ``q / (1 + q)^2``, so that shortening a
-column whose scores are well known (rho near 1) sharpens every gene's regression on them, and shortening
-one of noise (rho < 1/2) does not. Keeping ``- (1/2) log det (A + 1 / lambda^2)`` of Laplace's integral
-over W gives a force of ``gamma_k (2 rho_k - 1)`` along the column,
+``(G - 1) / 2 n`` in log length. The posterior *volume* of W undoes this. The information ``A`` of the cells
+in a gene's loading is the gene's weight times the squares of the posterior means of the scores. With
+``q = w' B w``, ``B = mean_c b_cg`` and the reliability ``rho = q / (1 + q)`` those are proportional to
+``q / (1 + q)^2``: shortening a column whose scores are well known (rho near 1) sharpens every gene's
+regression on them, and shortening a column of noise (rho < 1/2) does not. Keeping
+``- (1/2) log det (A + 1 / lambda^2)`` of Laplace's integral over W gives a force of ``gamma_k (2 rho_k - 1)``
+along the column,
 
 .. math:: \gamma_k = \sum_g (1 - \mathrm{Var}(w_{gk}) / \lambda_k^2)
 
 (MacKay's number of well-determined loadings) against the prior's ``gamma_k``. It is applied, where
 positive, as the gradient of ``(v_k / 2) log(1 + q_k)``, ``v_k = gamma_k (2 rho_k - 1) / rho_k``. A column
-that the data support is left at its length, and its genes are shrunk against each other by how much is known
-of each; a column of noise is not protected and goes to zero.
+that the data support keeps its length, and its genes are shrunk relative to each other, each by how well it
+is known; a column of noise goes to zero.
 
-What ``q_k`` is once the sweeps move the loadings: the k-th eigenvalue of ``W' B W``. A rotation changes none
-of them, and of the prior's density nothing at first order, the columns being orthogonal. With ``w_k' B w_k``
-a rotation would gain: the sweeps would turn the columns, every update of the scales would turn them back, and
-the two would not come to rest.
+While the sweeps move the loadings, ``q_k`` is the k-th eigenvalue of ``W' B W``. A rotation does not change
+the eigenvalues, nor, because the columns are orthogonal, the density of the prior at first order. With
+``w_k' B w_k`` instead a rotation would raise the objective: the sweeps would turn the columns, every update
+of the scales would turn them back, and the fit would not converge.
 """
 
 import inspect
@@ -50,14 +51,16 @@ LONGEST_REACH = 4.0  # largest factor by which a change of a column's log varian
 
 
 class ColumnPenalty(NamedTuple):
-    """Log-density of the loadings as the solver sees it, up to constants."""
+    """Log-density of the loadings at fixed scales, up to constants."""
 
     precision: np.ndarray  # (k,) 1 / lambda_k^2
-    volume: np.ndarray  # (k,) v, of the eigenvalues of W' B W, ascending; 0 without the volume term
+    volume: (
+        np.ndarray
+    )  # (k,) v, in ascending order of the eigenvalues of W' B W; 0 without the term
     weight: np.ndarray  # (n_genes,) B
 
     def value(self, loadings):
-        """Penalty at the loadings, nats."""
+        """Log-density at the loadings, nats."""
         W = compositional(loadings)
         eigenvalues = np.linalg.eigvalsh(W.T @ (self.weight[:, None] * W))
         return 0.5 * float(
@@ -75,13 +78,13 @@ class ColumnPenalty(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """What a scale update may look at."""
+    """Summary of the loadings and of the counts, for updates of the scales."""
 
     squared_norm: np.ndarray  # (k,) S_k
     #: (k,) q / (1 + q), q = w' B w: the squared correlation of a score and its mean
     reliability: np.ndarray
-    information: np.ndarray  # (n_genes, k) of each loading given the others
-    weight: np.ndarray  # (n_genes,) B, the means over cells of b
+    information: np.ndarray  # (n_genes, k) in each loading, the others unknown too
+    weight: np.ndarray  # (n_genes,) B, mean of b over cells
 
     @property
     def dof(self):
@@ -138,8 +141,8 @@ def horseshoe(evidence, last=None, *, tau_scale=1.0, lambda_min=1e-3):
         before = tau
         v = horseshoe_variance(S, dof, before, smallest)
         limits = np.log(lambda_min), np.log(max(1e3 * tau_scale, lambda_min))
-        found = minimize_scalar(minus_log_density, bounds=limits, args=(v,), method="bounded")
-        tau = float(np.exp(found.x))
+        best = minimize_scalar(minus_log_density, bounds=limits, args=(v,), method="bounded")
+        tau = float(np.exp(best.x))
         if abs(np.log(tau / before)) < 1e-6:
             break
     v = horseshoe_variance(S, dof, tau, smallest)
@@ -164,18 +167,18 @@ def normal_exponential_gamma(evidence, last=None, *, alpha=1.0, beta=1.0, lambda
     return ColumnScales(new, np.zeros(S.size), smallest)
 
 
-#: smallest variance under "ard": scales of 1e-3 at least, as of the other priors. A column of W_perp that is
-#: far more tightly held ties the genes to each other where its all-ones part is not small, and the sweeps,
-#: which step gene by gene, no longer get anywhere.
+#: smallest variance under "ard": lambda is at least 1e-3, as under the other priors. A column of W_perp that
+#: is held far more tightly ties its genes together, unless its all-ones part is small, and steps gene by gene
+#: no longer move it.
 SMALLEST_ARD_VARIANCE = 1e-6
 
 
 def ard(evidence, last=None):
-    """Empirical-Bayes variances that count the posterior variance of W, and its volume.
+    """Empirical-Bayes variances, with the posterior variance and the posterior volume of W.
 
     ``lambda_k^2 = (S_k + sum_g Var(w_gk)) / (G - 1)``, at least `SMALLEST_ARD_VARIANCE`, iterated to its
-    fixed point. Both the variance and the volume count as far as the column's scores are known: times
-    ``(2 rho - 1) / rho``, at least 0.
+    fixed point. The posterior variance and the volume are multiplied by ``(2 rho - 1) / rho``, at least 0:
+    they count as far as the scores of the column are known.
     """
     S, information, dof = evidence.squared_norm, evidence.information, evidence.dof
     # 1 for scores that are known exactly, 0 where the reliability is below 1/2
@@ -191,7 +194,7 @@ def ard(evidence, last=None):
     return ColumnScales(v, gamma * support, SMALLEST_ARD_VARIANCE)
 
 
-#: updates of the columns' scales by the name of their prior; None is no prior
+#: update of the scales by the name of the prior; None without a prior
 TYPES = {
     "none": None,
     "gaussian": gaussian,
@@ -199,33 +202,33 @@ TYPES = {
     "neg_columnwise": normal_exponential_gamma,
     "ard": ard,
 }
-#: hyper-parameters of a loadings prior lie between these, and their squares far from overflow
+#: range of the hyper-parameters of a loadings prior; their squares stay far from overflow
 HYPER_PARAMETER_RANGE = (1e-8, 1e8)
 
 
 def hyper_parameters(name):
-    """Names of the hyper-parameters that a prior has."""
+    """Names of the hyper-parameters of a prior."""
     parameters = {} if TYPES[name] is None else inspect.signature(TYPES[name]).parameters
     return sorted(p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
 
 
 def named(loadings_prior):
-    """The name of a prior and the update of its scales, from a string or a dict.
+    """Name of a loadings prior and update of its scales, from a string or a dict.
 
     Raises
     ------
     ValueError
-        For an unknown type or hyper-parameter, and for a value that is no number from 1e-8 to 1e8.
+        For an unknown type or hyper-parameter, and for a value that is not a number from 1e-8 to 1e8.
     """
-    given = {"type": loadings_prior} if isinstance(loadings_prior, str) else dict(loadings_prior)
-    name = given.pop("type", None)
+    options = {"type": loadings_prior} if isinstance(loadings_prior, str) else dict(loadings_prior)
+    name = options.pop("type", None)
     if not isinstance(name, str) or name not in TYPES:
         raise ValueError(
             f"loadings_prior={loadings_prior!r}: expected a type out of {sorted(TYPES)}, as a string or as "
             'a dict {"type": ..., hyper-parameters}.'
         )
     known = hyper_parameters(name)
-    for key, value in given.items():
+    for key, value in options.items():
         if key not in known:
             raise ValueError(
                 f"loadings_prior: {name!r} has no hyper-parameter {key!r}; it has {known}."
@@ -236,7 +239,7 @@ def named(loadings_prior):
                 f"loadings_prior: {key}={value!r}, expected a positive finite number between {least:g} "
                 f"and {most:g}."
             )
-    return name, None if TYPES[name] is None else partial(TYPES[name], **given)
+    return name, None if TYPES[name] is None else partial(TYPES[name], **options)
 
 
 def evidence_at(loadings, moments, n_cells):

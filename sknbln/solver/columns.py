@@ -1,7 +1,7 @@
 """A common change of all loadings: the lengths and angles of the columns.
 
-Parameter expansion of the regressions of genes on scores, by the information that complete data (the scores
-known) have in it and the information that the observed counts have.
+The regressions of genes on scores take the scores as known. The step here adds what they leave out, by
+parameter expansion: it compares the information of complete data (scores known) with that of the counts.
 """
 
 from typing import NamedTuple
@@ -9,24 +9,25 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse.linalg import LinearOperator, cg
 
-_CG_TOL, _CG_ITERATIONS = 1e-10, 200
-#: information below this is none
+_CG_TOL, _CG_ITERATIONS = 1e-10, 200  # of conjugate gradients
+#: information below this counts as 0
 _NO_INFORMATION = 1e-100
-#: share of the largest information in a rotation of the loadings, of which only a prior knows: not 0
+#: least observed information in a rotation of the loadings under a prior, as a share of the largest possible:
+#: the counts hold none
 LEAST_ROTATION = 0.02
 
 
 class Columns(NamedTuple):
     """Information in a common change of all loadings, ``W (I + S)``.
 
-    A regression on the scores has the complete-data information ``n tr(S' H S)``,
-    ``n H = sum_g b_g w_g w_g'``, and so lengthens a column, or turns two towards each other, by far too
-    little. The observed information of n cells is ``2 n tr(R T R T)`` in the symmetric part T of S,
-    ``R = H (I + H)^{-1}`` the reliability of the scores, and none in a rotation. In the basis in which H is
-    diagonal every entry has a number of its own. (Parameter expansion of the EM algorithm, Liu, Rubin & Wu
-    1998, takes such a step for its own reasons.) A prior of the columns, with precisions P, adds
-    ``tr(P S' C S)``, C the products of the columns of W_perp. Without one a rotation changes nothing, and
-    S is symmetric.
+    Regressions on the scores have the complete-data information ``n tr(S' H S)``,
+    ``n H = sum_g b_g w_g w_g'``. It is too large, so that a regression step lengthens a column, or turns two
+    columns towards each other, by far too little. The observed information of n cells is
+    ``2 n tr(R T R T)``, where T is the symmetric part of S and ``R = H (I + H)^{-1}`` the reliability of the
+    scores; a rotation has none. In the basis in which H is diagonal every entry has a number of its own.
+    (Parameter expansion of the EM algorithm, Liu, Rubin & Wu 1998, takes the same step for another reason.)
+    A prior of the columns with precisions P adds ``tr(P S' C S)``, where C are the products of the columns of
+    W_perp. Without a prior a rotation changes nothing, and S is symmetric.
     """
 
     loadings: np.ndarray  # (n_genes, k)
@@ -34,16 +35,16 @@ class Columns(NamedTuple):
     basis: np.ndarray  # (k, k)
     #: (own, other), (k, k) each: the observed information times S is ``own * S + other * S'``, in the basis
     observed: tuple
-    complete: tuple  # the same of complete data; nowhere less
-    precision: np.ndarray  # (k,) P
-    products: np.ndarray  # (k, k) C
+    complete: tuple  # the same for complete data; never less
+    precision: np.ndarray  # (k,) P, of the prior of the columns
+    products: np.ndarray  # (k, k) C, of the columns of W_perp
 
     @classmethod
     def at(cls, loadings, weight, n_cells, precision):
-        """From the sums of b over cells, and the precision of the prior of the columns."""
+        """`Columns` at loadings W, from the sums of b over cells (n_genes,) and the prior's precision."""
         h, basis = np.linalg.eigh(loadings.T @ (weight[:, None] * loadings) / n_cells)
         h = np.maximum(h, 0.0)
-        # a column of noise is no longer than its genes' regressions want it
+        # without this floor a column of noise would grow beyond what the regressions want
         reliability = np.maximum(h / (1.0 + h), 0.5)
         complete = n_cells * np.broadcast_to(h[:, None], basis.shape)
         complete = complete, np.zeros_like(complete)
@@ -56,9 +57,9 @@ class Columns(NamedTuple):
         return columns.with_observed(2.0 * n_cells * np.outer(reliability, reliability))
 
     def with_observed(self, T):
-        """With T as the observed information in symmetric changes, but no more than complete data have."""
+        """With T as the observed information in symmetric changes, bounded by that of complete data."""
         own, _ = self.complete
-        # of T alone the arithmetic means of complete data's, with a rotation beside it the harmonic ones
+        # the bound is the arithmetic mean of the two complete-data entries, with rotations the harmonic mean
         most = rotation = (own + own.T) / 2.0
         if self.has_prior:
             most = own * own.T / np.maximum(most, 1e-300)
@@ -73,7 +74,7 @@ class Columns(NamedTuple):
         return bool(np.any(self.precision > 0))
 
     def project(self, change):
-        """Inner products of changes of the loadings with ``W S``."""
+        """``W' change``, (k, k): the gradient in S of the inner product of ``change`` and ``W S``."""
         return self.loadings.T @ change
 
     def lift(self, S):
@@ -81,21 +82,21 @@ class Columns(NamedTuple):
         return self.loadings @ S
 
     def shared_pull(self, change):
-        """The prior's pull on the mean over genes, which it does not hold, (n_genes, k)."""
+        """The prior's pull on the mean over genes, which the prior does not hold, (n_genes, k)."""
         if not self.has_prior:
             return np.zeros_like(change)
         shared = self.precision * np.einsum("gij,gj->gi", self.natural, change).mean(0)
         return np.einsum("i,gij->gj", shared, self.natural)
 
     def times(self, information, S):
-        """``observed`` or ``complete`` information, with the prior's, times S."""
+        """The ``observed`` or ``complete`` information and that of the prior, times S."""
         own, other = information
         X = self.basis.T @ S @ self.basis
         of_cells = own * X + other * X.T
         return self.basis @ of_cells @ self.basis.T + self.products @ S * self.precision
 
     def inverse(self, information, T):
-        """S of which :meth:`times` makes T; symmetric without a prior."""
+        """S for which :meth:`times` gives T; symmetric without a prior."""
         B, k, (own, other) = self.basis, self.precision.size, information
         if not self.has_prior:
             total = own + other
@@ -103,11 +104,11 @@ class Columns(NamedTuple):
             return B @ (B.T @ (T + T.T) @ B / np.where(total > 0, total, np.inf)) @ B.T
         diagonal = B**2 @ own @ B.T**2
         diagonal = diagonal + np.outer(np.diag(self.products), self.precision)
-        # of a column of nothing there is no S
+        # no change of a column without information
         inverse = np.divide(1.0, diagonal, out=np.zeros((k, k)), where=diagonal > _NO_INFORMATION)
         if not np.any(inverse * T):
             return np.zeros((k, k))
-        found, _ = cg(
+        S, _ = cg(
             LinearOperator(
                 (k * k, k * k), lambda s: self.times(information, s.reshape(k, k)).ravel()
             ),
@@ -116,9 +117,9 @@ class Columns(NamedTuple):
             maxiter=_CG_ITERATIONS,
             M=LinearOperator((k * k, k * k), lambda s: s * inverse.ravel()),
         )
-        return found.reshape(k, k)
+        return S.reshape(k, k)
 
     def step(self, gradient):
-        """Newton step of a common change of all loadings, beyond what the regressions take of it."""
+        """Newton step of a common change of all loadings, less the part in the regressions' step."""
         T = self.project(gradient)
         return self.lift(self.inverse(self.observed, T) - self.inverse(self.complete, T))

@@ -6,13 +6,13 @@ of both:
 
 .. math:: \mu = M - \Sigma_{gg}/2, \qquad \log(1 + \phi) = \log(1 + \phi_m) - \Sigma_{gg}
 
-So that ``phi > 0``, ``Sigma_gg`` stays below ``t = log(1 + phi_m)``: a row (w, d) of the coordinates with
-``S = |w|^2 + d`` stands for the row ``(sqrt(c) w, c d)`` of the model, where
+``phi > 0`` needs ``Sigma_gg`` below ``t = log(1 + phi_m)``. Therefore a gene with coordinates (w, d) and
+``S = |w|^2 + d`` has loadings ``sqrt(c) w`` and noise variance ``c d``, where
 
 .. math:: \Sigma_{gg} = c S = t (1 - e^{-S/t}), \qquad \log(1 + \phi) = t e^{-S/t}
 
-We call ``log(1 + phi)`` the *level* of an overdispersion. The functions of levels take NumPy arrays, or JAX
-arrays with ``xp=jax.numpy``.
+The *level* of an overdispersion phi is ``log(1 + phi)``. Functions with an argument ``xp`` take NumPy
+arrays, or JAX arrays with ``xp=jax.numpy``.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ from .params import NOISE_RATE, NOISE_UNIT, Params, noise_coordinate, noise_vari
 
 
 def remaining_level(t, S, xp=np):
-    """Level of the model's overdispersion, ``t exp(-S / t)``; the difference to t is ``Sigma_gg``."""
+    """Level ``t exp(-S / t)`` of the model's overdispersion; t less this level is ``Sigma_gg``."""
     return t * xp.exp(-S / t)
 
 
@@ -51,10 +51,10 @@ def _marginal_level(x):
 
 
 class Identity:
-    """The coordinates are the parameters."""
+    """No coupling: the coordinates are the parameters."""
 
     def expand(self, x):
-        """Coordinates of the model's own parameters."""
+        """The model's own parameters, in the coordinates that they have without coupling."""
         return x
 
     def pull_back(self, x, gradient):
@@ -68,13 +68,13 @@ class Identity:
 
 
 class MarginalCoupling:
-    """Marginal mean, and where `couple_dispersion` marginal overdispersion, are the coordinates."""
+    """Coordinates are the marginal log-mean and, with `couple_dispersion`, the marginal overdispersion."""
 
     def __init__(self, couple_dispersion):
         self.couple_dispersion = couple_dispersion
 
     def _saturation(self, x):
-        """``S``, ``c`` and ``dc/dS`` per gene."""
+        """``S``, ``c`` and ``dc/dS`` of each gene."""
         S = np.sum(x.loadings**2, 1) + noise_variance(x)
         if not self.couple_dispersion:
             return S, np.ones_like(S), np.zeros_like(S)
@@ -95,7 +95,7 @@ class MarginalCoupling:
         return slope, np.exp(level) * level / np.expm1(level) / t
 
     def expand(self, x):
-        """Coordinates of the model's own parameters."""
+        """The model's own parameters, in the coordinates that they have without coupling."""
         S, c, _ = self._saturation(x)
         variance = c * S
         log_r = x.dispersion
@@ -125,8 +125,8 @@ class MarginalCoupling:
     def pull_back_metric(self, x, metric):
         """Metric in the coordinates: ``J' I J`` gene by gene, blocks (mu, w) and d.
 
-        A loading or d that changes moves the mean and the dispersion beside it. So do the lengths of the
-        columns: of their common changes only rotations are known to be free.
+        A change of a loading or of d also moves the mean and the dispersion. So does a change of the lengths
+        of the columns; only rotations are known to change nothing.
         """
         S, c, dc_dS = self._saturation(x)
         d_variance, d_log_r = self._slopes(x, S)
@@ -134,7 +134,7 @@ class MarginalCoupling:
         n_genes, k = W.shape
         products = W[:, :, None] * W[:, None, :]
         natural = root[:, None, None] * np.eye(k) + (dc_dS / root)[:, None, None] * products
-        J = np.zeros((n_genes, k + 1, k + 1))  # of (mu, w) in (M, loadings)
+        J = np.zeros((n_genes, k + 1, k + 1))  # derivatives of (mu, w) in (M, loadings)
         J[:, 0, 0] = 1.0
         J[:, 0, 1:] = -d_variance[:, None] * W
         J[:, 1:, 1:] = natural
@@ -143,7 +143,7 @@ class MarginalCoupling:
         others = 4.0 * (metric.noise * (dc_dS * noise) ** 2 + log_r)
         pulled = np.swapaxes(J, 1, 2) @ A @ J
         pulled[:, 1:, 1:] += others[:, None, None] * products
-        # of (mu, w) in d of the coordinates
+        # derivatives of (mu, w) in d of the coordinates
         along = np.concatenate([-0.5 * d_variance[:, None], (dc_dS / (2.0 * root))[:, None] * W], 1)
         own = c + dc_dS * noise
         slope = noise + NOISE_UNIT

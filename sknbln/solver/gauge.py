@@ -1,14 +1,14 @@
-"""What the counts say of the loadings: W_perp, its singular basis, how many of its columns are real.
+"""The part of the loadings that the counts determine: W_perp, its singular basis, its effective rank.
 
-The level of a cell's log-rates is exchangeable with its capture offset, so that only the loadings less their
-mean over genes are determined, and those up to a rotation.
+A common level of a cell's log-rates cannot be told from its capture offset. So the counts determine only
+the loadings less their mean over genes, and these up to a rotation.
 """
 
 import numpy as np
 
-#: columns below this fraction of the largest are not counted
+#: columns with a norm below this fraction of the largest do not count towards the effective rank
 RANK_FRACTION = 0.05
-#: nor columns whose root mean square is below this, nats: where all vanish, none is real
+#: nor do columns with a root mean square below this, nats: the rank is 0 where all columns vanish
 SMALLEST_LOADING = 0.01
 
 
@@ -18,10 +18,10 @@ def compositional(loadings):
 
 
 def singular_basis(loadings):
-    """Rotation (k, k) to the singular basis of W_perp, with signs.
+    """Rotation (k, k) to the singular basis of W_perp.
 
-    In it the columns of W_perp are orthogonal, their norms descend, and the entry of largest
-    magnitude of each is positive. ``scores @ rotation`` are the scores in that basis.
+    There the columns of W_perp are orthogonal and their norms descend, and the entry of largest magnitude of
+    each column is positive. ``scores @ rotation`` are the scores in that basis.
     """
     centred = compositional(loadings)
     Vt = np.linalg.svd(centred, full_matrices=centred.shape[0] < centred.shape[1])[2]
@@ -31,6 +31,6 @@ def singular_basis(loadings):
 
 
 def effective_rank(norms, n_genes):
-    """Number of columns above 5 % of the largest that move the genes at all."""
+    """Number of columns whose norm is above 5 % of the largest and above `SMALLEST_LOADING` per gene."""
     least = max(RANK_FRACTION * norms.max(initial=0.0), SMALLEST_LOADING * np.sqrt(n_genes))
     return int(np.sum(norms > least))

@@ -17,10 +17,10 @@ LOG_BLOCK = 8
 
 
 def triangle(n):
-    """Row and column indices of the upper triangle of an n x n matrix, and the way back.
+    """Indices that pack the upper triangle of an n x n matrix, and those that unpack it.
 
-    Returns ``(i, j, back)``: packed entry t stands for (i[t], j[t]) and ``packed[..., back]`` is the
-    full symmetric matrix.
+    Returns ``(i, j, back)``: packed entry t is entry (i[t], j[t]), and ``packed[..., back]`` is the full
+    symmetric matrix.
     """
     i, j = np.triu_indices(n)
     back = np.zeros((n, n), np.int32)
@@ -29,16 +29,16 @@ def triangle(n):
 
 
 class Factors(NamedTuple):
-    """The columns of F, and the products of pairs of them that sums over genes are made of."""
+    """The columns of F, and the products of pairs of columns for sums over genes."""
 
     columns: jnp.ndarray  # (n_genes, k + 1) loadings and the all-ones capture column
     rows: jnp.ndarray  # (k + 1, n_genes) the same, transposed
     pairs: jnp.ndarray  # (n_genes, T) products of pairs of columns, packed upper triangle
-    weighted_pairs: jnp.ndarray  # (T, n_genes) the same, those of two different columns twice
+    weighted_pairs: jnp.ndarray  # (T, n_genes) the same, twice where the columns differ
 
     @classmethod
     def of(cls, W):
-        """From the loadings, (n_genes, k)."""
+        """Factors of loadings W, (n_genes, k)."""
         F = jnp.concatenate([W, jnp.ones((W.shape[0], 1), W.dtype)], 1)
         i, j, _ = triangle(F.shape[1])
         twice = np.where(i == j, 1.0, 2.0)
@@ -76,9 +76,9 @@ def precision_matrix(b, factors, scales, prior_precision):
 
 
 def cholesky(M):
-    """Lower Cholesky factors of a stack of matrices whose eigenvalues are 1 at least, but for rounding.
+    """Lower Cholesky factors of a stack of matrices with eigenvalues of at least 1, up to rounding.
 
-    Where the rounding error of the largest eigenvalue could hide the smallest, it is added to all.
+    Where the rounding error of the largest eigenvalue may exceed the smallest, it is added to the diagonal.
     """
     n = M.shape[-1]
     error = 2 * n * jnp.finfo(M.dtype).eps * jnp.trace(M, axis1=1, axis2=2)
@@ -87,34 +87,34 @@ def cholesky(M):
 
 
 def solve(L, x):
-    """``M^{-1} x`` for a stack of vectors, given the Cholesky factors."""
+    """``M^{-1} x`` for a stack of vectors x, from the Cholesky factors L of M."""
     return cho_solve((L, True), x[..., None])[..., 0]
 
 
 def inverse(L):
-    """``M^{-1}`` for a stack, given the Cholesky factors."""
+    """``M^{-1}`` for a stack of matrices, from their Cholesky factors."""
     return cho_solve(
         (L, True), jnp.broadcast_to(jnp.eye(L.shape[-1], dtype=L.dtype)[None], L.shape)
     )
 
 
 def log_det(L):
-    """``log det M`` for a stack, given the Cholesky factors."""
+    """``log det M`` for a stack of matrices, from their Cholesky factors."""
     return 2.0 * jnp.sum(jnp.log(jnp.diagonal(L, axis1=1, axis2=2)), 1)
 
 
 def row_sums(x):
-    """``sum_g x``, shape (n_cells,): as a product, which is vectorized where a reduction is not."""
+    """``sum_g x``, (n_cells,): a matrix product, because XLA vectorizes it and not the reduction."""
     return x @ jnp.ones(x.shape[1], x.dtype)
 
 
 def sum_of_logs(x):
-    """``sum_g log x`` of each row, for entries of 1 at least and far from overflow.
+    """``sum_g log x`` of each row, for entries of at least 1 and far from overflow.
 
-    A logarithm costs several times a product, so it is taken of products of `LOG_BLOCK` entries.
+    A logarithm costs several products, so logarithms are taken of products of `LOG_BLOCK` entries.
     """
     short = -x.shape[1] % LOG_BLOCK
     padded = jnp.pad(x, ((0, 0), (0, short)), constant_values=1.0)
-    # of parts far from each other, which is vectorized where a product of neighbours is not
+    # the entries of a product lie far apart: that is vectorized, a product of neighbours is not
     product = functools.reduce(jnp.multiply, jnp.split(padded, LOG_BLOCK, axis=1))
     return row_sums(jnp.log(product))

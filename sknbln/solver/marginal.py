@@ -1,19 +1,18 @@
-r"""Laplace marginal likelihood of cells, its exact gradient, and the sums that update the globals.
+r"""Laplace marginal likelihood of cells, its exact gradient, and the sums over cells for the global steps.
 
 .. math:: \log p(u_c) \approx \sum_g \log p(u \mid y^*) - \tfrac12 (\zeta' P \zeta + \alpha' D \alpha)
           - \tfrac12 (\textstyle\sum_g \log(1 + d_g a_g) + \log\det M)
 
-The mode moves with the globals, and the curvature at the mode with it. Differentiating the marginal
-after one live Newton step from the mode gives that implicit term exactly; here it is written out.
-With the posterior covariance ``V = (Sigma^{-1} + A)^{-1}``, ``h = -diag(V) a' / 2`` (a' the third
-derivative), ``q = V h`` and ``beta = Sigma^{-1} q``:
+The mode moves with the global parameters, and the curvature at the mode with it. This implicit term of the
+gradient is written out here. With the posterior covariance ``V = (Sigma^{-1} + A)^{-1}``,
+``h = -diag(V) a' / 2`` (a' the third derivative), ``q = V h`` and ``beta = Sigma^{-1} q``:
 
 * location: ``alpha + beta``
 * covariance: ``(alpha alpha' - K)/2 + sym(alpha beta')``, with ``K = (A^{-1} + Sigma)^{-1}``
 * ``log r``: partial derivative ``- diag(V) (da/dlog r)/2 + q (dg/dlog r)``
 
-All are low-rank algebra with the Cholesky factor that the Newton step has made already. The twin
-that lets JAX differentiate through the live step is in ``tests/reference``.
+All are low-rank algebra with the Cholesky factor of the last Newton step. In ``tests/reference`` JAX
+differentiates through one Newton step from the mode, which gives the same gradient.
 """
 
 from functools import partial
@@ -32,36 +31,36 @@ from .channel import (
 )
 from .mode import LAST_STEP, find_mode, linearization_at, linearize, log_rates
 
-GENE_BLOCK = 64
+GENE_BLOCK = 64  # genes at a time in `score_products`
 
 
 class CellResults(NamedTuple):
-    """What the solver says of each cell of a batch."""
+    """Results for each cell of a batch."""
 
-    log_marginal: jnp.ndarray  # (n_cells,) without the y-free constants
+    log_marginal: jnp.ndarray  # (n_cells,) without the constants, which do not depend on y
     zeta: jnp.ndarray  # (n_cells, k + 1) posterior mean of scores and capture deviation
     covariance: jnp.ndarray  # (n_cells, k + 1, k + 1) their posterior covariance
-    offset_slope: jnp.ndarray  # (n_cells,) d log_marginal / d offset, mode held
-    offset_curvature: jnp.ndarray  # (n_cells,) -d^2 log_marginal / d offset^2, curvature held
+    offset_slope: jnp.ndarray  # (n_cells,) d log_marginal / d offset at fixed mode
+    offset_curvature: jnp.ndarray  # (n_cells,) -d^2 log_marginal / d offset^2 at fixed curvature
     decrement: jnp.ndarray  # (n_cells,)
     converged: jnp.ndarray  # (n_cells,)
     n_newton: jnp.ndarray  # ()
 
 
 class GeneSums(NamedTuple):
-    """Sums over cells, one row per gene. They add up over batches, devices and machines."""
+    """Sums over cells, one row per gene; those of batches add up."""
 
     gradient_mean: jnp.ndarray  # (n_genes,)
     gradient_loadings: jnp.ndarray  # (n_genes, k)
     gradient_noise: jnp.ndarray  # (n_genes,) in d
-    gradient_log_r: jnp.ndarray  # (n_genes,) without the constant's part
+    gradient_log_r: jnp.ndarray  # (n_genes,) without that of the constants
     moments: jnp.ndarray  # (n_genes, T) sum_c b [1 z][1 z]', packed upper triangle
     information_noise: jnp.ndarray  # (n_genes,) sum_c K_gg^2 / 2 + K_gg / 4
-    information_log_r: jnp.ndarray  # (n_genes,) at fixed y, without the constant's part
-    missing_log_r: jnp.ndarray  # (n_genes,) how much of it is lost because y is not known
+    information_log_r: jnp.ndarray  # (n_genes,) at fixed y, without that of the constants
+    missing_log_r: jnp.ndarray  # (n_genes,) the part of it that is lost because y is not observed
 
 
-#: sums that are one product of all cells of a batch, and not added up block by block
+#: sums that are one matrix product over all cells of a batch, not added up block by block
 _OF_THE_WHOLE_BATCH = dict(gradient_loadings=None, moments=None)
 
 
@@ -69,7 +68,7 @@ class BatchSums(NamedTuple):
     """Sums over a batch of cells."""
 
     log_marginal: jnp.ndarray  # ()
-    n_unconverged: jnp.ndarray  # ()
+    n_unconverged: jnp.ndarray  # () number of cells
     information_shift: jnp.ndarray  # () sum_c 1' K_c 1, of a common shift of the log-rates
     genes: GeneSums
 
@@ -105,8 +104,8 @@ def _cell_results(cells, params, factors, mode, lin, logs):
 def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
     """Mode, scores and Laplace marginal of each cell of a batch, and sums over the cells.
 
-    One kernel for fits and for new rows. The sums are about half of its work; one without them would have
-    to be compiled too, which takes seconds for each width.
+    Fits and new rows share this one kernel. The sums are about half of its work, but a kernel without them
+    would take seconds more to compile for each number of genes.
 
     Parameters
     ----------
@@ -114,17 +113,17 @@ def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
     params : Params
         In the model's own units.
     zeta : array of shape (n_cells, k + 1)
-        Scores from which the modes are looked for.
+        Scores from which the Newton iteration starts.
     last_step : float
-        What of a Newton decrement may be left, nats.
+        Tolerance of the Newton decrement, nats.
     block : int or None
-        So many cells are solved at a time, a divisor of their number: what is made of them then stays in
-        a processor's own cache. None solves all together.
+        Number of cells solved at a time, a divisor of n_cells, so that intermediate results stay in the
+        processor's cache. None solves all cells together.
 
     Returns
     -------
     alpha : array of shape (n_cells, n_genes)
-        With the scores it says where the modes are; 0 for padding.
+        Gradient of the likelihood at the modes, which with the scores gives the log-rates; 0 for padding.
     results : CellResults
     sums : BatchSums
     """
@@ -134,14 +133,14 @@ def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
     blocks = jax.tree.map(lambda a: a.reshape(-1, block, *a.shape[1:]), (cells, zeta))
 
     def solve(sums, part):
-        own, *found = _solve_block(part[0], params, factors, part[1], last_step)
-        return jax.tree.map(jnp.add, sums, own), found
+        own, *by_cell = _solve_block(part[0], params, factors, part[1], last_step)
+        return jax.tree.map(jnp.add, sums, own), by_cell
 
     nothing = jax.tree.map(jnp.asarray, no_sums(n_genes, k))
     nothing = nothing._replace(genes=nothing.genes._replace(**_OF_THE_WHOLE_BATCH))
-    sums, found = jax.lax.scan(solve, nothing, blocks)
+    sums, by_cell = jax.lax.scan(solve, nothing, blocks)
     results, regression = jax.tree.map(
-        lambda a: a.reshape(n_cells, *a.shape[2:]) if a.ndim > 1 else a.max(), found
+        lambda a: a.reshape(n_cells, *a.shape[2:]) if a.ndim > 1 else a.max(), by_cell
     )
     gradient, moments = _regression_sums(params, **regression)
     genes = sums.genes._replace(gradient_loadings=gradient, moments=moments)
@@ -178,7 +177,7 @@ def no_sums(n_genes, k):
 
 
 def rotated(genes, rotation):
-    """`GeneSums` in the coordinates of loadings that are rotated, on the host."""
+    """`GeneSums` after a rotation (k, k) of the loadings, on the host."""
     k = rotation.shape[0]
     i, j, back = lowrank.triangle(k)
     zz = rotation.T @ genes.moments[:, 1 + k :][:, back] @ rotation
@@ -233,7 +232,7 @@ def _gene_sums(cells, params, factors, mode, lin, logs, covariance):
     v = alpha + lin.b * factors.lift(zeta * lin.scales)  # the working response times b
     second = zeta[:, :, None] * zeta[:, None, :] + covariance
 
-    def total(x):  # a sum with all that it is made of in one loop would not be vectorized
+    def total(x):  # without the barrier XLA fuses the sum with its terms, and does not vectorize it
         return cells.weight @ jax.lax.optimization_barrier(x)
 
     regression = dict(
@@ -272,7 +271,7 @@ def _regression_sums(params, b, v_beta, alpha, z, xi, second, scale):
 
 
 def _gene_blocks(a):
-    """Rows of ``a``, one a gene, filled up with zeros: (n_blocks, GENE_BLOCK, ...)."""
+    """Blocks of the rows of ``a`` (n_genes, n), padded with zeros: (n_blocks, GENE_BLOCK, n)."""
     short = -a.shape[0] % GENE_BLOCK
     return jnp.pad(a, ((0, short), (0, 0))).reshape(-1, GENE_BLOCK, a.shape[1])
 
@@ -281,8 +280,8 @@ def _gene_blocks(a):
 def score_products(cells, params, alpha, results, constant_scores):
     """Sums over cells of outer products of each gene's scores in (mu, w_1..w_k, log d, log r).
 
-    ``constant_scores`` (n_cells, n_genes) is the y-free constant's derivative in log r. Returns the products,
-    (n_genes, k + 3, k + 3), and ``sum_c b``, (n_genes,).
+    ``constant_scores`` (n_cells, n_genes) are the derivatives in log r of the constants, which do not depend
+    on y. Returns the products, (n_genes, k + 3, k + 3), and ``sum_c b``, (n_genes,).
     """
     n_genes, k = params.loadings.shape
     zeta, factors = results.zeta, lowrank.Factors.of(params.loadings)
@@ -312,7 +311,7 @@ def score_products(cells, params, alpha, results, constant_scores):
         params.noise[None, :] * scores.gradient_noise,
         scores.gradient_log_r + constant_scores,
     )
-    # a block of genes at a time: what it needs stays in the processor's caches
+    # a block of genes at a time, so that intermediate results stay in the processor's caches
     weight = cells.weight[:, None]
     blocks = [_gene_blocks((weight * a).T).swapaxes(1, 2) for a in parts]
     F = _gene_blocks(factors.columns)

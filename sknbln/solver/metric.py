@@ -1,14 +1,14 @@
 r"""Steps of the global parameters: the gradient times the inverse of a metric.
 
-Given the posterior of the scores, the working response of gene g has variance ``1/b``, so
-``(mu_g, w_g)`` solve a weighted least squares with matrix ``A_g = sum_c b_cg E[(1, z)(1, z)']``. The
-step taken here is ``A_g^{-1}`` times the *exact* gradient of the Laplace marginal: without the
-implicit terms it is the expectation-maximization step, with them its fixed point is the optimum of
-the objective. What all genes change together, the lengths and angles of the columns and the level of
-mu, moves by far too little so, and has Newton steps of its own (`Columns.step`, `shift_step`). The
-coordinate of d takes a Fisher-scoring step, ``log r`` a Newton step.
+With the posterior of the scores fixed, the working response of gene g has variance ``1/b``, so
+``(mu_g, w_g)`` solve weighted least squares with matrix ``A_g = sum_c b_cg E[(1, z)(1, z)']``. The step is
+``A_g^{-1}`` times the *exact* gradient of the Laplace marginal: without the implicit terms it would be the
+expectation-maximization step, with them its fixed point is the optimum of the objective. Changes that all
+genes share, those of the lengths and angles of the columns and of the level of mu, come out far too small
+this way and have Newton steps of their own (`Columns.step`, `shift_step`). The coordinate of d takes a
+Fisher-scoring step, ``log r`` a Newton step.
 
-Plain NumPy: this works on arrays with one row per gene, never on cells.
+All arrays have one row per gene, none has rows for cells.
 """
 
 from typing import NamedTuple
@@ -19,19 +19,19 @@ from .columns import Columns
 from .lowrank import triangle
 from .params import Params
 
-_MAX_LOG_STEP = 1.0
-#: share of the regressions' curvature along a step that stays when the columns' excess is taken off
+_MAX_LOG_STEP = 1.0  # nats; largest step of the coordinates of d and r
+#: least share of the regressions' curvature along a step that is left without the columns' excess
 LEAST_CURVATURE_LEFT = 0.01
 
 
 class Metric(NamedTuple):
-    """Information in the parameters: in the model's own or, pulled back, in the coordinates."""
+    """Information in the parameters: in the model's own units or, pulled back, in the coordinates."""
 
-    moments: np.ndarray  # (n_genes, T) of each gene's (mu, w), packed
+    moments: np.ndarray  # (n_genes, T) in each gene's (mu, w), packed
     noise: np.ndarray  # (n_genes,)
     dispersion: np.ndarray  # (n_genes,)
-    shift: float  # of a common shift of all log-rates
-    columns: Columns  # of a common change of all loadings
+    shift: float  # in a common shift of all log-rates
+    columns: Columns  # in a common change of all loadings
 
 
 def least_squares_matrix(moments, k):
@@ -51,9 +51,10 @@ def packed(A):
 
 
 def regression_step(gradient, metric, free):
-    """``A_g^{-1} gradient`` for (mu_g, w_g), with what is frozen left out of the system.
+    """``A_g^{-1} gradient`` for (mu_g, w_g), without the rows and columns of what is frozen.
 
-    ``A_g`` has the precision of the columns' prior, which holds their deviations from the mean over genes.
+    ``A_g`` includes the precision of the prior of the columns, which holds the deviations of the loadings
+    from their mean over genes.
     """
     n_genes, k = gradient.loadings.shape
     if not (free.mean or (free.loadings and k)):
@@ -68,7 +69,7 @@ def regression_step(gradient, metric, free):
     precision = metric.columns.precision
     held = np.flatnonzero(precision > 0) if free.loadings else []
     if len(held):
-        # what the genes have in common is not: less precision / n_genes of every pair, by Woodbury
+        # the mean itself has no prior: less precision / n_genes for every pair of genes, by Woodbury
         common = np.zeros((n_genes, k + 1, len(held)))
         common[:, 1:] = np.swapaxes(metric.columns.natural[:, held], 1, 2)
         common = common[:, keep]
@@ -80,10 +81,10 @@ def regression_step(gradient, metric, free):
 
 
 def shift_step(gradient, metric):
-    """Newton step of a common shift of all log-rates, beyond what the regression takes of it.
+    """Newton step of a common shift of all log-rates, less the part in the regressions' step.
 
-    With free capture offsets a shift of ``mu`` is nearly undone by the offsets, so that its
-    information is far below what the regressions take for it.
+    With free capture offsets the offsets nearly undo a shift of ``mu``, so that its information is far below
+    that of the regressions.
     """
     information, complete = metric.shift, float(metric.moments[:, 0].sum())
     if not 0 < information < complete:
@@ -92,7 +93,7 @@ def shift_step(gradient, metric):
 
 
 def _beyond(information, complete):
-    """Inverse information less the inverse of complete data's."""
+    """Inverse of the information less the inverse of that of complete data."""
     safe = np.maximum(information, 1e-300)
     return np.where(information > 0, (1.0 - information / np.maximum(complete, safe)) / safe, 0.0)
 
@@ -102,13 +103,13 @@ def _bounded(information, gradient):
 
 
 def scale_step(gradient, information):
-    """Damped Newton step of logarithms of scales."""
+    """Newton step of the coordinate of d or of log r, at most `_MAX_LOG_STEP`."""
     step = gradient / _bounded(information, gradient)
     return np.clip(step, -_MAX_LOG_STEP, _MAX_LOG_STEP)
 
 
 def direction(gradient, metric, free):
-    """The preconditioned gradient, a step in `Params`; 0 for what is not free."""
+    """The preconditioned gradient: a step of the `Params`, 0 for what is not free."""
     mean, loadings = regression_step(gradient, metric, free)
     if free.mean:
         mean = mean + shift_step(gradient, metric)
@@ -124,7 +125,7 @@ def direction(gradient, metric, free):
 
 
 def product(gradient, metric, step, free):
-    """The matrix that `direction` inverts for what is ``free``, times a step."""
+    """The matrix whose inverse is in `direction`, times a step of what is ``free``."""
     columns = metric.columns
     A = least_squares_matrix(metric.moments, step.loadings.shape[1])
 
@@ -133,13 +134,13 @@ def product(gradient, metric, step, free):
         return product[:, 0, 0], product[:, 1:, 0] - columns.shared_pull(loadings)
 
     mean, loadings = regression(step.mean, step.loadings)
-    if free.loadings:  # less what the regressions take too much: Woodbury's identity
+    if free.loadings:  # less the excess of the regressions' information, by Woodbury's identity
         S = columns.inverse(columns.complete, columns.project(loadings))
         S = S - columns.inverse(columns.complete, columns.times(columns.observed, S))
         excess = regression(np.zeros_like(mean), columns.lift(S))
         whole = np.sum(step.mean * mean) + np.sum(step.loadings * loadings)
         taken = np.sum(step.mean * excess[0]) + np.sum(step.loadings * excess[1])
-        # `complete` is the regressions' only where they are alike; elsewhere it may be more than all
+        # `complete` is the regressions' information only if they are alike; else the excess may be too large
         if whole - taken > LEAST_CURVATURE_LEFT * whole:
             mean, loadings = mean - excess[0], loadings - excess[1]
     return Params(

@@ -18,23 +18,23 @@ import jax.numpy as jnp
 from . import lowrank
 from .channel import channel_terms, terms_at
 
-#: nothing is left of a Newton decrement below this, nats: what a mode is found to unless less is asked for
+#: default tolerance of the Newton decrement, nats: nothing is left to gain below it
 LAST_STEP = 1e-18
-#: and has converged when the decrement that is found there is below this
+#: a cell has converged when its Newton decrement at the end is below this, nats
 DECREMENT_TOL = 1e-9
-MAX_NEWTON = 100
-#: no step changes a log-rate by more than this, nats: where the curvature is next to nothing, the quadratic
+MAX_NEWTON = 100  # steps of a batch
+#: largest change of a log-rate by the first step, nats: where the curvature is next to nothing, the quadratic
 #: model has its maximum thousands of nats away, and the way back is long
 FARTHEST = 10.0
-GENE_STEPS = 4  # of each gene given the scores, before the first step of all
-GENE_REACH = 2.0  # nats, at most by one of them
-GENE_HIGHEST = 60.0  # log-rate in them, whose exponential is finite in single precision
+GENE_STEPS = 4  # steps of each gene alone, at fixed scores, before the first Newton step
+GENE_REACH = 2.0  # largest change of a log-rate by one of them, nats
+GENE_HIGHEST = 60.0  # largest log-rate in them: its exponential is finite in single precision
 
 
 class Linearization(NamedTuple):
-    """The Newton system at one point."""
+    """The Newton system of each cell, from the likelihood expanded at its log-rates."""
 
-    terms: tuple
+    terms: tuple  # `ChannelTerms`
     den: jnp.ndarray  # 1 + d a
     rest: jnp.ndarray  # 1 / den
     b: jnp.ndarray  # a / den
@@ -49,11 +49,11 @@ class Mode(NamedTuple):
     zeta: jnp.ndarray  # (n_cells, k + 1)
     alpha: jnp.ndarray  # (n_cells, n_genes)
     y: jnp.ndarray  # (n_cells, n_genes)
-    rate: jnp.ndarray  # (n_cells, n_genes) its exponential
-    L: jnp.ndarray  # (n_cells, k + 1, k + 1) Cholesky factor of M there
-    decrement: jnp.ndarray  # (n_cells,)
+    rate: jnp.ndarray  # (n_cells, n_genes) exp(y)
+    L: jnp.ndarray  # (n_cells, k + 1, k + 1) Cholesky factor of M at y
+    decrement: jnp.ndarray  # (n_cells,) Newton decrement at y, nats
     converged: jnp.ndarray  # (n_cells,) bool
-    n_iter: jnp.ndarray  # () steps of the batch
+    n_iter: jnp.ndarray  # () number of steps of the batch
 
 
 def location(cells, params):
@@ -69,7 +69,7 @@ def log_rates(cells, params, factors, zeta, alpha):
 
 
 def linearize(cells, params, y, factors=None):
-    """Expand the likelihood at ``y``; ``factors`` are those of the loadings, if they are known."""
+    """The `Linearization` at log-rates ``y``; ``factors`` saves computing those of the loadings again."""
     factors = lowrank.Factors.of(params.loadings) if factors is None else factors
     lin = _expansion(cells, params, channel_terms(cells.counts, y, params.dispersion[None, :]))
     M = lowrank.precision_matrix(lin.b, factors, lin.scales, lin.prior_precision)
@@ -77,13 +77,13 @@ def linearize(cells, params, y, factors=None):
 
 
 def linearization_at(cells, params, mode):
-    """What `linearize` says at a `Mode`, without what is known there."""
+    """The `Linearization` at a `Mode`, from the rate and the Cholesky factor that it holds."""
     terms = terms_at(cells.counts, mode.rate, params.dispersion[None, :])
     return _expansion(cells, params, terms)._replace(L=mode.L)
 
 
 def _expansion(cells, params, terms):
-    """The Newton system but for its Cholesky factor."""
+    """The `Linearization` without its Cholesky factor."""
     k = params.loadings.shape[1]
     den = 1.0 + params.noise[None, :] * terms.curvature
     scales, precision = (lowrank.column_scale(a, k) for a in (cells.scale, cells.precision))
@@ -92,9 +92,10 @@ def _expansion(cells, params, terms):
 
 
 def _direction(params, factors, lin, zeta, alpha):
-    """Newton direction at (zeta, alpha), where ``lin`` was made, the slope along it and its change of y.
+    """Newton direction at (zeta, alpha): in both, the slope along it, and its change of y.
 
-    With ``e = (g - alpha) / den``, what is missing of the genes' own equations: ``M dzeta = F' (alpha + e)
+    ``lin`` is the `Linearization` there. With ``e = (g - alpha) / den``, the residual of the genes' own
+    equations: ``M dzeta = F' (alpha + e)
     - P zeta`` and ``dalpha = e - b F dzeta``; the slope is ``dzeta' M dzeta + sum d den e^2``.
     """
     target = alpha + (lin.terms.gradient - alpha) / lin.den
@@ -108,12 +109,12 @@ def _direction(params, factors, lin, zeta, alpha):
 
 
 def _genes_alone(cells, params, centre):
-    """Alpha near each gene's own mode given the scores, which put the log-rates at ``centre``.
+    """Alpha near each gene's own mode at fixed scores; ``centre`` are the log-rates with alpha 0.
 
-    Given the scores the genes are independent: a step of each costs a tenth of one of all together. A start
-    needs no more than single precision.
+    At fixed scores the genes are independent, and a step costs a tenth of a step of all parameters. Single
+    precision is enough for a start.
     """
-    # the barrier has the conversions made once
+    # the barrier makes XLA convert once, and not in every step
     u, d, phi, centre = jax.lax.optimization_barrier(
         tuple(
             a.astype(jnp.float32)
@@ -129,28 +130,28 @@ def _genes_alone(cells, params, centre):
 
 
 def _largest(move):
-    """A bound of the largest change of a log-rate by a step, (n_cells,).
+    """An upper bound of each cell's largest change of a log-rate, (n_cells,).
 
-    The norm of order 16, at most 1.6 times the largest of 2,000: its sum is a product with ones, which takes
-    a tenth of the time of a maximum.
+    It is the norm of order 16, at most 1.6 times the maximum over 2,000 genes. Its sum is a matrix product,
+    which takes a tenth of the time of a maximum.
     """
     return lowrank.row_sums((move**2) ** 8) ** (1 / 16)
 
 
 def _left_after(decrement, largest):
-    """An upper bound of the decrement after a full Newton step.
+    """An upper bound of the Newton decrement after a full step whose largest change is ``largest``.
 
-    The curvature's derivative is at most the curvature itself. So what a step of ``m`` nats leaves of
-    a gene's gradient is at most ``a m^2 e^m / 2``, and of the decrement at most ``(m e^{1.5 m} / 2)^2``.
+    The derivative of the curvature a is at most the curvature itself. So after a step of ``m`` nats a gene's
+    gradient is at most ``a m^2 e^m / 2``, and the decrement at most ``(m e^{1.5 m} / 2)^2`` of what it was.
     """
     m = jnp.minimum(largest, FARTHEST)
     return decrement * (0.5 * m * jnp.exp(1.5 * m)) ** 2
 
 
 def _start(cells, params, factors, zeta):
-    """A `Mode` at the start of the iteration, of which no system is made yet, and the state of its search.
+    """The `Mode` and the line search with which the iteration starts.
 
-    Until the end of the iteration ``converged`` says which cells are done.
+    No Newton system has been solved yet. During the iteration ``converged`` marks the cells that are done.
     """
     centre = log_rates(cells, params, factors, zeta, jnp.zeros_like(cells.counts))
     alpha = _genes_alone(cells, params, centre)
@@ -180,7 +181,7 @@ def _start(cells, params, factors, zeta):
 
 
 def _iterate(cells, params, factors, last_step, mode, search):
-    """One step of every cell that is not done, and what it does next."""
+    """One step of every cell that is not done: its new `Mode` and line search."""
     d = params.noise[None, :]
     t = jnp.where(mode.converged, 0.0, search["step"])[:, None]
     zeta = mode.zeta + t * search["dzeta"]
@@ -216,19 +217,17 @@ def _iterate(cells, params, factors, last_step, mode, search):
 
 
 def find_mode(cells, params, zeta, last_step=LAST_STEP, factors=None):
-    """Damped Newton from the scores ``zeta`` (n_cells, k + 1), one `while_loop` for the batch.
+    """The `Mode` of each cell, by damped Newton steps of the whole batch in one `while_loop`.
 
-    A cell is done when its Newton decrement (twice what there is to gain, nats) is sure to be below
-    ``last_step``.
+    The iteration starts from the scores ``zeta`` (n_cells, k + 1). A cell is done when its Newton decrement
+    (twice the gain still possible, nats) is sure to be below ``last_step``.
 
-    A step is accepted when the slope along it has not turned below minus a quarter of what it was
-    (the objective is concave, so along the step it rises while the slope is positive); otherwise
-    the step is cut by the secant rule. The decision uses gradients only: no differences of
-    objectives, no logarithms. No step changes a log-rate by more than `FARTHEST`, nor by more than twice
-    the last one where that had half of its slope left. Cells stop one by one and do not influence each
-    other; where the loop ends, the system is that of the point where each cell is.
-
-    Returns the :class:`Mode`.
+    A step is accepted unless the slope along it has turned below minus a quarter of its value at the start
+    (the objective is concave, so it rises while the slope is positive); otherwise the step is cut by the
+    secant rule. The decision uses gradients only: no differences of objectives, no logarithms. A step
+    changes a log-rate by at most `FARTHEST`, and this bound doubles after each step that ends with half of
+    its slope left. Cells do not influence each other, and stop one by one. The Cholesky factor is that of
+    the cell's last point.
     """
     factors = lowrank.Factors.of(params.loadings) if factors is None else factors
 

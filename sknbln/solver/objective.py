@@ -15,18 +15,18 @@ from .params import NOISE_RATE, GaussianPrior, Params, in_model_units, noise_var
 LOG_MEAN_PRIOR_SCALE = 4.0
 #: location and standard deviation of the normal prior of log r
 LOG_DISPERSION_PRIOR = (2.0, 1.0)
-#: relative rounding error of a sum over all counts: a few units in the last place of its parts
+#: relative rounding error of a sum over all counts: a few units in the last place of its terms
 ROUNDING = 1e-15
 
 
 def weak_dispersion_prior(n_genes):
-    """The prior of log r that keeps genes with little information finite."""
+    """Prior of log r that keeps genes with little information finite."""
     loc, scale = LOG_DISPERSION_PRIOR
     return GaussianPrior(np.full(n_genes, loc), np.full(n_genes, scale**-2.0))
 
 
 def weak_mean_prior(level):
-    """The prior of log m, around the genes' average, that keeps genes without counts finite."""
+    """Prior of log m, around the average of the genes, that keeps genes without counts finite."""
     return GaussianPrior(
         np.full(level.size, level.mean()), np.full(level.size, LOG_MEAN_PRIOR_SCALE**-2.0)
     )
@@ -37,7 +37,7 @@ class Point(NamedTuple):
 
     x: Params
     value: float  # nats
-    #: rounding error of the value, nats: a smaller fall is not a fall, a smaller promise promises nothing
+    #: rounding error of the value, nats; a difference of values that is smaller says nothing
     rounding: float
     gradient: Params
     metric: Metric
@@ -60,13 +60,13 @@ class NoPenalty:
 
 
 def _squares(k):
-    """Columns of the packed moments that hold the squares of the scores."""
+    """Positions of the squares of the scores in the packed moments."""
     i, j, _ = triangle(k)
     return 1 + k + np.flatnonzero(i == j)
 
 
 class Objective:
-    """Log-posterior of the globals, by one pass over the cells.
+    """Log-posterior of the global parameters, by one pass over the cells.
 
     Parameters
     ----------
@@ -91,8 +91,10 @@ class Objective:
     ):
         self.sweep = sweep
         self.histogram = histogram
-        self._known = None  # of the last log r: it is often frozen
-        self._swept = None  # the last parameters and their sums: a new penalty needs no other pass
+        self._last_constants = None  # the last log r, which is often frozen, and its constants
+        self._last_sums = (
+            None  # the last parameters and their sums: a new penalty needs no new pass
+        )
         self.prior_mean: GaussianPrior = prior_mean
         self.prior_log_r: GaussianPrior = prior_log_r
         self.coupling = coupling if coupling is not None else Identity()
@@ -102,13 +104,13 @@ class Objective:
 
     def _sums(self, own):
         """Sums over the cells at coordinates of the model's own parameters."""
-        if self._swept is None or not all(map(np.array_equal, self._swept[0], own)):
+        if self._last_sums is None or not all(map(np.array_equal, self._last_sums[0], own)):
             kept = Params(*map(np.copy, own))
-            self._swept = kept, self.sweep(in_model_units(own))
-        return self._swept[1]
+            self._last_sums = kept, self.sweep(in_model_units(own))
+        return self._last_sums[1]
 
     def log_likelihood(self, own):
-        """Log-likelihood, and its gradient in (mu, W, d, log r)."""
+        """Log-likelihood and its gradient in (mu, W, d, log r)."""
         sums, ((rising, factorials), first, _) = self._sums(own), self._constants(own.dispersion)
         genes = sums.genes
         return float(sums.log_marginal) + (rising - factorials), Params(
@@ -119,33 +121,33 @@ class Objective:
         )
 
     def _rounding(self, own):
-        """Rounding error of the log-likelihood: of large counts the parts are far larger than the sum."""
+        """Rounding error of the log-likelihood, nats: its terms may be far larger than their sum."""
         parts = sum(self._constants(own.dispersion)[0])
         return ROUNDING * (abs(float(self._sums(own).log_marginal)) + parts)
 
     def rotate(self, rotation):
-        """Follow a rotation (k, k) of the loadings: the last parameters need no other pass."""
+        """Rotate the last sums with the loadings, by a rotation (k, k), so that they need no new pass."""
         self.sweep.rotate(rotation)
-        if self._swept is not None:
-            own, sums = self._swept
+        if self._last_sums is not None:
+            own, sums = self._last_sums
             own = own._replace(loadings=own.loadings @ rotation)
-            self._swept = own, sums._replace(genes=rotated(sums.genes, rotation))
+            self._last_sums = own, sums._replace(genes=rotated(sums.genes, rotation))
 
     def _constants(self, log_r):
-        """What does not depend on the log-rates: its two sums, and two derivatives in log r per gene."""
-        if self._known is None or not np.array_equal(self._known[0], log_r):
+        """The two sums of the constants, which do not depend on y, and two derivatives in log r per gene."""
+        if self._last_constants is None or not np.array_equal(self._last_constants[0], log_r):
             r = np.exp(log_r)
             rising = float(np.sum(self.histogram.constants(r)))
             sums = rising, self.histogram.log_factorials
-            self._known = log_r.copy(), (sums, *self.histogram.constant_derivatives(r))
-        return self._known[1]
+            self._last_constants = log_r.copy(), (sums, *self.histogram.constant_derivatives(r))
+        return self._last_constants[1]
 
     def moments(self, own):
         """Sums over the cells of b [1 z][1 z]', packed, at coordinates of the model's own parameters."""
         return self._sums(own).genes.moments
 
     def _metric(self, x, own, precision):
-        """The `Metric` in the coordinates, the priors' precisions included."""
+        """The `Metric` in the coordinates, with the precisions of the priors."""
         sums = self._sums(own)
         genes = sums.genes
         columns = Columns.at(own.loadings, genes.moments[:, 0], self.histogram.n_cells, precision)
@@ -160,7 +162,7 @@ class Objective:
         return metric._replace(dispersion=metric.dispersion + self.prior_log_r.precision)
 
     def __call__(self, x, penalty=None):
-        """The `Point` at coordinates x, under a `ColumnPenalty` of the loadings."""
+        """The `Point` at coordinates x, under a `ColumnPenalty` of the loadings if there is one."""
         penalty = NoPenalty() if penalty is None else penalty
         own = self.coupling.expand(x)
         value, gradient = self.log_likelihood(own)

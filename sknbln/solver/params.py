@@ -1,4 +1,4 @@
-"""The global parameters, what a cell brings, and Gaussian priors: the nouns of the solver."""
+"""The global parameters, the data of a batch of cells, and Gaussian priors."""
 
 from typing import NamedTuple
 
@@ -15,15 +15,15 @@ LOG_DISPERSION_RANGE = (np.log(1e-5), np.log(1e9))
 
 
 class Params(NamedTuple):
-    """One value for each block of the global parameters.
+    """The four blocks of the global parameters, or one value for each of them.
 
-    *The model's own units*, which the cell solver takes: mean log-rates mu, loadings W, noise variances d and
+    *The model's own units*, in which cells are solved: mean log-rates mu, loadings W, noise variances d and
     overdispersions ``1 / r``, 0 for Poisson counts.
 
     *Coordinates*, in which steps are taken: ``log(1 + d / NOISE_UNIT)``, so that d = 0 is at a finite
     distance, and ``log r``, which may be +inf (Poisson) where it is not free.
 
-    Gradients, steps and what is free have the same four blocks.
+    Gradients, steps and flags of what is free have the same four blocks.
     """
 
     mean: np.ndarray  # (n_genes,)
@@ -48,9 +48,9 @@ def in_model_units(x):
 
 
 def moved(x, step, length):
-    """Coordinates after ``length`` times a step, inside the ranges of the scales.
+    """Coordinates after ``length`` times a step, clipped to the ranges of d and r.
 
-    A noise variance of 0 and a dispersion of inf stay: they are not free.
+    A noise variance of 0 and a dispersion of inf stay as they are: they are not free.
     """
     mean, loadings, noise, dispersion = (a + length * s for a, s in zip(x, step, strict=True))
     return Params(
@@ -72,21 +72,21 @@ def dispersion(params):
 
 
 class Cells(NamedTuple):
-    """What a batch of cells brings to the kernel. Everything here is data.
+    """Counts and capture priors of a batch of cells.
 
-    ``scale = 0`` is a known offset, ``scale > 0`` a Gaussian prior on it; ``precision`` is 1 for a
-    proper prior and 0 for a flat offset (then ``scale`` is 1). ``weight`` is 0 for padding.
+    ``scale = 0`` means a known offset, ``scale > 0`` a Gaussian prior of the offset. ``precision`` is 1 for a
+    proper prior and 0 for a flat one (then ``scale`` is 1). ``weight`` is 0 for padding, 1 otherwise.
     """
 
     counts: jnp.ndarray  # (n_cells, n_genes)
     offset: jnp.ndarray  # (n_cells,) prior location m_c of the capture offset
     scale: jnp.ndarray  # (n_cells,) prior scale s_c of the capture offset
-    precision: jnp.ndarray  # (n_cells,)
+    precision: jnp.ndarray  # (n_cells,) of the standardized capture offset
     weight: jnp.ndarray  # (n_cells,)
 
 
 class GaussianPrior(NamedTuple):
-    """Independent Gaussian priors; precision 0 is no prior."""
+    """Independent Gaussian priors; where the precision is 0 there is no prior."""
 
     loc: np.ndarray
     precision: np.ndarray
@@ -105,11 +105,11 @@ class GaussianPrior(NamedTuple):
         )
 
     def log_density(self, x):
-        """Without the normalizing constant, which does not depend on x."""
+        """Log-density without its normalizing constant."""
         return 0.5 * float(np.sum(self.gradient(x) * self._residual(x)))
 
     def gradient(self, x):
-        """Of the log-density."""
+        """Gradient of the log-density."""
         return -self.precision * self._residual(x)
 
     def _residual(self, x):

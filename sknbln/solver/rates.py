@@ -1,6 +1,6 @@
-r"""Draws of cells' log-rates from their Laplace posterior, with no genes x genes matrix.
+r"""Draws of cells' log-rates from their Laplace posterior, without a genes x genes matrix.
 
-At the mode ``y*`` the posterior covariance is ``V = (Sigma^{-1} + A)^{-1}``. Given the scores the genes
+At the mode ``y*`` the posterior covariance is ``V = (Sigma^{-1} + A)^{-1}``. At fixed scores the genes
 are independent: ``y`` has variance ``d / den``, ``den = 1 + d a``, and its mean moves with the scores by
 ``F zeta / den``; the scores themselves have covariance ``C = M^{-1}``, ``M = I + F' diag(a / den) F``. So
 
@@ -10,7 +10,7 @@ and with ``M = L L'`` and standard normal ``e1`` (k + 1), ``e2`` (genes)
 
 .. math:: y = y^* + \frac{F L^{-T} e_1}{den} + \sqrt{d / den}\; e_2
 
-is an exact draw from ``N(y*, V)``. Nothing is divided by ``d`` or ``a``.
+is an exact draw from ``N(y*, V)``. No division by ``d`` or ``a`` occurs.
 """
 
 import jax
@@ -25,7 +25,7 @@ from .mode import linearize, log_rates
 def draw_rates(cells, params, zeta, alpha, score_noise, gene_noise):
     """One draw of y = x - eta for each cell of a batch, (n_cells, n_genes), from its Laplace posterior.
 
-    ``zeta`` and ``alpha`` are what the solver says of the modes; ``score_noise`` (n_cells, k + 1) and
+    ``zeta`` and ``alpha`` are those of the modes, from `solve_cells`; ``score_noise`` (n_cells, k + 1) and
     ``gene_noise`` (n_cells, n_genes) are standard normal.
     """
     factors = lowrank.Factors.of(params.loadings)

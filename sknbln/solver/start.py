@@ -2,8 +2,8 @@ r"""Start values of the loadings from the moments of the scores at the independe
 
 With the score ``g_cg = u - (u + r) p`` and the expected information ``i_cg = m r / (m + r)`` at the
 fitted means, and ``q_g = sqrt(mean_c i_cg^2)``, the off-diagonal entries of ``B' B / n`` with
-``B = g / q`` estimate those of ``Sigma``. Its leading eigenpairs, less the share of the noise in
-each eigenvalue, start the loadings.
+``B = g / q`` estimate those of ``Sigma``. Its leading eigenpairs, each eigenvalue less its share of the
+noise, are the start of the loadings.
 """
 
 import jax
@@ -13,10 +13,11 @@ import numpy as np
 from .channel import channel_terms
 from .params import Params, noise_coordinate
 
+# of the randomized eigendecomposition: extra columns, multiple of the number of columns, iterations
 _OVERSAMPLING = 8
 _COLUMN_BUCKET = 4
 _POWER_ITERATIONS = 4
-_LARGEST_SD = 2.0  # nats; a gene whose scores ask for more starts here
+_LARGEST_SD = 2.0  # nats; largest norm of a gene's loadings at the start
 
 
 def _scores_and_information(cells, mean, phi):
@@ -27,7 +28,7 @@ def _scores_and_information(cells, mean, phi):
 
 @jax.jit
 def information_sums(cells, mean, phi):
-    """Sums over cells of the expected information and of its square, two arrays (n_genes,)."""
+    """Sums over cells of the expected information and of its square, (n_genes,) each."""
     _, information = _scores_and_information(cells, mean, phi)
     return jnp.sum(information, 0), jnp.sum(information**2, 0)
 
@@ -41,16 +42,16 @@ def score_product(cells, mean, phi, q, omega):
 
 
 def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
-    """Leading loadings, (n_genes, k), columns by descending norm.
+    """Loadings at the start, (n_genes, k), with columns of descending norm.
 
     Parameters
     ----------
     sum_over_batches : callable
         ``sum_over_batches(function, *args)`` sums ``function(cells, mean, phi, *args)`` over the
-        batches; ``cells.offset`` holds known capture offsets.
+        batches; ``cells.offset`` are the capture offsets, taken as known.
     n_cells, n_genes, k : int
     rng : RandomState
-        For the range finder of the randomized eigendecomposition.
+        Seeds the range finder of the randomized eigendecomposition.
     """
     if k == 0:
         return np.zeros((n_genes, 0))
@@ -72,20 +73,20 @@ def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
     return loadings * np.minimum(1.0, _LARGEST_SD / np.maximum(norms, 1e-300))
 
 
-START_NOISE = 0.05  # nats squared
+START_NOISE = 0.05  # d of every gene at the start, nats squared
 
 
 def less_overdispersion(log_r, variance):
-    """Log dispersion when log-rates of this variance explain their share of the overdispersion.
+    """Log r after log-rates of this variance have taken their share of the overdispersion.
 
-    At least a tenth of it is left: a start for where r is free.
+    At least a tenth of the overdispersion is left. This is the start where r is free.
     """
     phi = np.exp(-log_r)
     return -np.log(np.maximum((1.0 + phi) * np.exp(-variance) - 1.0, 0.1 * phi))
 
 
 def start_coordinates(log_mean, log_r, loadings, free, coupled):
-    """Coordinates from which a fit starts, by independent genes' log means and log r, and loadings."""
+    """Coordinates at the start of a fit, from log m and log r of independent genes, and loadings."""
     variance = np.sum(loadings**2, 1) + START_NOISE
     return Params(
         log_mean - variance / 2 if free.mean and not coupled else log_mean,
@@ -96,10 +97,10 @@ def start_coordinates(log_mean, log_r, loadings, free, coupled):
 
 
 def resumed(start, previous, free):
-    """The start with the coordinates of a previous fit for all that is free."""
-    known = np.isfinite(previous.dispersion)  # it may have been a Poisson channel's
+    """The start, with the coordinates of a previous fit where they are free."""
+    finite = np.isfinite(previous.dispersion)  # it is not after a fit with Poisson counts
     return start._replace(
         mean=previous.mean if free.mean else start.mean,
         noise=previous.noise,
-        dispersion=np.where(known & free.dispersion, previous.dispersion, start.dispersion),
+        dispersion=np.where(finite & free.dispersion, previous.dispersion, start.dispersion),
     )

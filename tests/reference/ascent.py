@@ -1,4 +1,4 @@
-"""A small objective with a bad start, for what climbs it."""
+"""A small objective with a bad start, for tests of the ascent."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ BLOCKS = Params._fields
 
 
 def problem(seed, coupling=None):
-    """Objective and a bad start: far means, loadings at random, noise and sizes at their ends."""
+    """Objective and a bad start: far means, random loadings, extreme noise and sizes."""
     cells, params, _ = small.problem(seed)
     X = csr(cells.counts)
     G = small.N_GENES

@@ -1,4 +1,4 @@
-"""The marginal coupling of one gene as its formulas say it, in extended precision where there is any."""
+"""The marginal coupling of one gene by its formulas, in extended precision where NumPy has it."""
 
 import numpy as np
 
@@ -10,8 +10,8 @@ LD = np.longdouble
 def expand_gene(mean, loadings, log_noise, log_r, couple_dispersion):
     """Parameters (mu, w, d, log r) of the model from a gene's coordinates; that of d is log(1 + d / unit).
 
-    Nothing cancels: with ``t = S / S_max`` the variance is ``S_max (1 - exp(-t))``, so what is left for
-    the overdispersion is ``phi = exp(S_max exp(-t)) - 1``.
+    Nothing cancels: with ``t = S / S_max`` the variance is ``S_max (1 - exp(-t))``, which leaves the
+    overdispersion ``phi = exp(S_max exp(-t)) - 1``.
     """
     mean, loadings, log_noise, log_r = (
         np.asarray(a, LD) for a in (mean, loadings, log_noise, log_r)

@@ -1,8 +1,8 @@
-"""The model one cell at a time, by dense matrices and SciPy: slow, and plainly right.
+"""The model of one cell, by dense matrices and SciPy: slow, and easy to check.
 
 The log-rates of a cell are ``y ~ N(loc, Sigma)`` with ``Sigma = F F' + diag(d)``, ``F = [W, s 1]``. Nothing
-here is low-rank, nothing is batched, and nothing is shared with the package but the model itself:
-the counts' distribution is written with the size r, not with ``phi = 1/r``.
+here is low-rank or batched, and no code is shared with the package: the distribution of the counts is written
+with the size r, not with ``phi = 1/r``.
 """
 
 from typing import NamedTuple
@@ -61,7 +61,7 @@ def _maximum(u, loc, A, penalty, r):
         value, np.zeros(A.shape[1]), jac=gradient, hess=hessian, method="trust-exact", tol=1e-6
     )
     e = found.x
-    for _ in range(6):  # SciPy stops at the rounding of the value; the gradient goes further
+    for _ in range(6):  # SciPy stops at rounding errors of the value; the gradient allows more
         e = e - linalg.solve(hessian(e), gradient(e), assume_a="pos")
     return e, hessian(e)
 
@@ -147,8 +147,8 @@ def exact_truncated(u, mean, loadings, noise, r, loc, sd):
     left = np.sqrt(sd**2 * (1 - gain.sum()))
 
     def log_factor(y):
-        given = loc - (y - mean + loc) @ gain
-        return log_ndtr(given / left) - log_ndtr(loc / sd)
+        conditional = loc - (y - mean + loc) @ gain
+        return log_ndtr(conditional / left) - log_ndtr(loc / sd)
 
     # the truncation may move the posterior by several prior standard deviations: a wider grid
     n = {1: 12_001, 2: 601}[len(u)]
@@ -168,8 +168,8 @@ def exact_offset(u, mean, r, loc, sd, *, n_panels=40, n_nodes=10):
     half = np.diff(edges)[:, None] / 2
     eta = (edges[:-1, None] + half * (nodes + 1)).ravel()
     log_weight = np.log((half * weights).ravel())
-    given = np.sum(nb_log_pmf(u, mean - eta[:, None], r), 1)
+    likelihood = np.sum(nb_log_pmf(u, mean - eta[:, None], r), 1)
     log_prior = (
         -0.5 * ((eta - loc) / sd) ** 2 - np.log(sd) - 0.5 * np.log(2 * np.pi) - log_ndtr(loc / sd)
     )
-    return float(logsumexp(given + log_prior + log_weight))
+    return float(logsumexp(likelihood + log_prior + log_weight))

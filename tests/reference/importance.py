@@ -1,4 +1,4 @@
-"""Marginal log-likelihood of a cell by importance sampling: slow, and right up to a known error.
+"""Marginal log-likelihood of a cell by importance sampling: slow, with a known standard error.
 
 The scores (and the capture offset) are drawn from a Gaussian around the Laplace posterior; given
 them the genes are independent, and each gene's own residual is integrated by Gauss-Hermite
@@ -50,7 +50,7 @@ def log_marginal(
     log_q = -0.5 * np.sum(eps**2, 1) - np.sum(np.log(np.diag(L)))
     log_prior = -0.5 * np.sum(zeta**2, 1)
     centre = mean - offset + zeta @ F.T  # (n_draws, n_genes)
-    blocks = np.array_split(centre, -(-centre.size // 100_000))  # that stay in the cache
+    blocks = np.array_split(centre, -(-centre.size // 100_000))  # they stay in the cache
     log_p = np.concatenate([_given_scores(u, block, noise, r, n_nodes) for block in blocks])
     log_w = log_p + log_prior - log_q
     estimate = logsumexp(log_w) - np.log(n_draws)

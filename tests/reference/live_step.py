@@ -1,8 +1,8 @@
-"""The exact gradient by automatic differentiation through one live Newton step.
+"""The exact gradient by automatic differentiation through one Newton step.
 
-At the mode the gradient is stopped; one Newton step from there is taken with live globals, and the
-Laplace marginal is evaluated where it lands. Its derivative contains the motion of the mode and of
-the curvature with it. Slow (it differentiates Cholesky factorizations), and with no formula of its own.
+The mode itself is held fixed. One Newton step is taken from it with the global parameters as variables, and
+the Laplace marginal is evaluated at its end, so that the derivative contains the motion of the mode and of
+the curvature. It is slow (it differentiates Cholesky factorizations), but needs no formula for the gradient.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Estimators and counts that the tests of the predictive package share."""
+"""Estimators and counts for tests of the predictive package."""
 
 import functools
 
@@ -13,7 +13,7 @@ STATISTICS = ("mean", "variance", "zero_fraction", "maximum")
 MODELS = ("nbvcp", "default", "free", "coupled", "poisson", "multinomial")
 # Largest of some hundred standardized deviations; a normal one exceeds it once in a million.
 Z_MAX = 5.0
-# Fixed seeds: a right sampler fails a test of uniformity with this probability, once and for all.
+# The seeds are fixed: a correct sampler fails a test of uniformity with this probability.
 ALPHA = 1e-3
 
 
@@ -45,7 +45,7 @@ def standardized(sample, expected):
 
 @functools.cache
 def fits():
-    """Fitted on a DataFrame: names of genes matter everywhere. One fit for all modules."""
+    """Models fitted on a DataFrame, with names of genes; fitted once for all test modules."""
     counts = simulate(*globals_(), 60, np.random.default_rng(5))
     frame = pd.DataFrame(counts, columns=[f"gene{g}" for g in range(N_GENES)])
     source = NBVCPEstimator(random_state=0).fit(frame)

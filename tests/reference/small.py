@@ -1,4 +1,4 @@
-"""Small problems that the tests of the solver share, all of one shape: one compilation serves them."""
+"""Small problems for tests of the solver, all of the same shape, so that they share one compilation."""
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def zeros(cells, params):
 
 
 def solved(cells, params):
-    """The kernel's alpha and results, from scores of zero."""
+    """Alpha and results of the kernel, started from scores of zero."""
     return solve_cells(cells, params, zeros(cells, params))[:2]
 
 

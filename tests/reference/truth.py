@@ -1,18 +1,18 @@
-"""Estimators whose parameters are the truth of a simulation: no fit, no posterior uncertainty."""
+"""Estimators with the true parameters of a simulation: no fit, no posterior uncertainty."""
 
 import numpy as np
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln._capture import CapturePrior, OffsetPosterior
-from sknbln._posterior import Curvature
 from sknbln._svi import Guide
+from sknbln.solver.params import Params
 
 #: standard deviation of a posterior that is a point: below rounding, and its square is not 0
 POINT = 1e-17
 
 
 def nbvcp(mean, r, *, capture_prior=None, library_size=(), **params):
-    """An `NBVCPEstimator` as fitted, with the given globals; every posterior is a point."""
+    """An `NBVCPEstimator` in its fitted state with these parameters; every posterior is a point."""
     model = NBVCPEstimator(**params)
     point, n_rows = np.full(len(mean), POINT), len(library_size)
     offsets = None
@@ -41,9 +41,9 @@ def nbvcp(mean, r, *, capture_prior=None, library_size=(), **params):
 
 
 def nbln(mean, loadings, noise, r, *, frozen=("r", "mu", "eta"), **params):
-    """An `NBLNEstimator` as fitted, with the given globals; ``mean`` are log-rates.
+    """An `NBLNEstimator` in its fitted state with these parameters; ``mean`` are log-rates.
 
-    What is not in ``params`` is as in :func:`nbvcp`, which is its source.
+    Its source is that of :func:`nbvcp`, with the ``capture_prior`` and ``library_size`` in ``params``.
     """
     source = {
         name: params.pop(name) for name in ("capture_prior", "library_size") if name in params
@@ -59,7 +59,7 @@ def nbln(mean, loadings, noise, r, *, frozen=("r", "mu", "eta"), **params):
         frozen = tuple(name for name in frozen if name != "r")
     model.frozen_params_ = frozen
     none = np.zeros(mean.size)
-    model._curvature = Curvature(none, np.zeros(loadings.shape), none)
+    model._standard_deviation = Params(none, np.zeros(loadings.shape), none, none)
     for name in ("capture_prior_", "capture_offset_", "n_features_in_", "_library_size"):
         setattr(model, name, getattr(model._source, name))
     return model

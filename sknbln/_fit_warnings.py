@@ -22,8 +22,8 @@ _MOST_NAMES = 10
 _CHOOSES_RANK = ("ard", "horseshoe_columnwise", "neg_columnwise")
 
 
-def say(model, outcome):
-    """Warn of what is wrong with a fit that has just ended, of the driver's ``outcome``."""
+def say(model, outcome, rows):
+    """Warn of what is wrong with a fit that has just ended, by its `Outcome` and `RowPosterior`."""
     n_cells, n_genes = model.capture_offset_.size, model.mean_.size
     for sentence in (
         not_converged(outcome, n_cells, model.tol_),
@@ -35,7 +35,6 @@ def say(model, outcome):
     _warn(heavy_tails(variance, names))
     if not model.converged_:
         return  # the rest is of a maximum
-    rows = model._rows
     rank = model.w_prior_diagnostics_["effective_rank"]
     _warn(scores_off_scale(rows.scores[:, :rank], rows.score_covariance[:, :rank, :rank]))
     if model.w_prior_diagnostics_["strategy_type"] in _CHOOSES_RANK:

@@ -3,6 +3,7 @@
 from numbers import Integral, Real
 
 import numpy as np
+import numpyro.distributions as dist
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
@@ -19,6 +20,7 @@ from ._counts import CountHistogram, checked_n_samples, validate_counts
 from ._nbvcp import NBVCPEstimator
 from ._rows import RowBatches, Sweeper, solve_rows, sum_over_batches
 from .exceptions import FitInterrupted
+from .predictive._replicates import ParameterDraws
 from .solver import column_priors
 from .solver.ascent import ascend
 from .solver.coupling import Identity, MarginalCoupling
@@ -344,7 +346,7 @@ class NBLNEstimator(
         self.converged_ = bool(outcome.converged and outcome.point.sums.n_unconverged == 0)
         if outcome.interrupted:
             raise FitInterrupted(self)
-        _fit_warnings.say(self, outcome)
+        _fit_warnings.say(self, outcome, self._rows)
         return self
 
     def _fit_source(self, X):
@@ -628,9 +630,29 @@ class NBLNEstimator(
             objective.
         """
         check_is_fitted(self)
-        rows = self._rows
-        offsets = None if "eta" in self.frozen_params_ else (rows.offset, rows.offset_scale)
-        return _posterior.distributions(self, rows.scores, rows.score_covariance, offsets)
+        guide, rows, sd = self._source._guide, self._rows, self._standard_deviation
+        coupled, frozen, found = self.cascade == "marginal", self.frozen_params_, {}
+        if self.observation == "nb":
+            variance = self._coordinate_variance if coupled else None
+            found["r"] = (
+                _posterior.source_dispersion(guide, variance)
+                if "r" in frozen
+                else dist.LogNormal(np.log(self.dispersion_), sd.dispersion)
+            )
+        shift = np.diag(self.get_covariance()) / 2 if coupled else 0.0
+        found["mu"] = (
+            dist.Normal(guide.log_mean[0] - shift, guide.log_mean_scale)
+            if "mu" in frozen
+            else dist.Normal(self.mean_, sd.mean)
+        )
+        if "eta" in frozen:
+            prior = self._source.capture_prior_
+            found["eta"] = _posterior.source_offsets(guide, prior, self.capture_offset_)
+        else:
+            scale = rows.offset_scale
+            found["eta"] = _posterior.truncated(rows.offset, scale, self.capture_offset_)
+        found["z"] = dist.MultivariateNormal(rows.scores, rows.score_covariance)
+        return found
 
     def sample_posterior(self, n_samples=None, X=None, *, random_state=None):
         """Draws from the posterior of r, mu and eta; frozen parameters come from the source's draws.
@@ -660,13 +682,27 @@ class NBLNEstimator(
 
     def _posterior_draws(self, n_samples, X, rng, *, eta):
         """Draws that replicated counts are made with, of no offsets (`eta` None), "frozen" or "all"."""
-        frozen = "eta" in self.frozen_params_
-        found = _posterior.parameter_draws(self, n_samples, X, rng, eta=eta if frozen else None)
-        if frozen or eta != "all":
-            return found
-        rows = self._rows if X is None else self._solve(X)
-        draws = _posterior.offset_draws(rows.offset, rows.offset_scale, n_samples, rng)
-        return found._replace(eta=draws)
+        coupled, frozen = self.cascade == "marginal", self.frozen_params_
+        sd, of_source = self._standard_deviation, eta if "eta" in frozen else None
+        source = self._source._posterior_draws(n_samples, X, rng, eta=of_source)
+        r, fitted = source.r, np.diag(self.get_covariance())
+        variance = fitted
+        if "r" not in frozen:
+            r = self.dispersion_ * np.exp(sd.dispersion * rng.standard_normal(r.shape))
+        elif coupled:
+            r, variance = _posterior.coupled_draws(r, self._coordinate_variance)
+        if "mu" in frozen:
+            log_mean = source.log_mean - (variance / 2 if coupled else 0.0)
+        else:
+            log_mean = self.mean_ + sd.mean * rng.standard_normal(r.shape)
+            # the marginal mean, mu + Sigma_gg/2, is what the data determine
+            log_mean = log_mean - (variance - fitted) / 2
+        inflation = None if variance is fitted else variance / np.maximum(fitted, 1e-300)
+        offsets = source.eta
+        if eta == "all" and "eta" not in frozen:
+            rows = self._rows if X is None else self._solve(X)
+            offsets = _posterior.offset_draws(rows.offset, rows.offset_scale, n_samples, rng)
+        return ParameterDraws(r, log_mean, offsets, inflation)
 
     def get_covariance(self):
         """Covariance of the log-rates, ``W W' + diag(d)``.

@@ -24,7 +24,6 @@ from numpyro.distributions.transforms import Transform
 from scipy.stats import truncnorm
 
 from ._rows import RowBatches, gene_score_products
-from .predictive._replicates import ParameterDraws
 from .solver.coupling import (
     marginal_level,
     overdispersion,
@@ -126,66 +125,34 @@ def standard_deviations(
     return Params(mean_sd, loadings_sd, sd[:, k + 1], log_r_sd), rows
 
 
-def distributions(model, scores, score_covariance, offsets):
-    """NumPyro distributions of r, mu, eta and the factor scores of the training rows.
+def source_dispersion(guide, variance=None):
+    """Distribution of r where it is frozen: the source's, by its guide.
 
-    ``offsets`` is the Gaussian (loc, scale) of free capture offsets, None where they are frozen.
+    ``variance`` is that of the coordinates, (n_genes,), under the marginal-preserving cascade: the
+    distribution is then pushed through the coupling.
     """
-    guide = model._source._guide
-    coupled = model.cascade == "marginal"
-    found = {}
-    if model.observation == "nb":
-        if "r" in model.frozen_params_:
-            found["r"] = dist.LogNormal(guide.log_dispersion[0], guide.log_dispersion_scale)
-            if coupled:
-                change = CoupledDispersion(model._coordinate_variance)
-                found["r"] = dist.TransformedDistribution(found["r"], change)
-        else:
-            found["r"] = dist.LogNormal(
-                np.log(model.dispersion_), model._standard_deviation.dispersion
-            )
-    if "mu" in model.frozen_params_:
-        shift = np.diag(model.get_covariance()) / 2 if coupled else 0.0
-        found["mu"] = dist.Normal(guide.log_mean[0] - shift, guide.log_mean_scale)
-    else:
-        found["mu"] = dist.Normal(model.mean_, model._standard_deviation.mean)
-    if offsets is None and guide.capture_offset is not None:
-        prior_scale = model._source.capture_prior_.sigma
-        offsets = guide.capture_offset[0], guide.capture_offset_scale(prior_scale)
-    if offsets is not None and np.all(offsets[1] > 0):
-        found["eta"] = dist.TruncatedNormal(*offsets, low=0.0)
-    else:
-        found["eta"] = dist.Delta(model.capture_offset_)
-    found["z"] = dist.MultivariateNormal(scores, score_covariance)
-    return found
+    r = dist.LogNormal(guide.log_dispersion[0], guide.log_dispersion_scale)
+    return r if variance is None else dist.TransformedDistribution(r, CoupledDispersion(variance))
 
 
-def parameter_draws(model, n_samples, X, rng, *, eta):
-    """Draws of r and mu, of the factor of Sigma_gg under a coupled r, and of the source's offsets.
+def source_offsets(guide, capture_prior, offsets):
+    """Distribution of frozen capture offsets: the source's, by its guide; ``offsets`` where it has none."""
+    if guide.capture_offset is None:
+        return dist.Delta(offsets)
+    loc = guide.capture_offset[0]
+    return truncated(loc, guide.capture_offset_scale(capture_prior.sigma), offsets)
 
-    Without offsets where `eta` is None.
-    """
-    source = model._source._posterior_draws(n_samples, X, rng, eta=eta)
-    fitted = variance = np.diag(model.get_covariance())
-    coupled = model.cascade == "marginal"
-    r = source.r
-    if "r" not in model.frozen_params_:
-        noise = rng.standard_normal(r.shape)
-        r = model.dispersion_ * np.exp(model._standard_deviation.dispersion * noise)
-    elif coupled:
-        t = np.log1p(1.0 / source.r)
-        left = remaining_level(t, model._coordinate_variance)
-        r, variance = 1.0 / overdispersion(left), t - left
-    if "mu" in model.frozen_params_:
-        log_mean = source.log_mean - (variance / 2 if coupled else 0.0)
-    else:
-        log_mean = model.mean_ + model._standard_deviation.mean * rng.standard_normal(r.shape)
-        # the marginal mean, mu + Sigma_gg/2, is what the data know
-        log_mean = log_mean - (variance - fitted) / 2
-    inflation = None
-    if variance is not fitted:
-        inflation = variance / np.maximum(fitted, 1e-300)
-    return ParameterDraws(r, log_mean, source.eta, inflation)
+
+def truncated(loc, scale, offsets):
+    """Distribution of capture offsets from Gaussians truncated at 0; ``offsets`` where they are known."""
+    return dist.TruncatedNormal(loc, scale, low=0.0) if np.all(scale > 0) else dist.Delta(offsets)
+
+
+def coupled_draws(r, variance):
+    """Draws of the model's r and Sigma_gg from draws of the source's r, and the coordinates' variance."""
+    t = np.log1p(1.0 / r)
+    left = remaining_level(t, variance)
+    return 1.0 / overdispersion(left), t - left
 
 
 def offset_draws(loc, scale, n_samples, rng):

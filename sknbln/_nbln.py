@@ -391,7 +391,7 @@ class NBLNEstimator(
             start = start_coordinates(log_mean, log_r, previous.loadings, free, coupled)
             return resumed(start, previous, free)
         known = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
-        sums = sum_over_batches(known, log_mean, 1.0 / source.dispersion_)
+        sums = sum_over_batches(known, source._params())
         k = min(self.latent_dim, n_cells, n_genes)
         loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
         return start_coordinates(log_mean, log_r, loadings, free, coupled)

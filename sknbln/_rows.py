@@ -276,15 +276,15 @@ def gene_score_products(batches, params, start, free_dispersion):
     return total[0][:, keep][:, :, keep], total[1], solved
 
 
-def sum_over_batches(batches, mean, phi):
-    """A function that sums ``function(cells, mean, phi, *args)`` over the batches."""
+def sum_over_batches(batches, params):
+    """A function that sums ``function(cells, params, *args)`` over the batches."""
 
     @float64
     def summed(function, *args):
         kernel = compiled_once(function)
 
         def part(rows, cells):
-            return jax.tree.map(np.asarray, kernel(cells, mean, phi, *args))
+            return jax.tree.map(np.asarray, kernel(cells, params, *args))
 
         return functools.reduce(_added, batches.map(part))
 

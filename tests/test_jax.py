@@ -40,7 +40,7 @@ def test_what_leaves_is_float64_numpy_and_the_users_mode_is_kept():
     out = [
         *solve_rows(batches, params),
         *jax.tree.leaves(Sweeper(batches, K)(params)),
-        *sum_over_batches(batches, params.mean, params.dispersion)(information_sums),
+        *sum_over_batches(batches, params)(information_sums),
         *jax.tree.leaves(gene_score_products(batches, params, Sweeper(batches, K).scores, True)),
     ]
     for a in out:

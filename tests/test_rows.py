@@ -235,9 +235,7 @@ def test_rows_do_not_depend_on_the_start():
 
 def test_sum_over_batches_is_the_loop():
     X, offset, scale, _, params = rows()
-    summed = sum_over_batches(
-        RowBatches(X, offset, scale, batch_size=8), params.mean, params.dispersion
-    )
+    summed = sum_over_batches(RowBatches(X, offset, scale, batch_size=8), params)
     total, squares = summed(information_sums)
     m = np.exp(params.mean - offset[:, None])
     information = m / (1 + params.dispersion * m)

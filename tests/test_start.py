@@ -10,6 +10,7 @@ from scipy.linalg import subspace_angles
 from sknbln._rows import RowBatches, sum_over_batches
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver import start as start_module
+from sknbln.solver.params import Params
 from sknbln.solver.start import less_overdispersion, loadings_from_scores
 
 from .reference import small
@@ -41,10 +42,15 @@ def small_data(poisson=False):
     return cells, log_mean, r
 
 
+def independent(log_mean, r):
+    """Parameters of independent genes."""
+    return Params(log_mean, np.zeros((len(log_mean), 0)), np.zeros(len(log_mean)), 1.0 / r)
+
+
 def loadings(cells, log_mean, r, k, *, batch_size=None, seed=0):
     X = csr(cells.counts)
     batches = RowBatches(X, cells.offset, np.zeros(X.shape[0]), batch_size=batch_size)
-    summed = sum_over_batches(batches, log_mean, 1.0 / r)
+    summed = sum_over_batches(batches, independent(log_mean, r))
     return loadings_from_scores(summed, *X.shape, k, np.random.RandomState(seed))
 
 
@@ -121,7 +127,7 @@ def test_recovers_the_span_of_the_factors():
     batches = RowBatches(X, sim.capture_offset, np.zeros(800))
     # the marginal dispersion of the independent-gene model at the truth
     phi = (1 + 1 / sim.dispersion) * np.exp(np.sum(sim.loadings**2, 1) + sim.noise_variance) - 1
-    summed = sum_over_batches(batches, log_mean, phi)
+    summed = sum_over_batches(batches, independent(log_mean, 1.0 / phi))
     found = loadings_from_scores(summed, *X.shape, 2, np.random.RandomState(0))
     assert np.degrees(subspace_angles(found, sim.loadings)).max() < 25
     off = ~np.eye(40, dtype=bool)

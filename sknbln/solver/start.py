@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .channel import channel_terms
+from .mode import location
 from .params import Params, noise_coordinate
 
 # of the randomized eigendecomposition: extra columns, multiple of the number of columns, iterations
@@ -20,23 +21,23 @@ _POWER_ITERATIONS = 4
 _LARGEST_SD = 2.0  # nats; largest norm of a gene's loadings at the start
 
 
-def _scores_and_information(cells, mean, phi):
-    terms = channel_terms(cells.counts, mean[None, :] - cells.offset[:, None], phi[None, :])
+def _scores_and_information(cells, params):
+    terms = channel_terms(cells.counts, location(cells, params), params.dispersion[None, :])
     weight = cells.weight[:, None]
     return weight * terms.gradient, weight * terms.rate / (1.0 + terms.odds)
 
 
 @jax.jit
-def information_sums(cells, mean, phi):
+def information_sums(cells, params):
     """Sums over cells of the expected information and of its square, (n_genes,) each."""
-    _, information = _scores_and_information(cells, mean, phi)
+    _, information = _scores_and_information(cells, params)
     return jnp.sum(information, 0), jnp.sum(information**2, 0)
 
 
 @jax.jit
-def score_product(cells, mean, phi, q, omega):
+def score_product(cells, params, q, omega):
     """``B' B omega`` summed over the batch, (n_genes, n_columns)."""
-    gradient, _ = _scores_and_information(cells, mean, phi)
+    gradient, _ = _scores_and_information(cells, params)
     B = gradient / q[None, :]
     return B.T @ (B @ omega)
 
@@ -47,7 +48,7 @@ def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
     Parameters
     ----------
     sum_over_batches : callable
-        ``sum_over_batches(function, *args)`` sums ``function(cells, mean, phi, *args)`` over the
+        ``sum_over_batches(function, *args)`` sums ``function(cells, params, *args)`` over the
         batches; ``cells.offset`` are the capture offsets, taken as known.
     n_cells, n_genes, k : int
     rng : RandomState

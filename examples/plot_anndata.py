@@ -2,12 +2,13 @@
 From AnnData and back
 =====================
 
-The estimators take a matrix of raw counts and return arrays. In an ``AnnData`` object the matrix is
-``adata.X`` or a layer, and the arrays have their places: one row per cell in ``adata.obsm``, one row per gene
-in ``adata.varm``. From there scanpy's functions find them.
+The estimators take a matrix of raw counts and return arrays. In an ``AnnData`` object the matrix
+is ``adata.X`` or a layer, and each array has its place: arrays with one row per cell go into
+``adata.obsm``, arrays with one row per gene into ``adata.varm``. Scanpy's functions look for them
+there.
 
-``anndata`` is no requirement of this package. Where it is not installed this page runs all the same,
-with a stand-in that has the same places.
+This package does not require ``anndata``. Where it is not installed, this page still runs, with a
+stand-in that has the same attributes.
 """
 
 from types import SimpleNamespace
@@ -33,14 +34,15 @@ else:
     print(adata)
 
 # %%
-# Most objects in use have *normalized* values in ``adata.X``, and the counts in a layer. The models need
-# the counts.
+# Most ``AnnData`` objects have *normalized* values in ``adata.X`` and the counts in a layer. The
+# models need the counts.
 adata.layers["counts"] = adata.X.copy()
 counts = adata.layers["counts"]
 
 # %%
-# Fit. A data frame of the counts would carry the genes' names into the fit (``feature_names_in_``) at
-# the price of a dense copy; with a matrix the order of ``adata.var_names`` is the order of the results.
+# Fit both models. A data frame of the counts would carry the genes' names into the fit
+# (``feature_names_in_``), at the price of a dense copy. With a matrix, the results are in the
+# order of ``adata.var_names``.
 genes = NBVCPEstimator(random_state=0).fit(counts)
 model = NBLNEstimator(
     latent_dim=8,
@@ -51,7 +53,7 @@ model = NBLNEstimator(
 ).fit(counts)
 
 # %%
-# Hand over. Everything is a NumPy array already.
+# Store the results. Everything is already a NumPy array.
 adata.obsm["X_nbln"] = model.transform(counts)
 adata.varm["nbln"] = model.get_W_compositional()
 adata.obs["capture_probability"] = np.exp(-model.capture_offset_)
@@ -63,23 +65,23 @@ for place in ("obs", "var", "obsm", "varm", "uns", "layers"):
     print(f"{place:<7s}", ", ".join(getattr(adata, place)))
 
 # %%
-# From here on it is scanpy's::
+# From here on, use scanpy::
 #
 #     sc.pp.neighbors(adata, use_rep="X_nbln")
 #     sc.tl.umap(adata)
 #     sc.tl.leiden(adata)
 #     sc.pl.umap(adata, color=["cell_type", "leiden", "capture_probability"])
 #
-# Components are ordered by how much they explain, as principal components are. Unlike those, scores
-# are standardized: a neighbour graph then counts every component alike. To weigh them by what they
-# explain, multiply.
+# Components are ordered by explained variance, as principal components are. Unlike the scores of
+# principal components, these scores are standardized, so a neighbour graph gives every component
+# the same weight. To weight components by what they explain, multiply.
 adata.obsm["X_nbln_weighted"] = adata.obsm["X_nbln"] * np.sqrt(model.explained_variance_)
 EmbeddingDisplay.from_estimator(model, counts, groups=adata.obs["cell_type"])
 plt.show()
 
 # %%
-# Macrophages lie apart; CD4+ and CD8+ T cells overlap on the first two components.
+# Macrophages are well separated; CD4+ and CD8+ T cells overlap on the first two components.
 #
-# New cells, in another object with the same genes in the same order, are embedded without a new fit:
-# ``new.obsm["X_nbln"] = model.transform(new.layers["counts"])``. Genes in another order are put right
-# by ``new[:, adata.var_names]``.
+# New cells, in another object with the same genes in the same order, are embedded without a new
+# fit: ``new.obsm["X_nbln"] = model.transform(new.layers["counts"])``. If the genes are in another
+# order, ``new[:, adata.var_names]`` restores it.

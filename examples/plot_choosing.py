@@ -2,9 +2,9 @@
 Choosing a setting by held-out score
 ====================================
 
-How many factors, which parameters to freeze, which prior: the held-out log-likelihood of a row is on
-one scale for all of them, so one grid search may choose. The data are the 600 immune cells that
-come with the package.
+How many factors, which parameters to freeze, which prior: the held-out log-likelihood of a row is
+on one scale for all of these choices, so one grid search can make them. The data are the 600
+immune cells that come with the package.
 """
 
 import warnings
@@ -22,12 +22,13 @@ X = load_immune_cells().data
 folds = KFold(3, shuffle=True, random_state=0)
 
 # %%
-# The grid is a list: each entry is a family of settings. The source of the cascade is given
+# The grid is a list: each entry is a family of settings. The source of the cascade is passed
 # unfitted, so that it is fitted on the training rows of each fold; ``memory`` keeps that fit for
-# all candidates of the fold. A fit stops when its sweeps gain less than the fraction ``tol`` of the
-# log-posterior: 0.06 nats per cell here, where settings differ by whole nats. Two families warn of what
-# the scores will show: the default counts overdispersion twice, and all of eight columns are real, so that
-# ARD finds no rank among them. Those warnings are expected.
+# all candidates of the fold. A fit stops when its sweeps gain less than the fraction ``tol`` of
+# the log-posterior: 0.06 nats per cell here, where settings differ by whole nats. Two families
+# warn of what the scores will show: the default counts overdispersion twice, and with eight
+# factors all columns are real, so that the rank under ARD is only a bound. These warnings are
+# expected.
 free = {"informative_priors_freeze": [("eta",)], "informative_priors_tau": [np.inf]}
 families = {
     "default: r and eta frozen": {"latent_dim": [2, 4, 8, 16]},
@@ -50,7 +51,7 @@ print(f"best: {search.best_params_}, {search.best_score_:.1f} nats per cell")
 
 # %%
 # Folds differ by more nats than settings do, and every candidate sees the same folds. So subtract
-# what independent genes score on the same fold before taking means and spreads.
+# the score of independent genes on the same fold before taking means and spreads.
 table = pd.DataFrame(search.cv_results_)
 splits = table[[f"split{i}_test_score" for i in range(folds.n_splits)]].to_numpy()
 table["gain"] = (splits - independent).mean(axis=1)
@@ -87,9 +88,10 @@ ax.legend(frameon=False)
 plt.show()
 
 # %%
-# What one sees: letting the data refine the dispersions is worth more than adding factors. Two factors
-# with free dispersions score as well as sixteen under the default freeze, because the independent
-# genes' dispersions already hold the variance that the factors explain. With 400 training cells the
-# score still rises at 16 factors, ever more slowly. The ARD prior makes no difference here: these
-# cells support nearly all the factors that they are given, so there is little to shrink. It pays
-# where ``latent_dim`` is generous for the data; where that begins only a search like this one can say.
+# Letting the data refine the dispersions is worth more than adding factors. Two factors with free
+# dispersions score as well as sixteen under the default freeze, because the independent genes'
+# dispersions already hold the variance that the factors explain. With 400 training cells the
+# score still rises at 16 factors, but ever more slowly. The ARD prior makes no difference here:
+# these cells support nearly all the factors of the model, so there is little to shrink. The prior
+# helps where ``latent_dim`` is larger than the data support; only a search like this one can show
+# where that is.

@@ -2,8 +2,8 @@
 Gene-gene correlations of immune cells, with checks
 ===================================================
 
-Correlations between genes are easy to compute and hard to trust. The order here: hold cells out,
-fit, look whether it converged, check the fit against the held-out cells, and only then read
+Correlations between genes are easy to compute and hard to trust. The order here is: hold cells
+out, fit, see whether the fit converged, check it against the held-out cells, and only then read
 correlations.
 """
 
@@ -40,20 +40,20 @@ with warnings.catch_warnings(record=True) as said:
         ).fit(train)
         for name, options in settings.items()
     }
-# the literal cascade says itself what is wrong with it
+# the literal cascade warns of what is wrong with it
 print(*(f"{w.category.__name__}: {w.message}" for w in said), sep="\n")
 
 # %%
-# Did it converge? The objective rises to within the tolerance, and the mode of every
+# Did the fit converge? The objective rises to within the tolerance, and the mode of every
 # training cell was found.
 model = models["r free"]
 ConvergenceDisplay.from_estimator(model)
 plt.show()
 
 # %%
-# Numbers before pictures. A predictive p-value says where an observed statistic of a gene lies among
-# those of replicated cells; when all is right 5 % of the genes lie outside [0.025, 0.975]. The cells
-# are held out.
+# Numbers before pictures. A predictive p-value says where an observed statistic of a gene lies
+# among those of replicated cells. When the model is right, 5 % of the genes lie outside [0.025,
+# 0.975]. The cells are held out.
 print(f"{'':<28s}{'score':>9s}   genes outside, in %")
 print(f"{'':<28s}{'':>9s}    mean  variance  zeros  maximum")
 for name, fit in {"independent genes": genes, **models}.items():
@@ -64,38 +64,40 @@ for name, fit in {"independent genes": genes, **models}.items():
     print(f"{outside[1]:10.0f}{outside[2]:7.0f}{outside[3]:9.0f}")
 
 # %%
-# By score the factor models predict held-out cells far better than independent genes, and still no model
-# passes. With free dispersions more than a quarter of the genes has the wrong mean among the new cells, and
-# nearly four in ten the wrong variance, which the model mostly takes for larger than it is. What is
-# checked here are *margins* over one population of cells, and three cell types are no normal
-# distribution: for a gene that is on in a quarter of the cells the model takes a log-normal margin of
-# the right width, whose tail is too heavy. The literal cascade counts dispersion twice, and so
-# expects too many zeros. Take the structure from here, and no tail probabilities.
+# By score, the factor models predict held-out cells far better than independent genes do, and
+# still no model passes. With free dispersions, more than a quarter of the genes have the wrong
+# mean among the new cells, and nearly four in ten have the wrong variance, which the model mostly
+# overestimates. This check is of *marginal distributions* over one population of cells, and three
+# cell types are not one normal distribution. For a gene that is on in a quarter of the cells, the
+# model uses a log-normal marginal of the right width, whose tail is too heavy. The literal
+# cascade counts dispersion twice, and so predicts too many zeros. Trust these fits for structure,
+# not for tail probabilities.
 
 # %%
-# Count by count: randomized quantile residuals, and the variance that each gene has in data and
-# model. The median gene is right; one in five is not. The model's variances are somewhat too large at
-# all means, which agrees with the table.
+# Count by count: randomized quantile residuals, and the variance of each gene in the data and in
+# the model. The median gene is right; one in five is not. The model's variances are somewhat too
+# large at all means, which agrees with the table.
 CalibrationDisplay.from_estimator(model, test, random_state=0)
 plt.show()
 
 # %%
-# Gene by gene: observed counts of the held-out cells against replicated ones, for genes from rare to
-# abundant.
+# Gene by gene: the observed counts of the held-out cells against replicated counts, for genes
+# from rare to abundant.
 PPCDisplay.from_estimator(model, test, random_state=0)
 plt.show()
 
 # %%
-# Gene against gene: compositions of cells, and of the model before count noise. Markers that are on in
-# one cell type and off in another are two clouds, one of them at zero; the model has one normal
-# distribution for all cells and covers both with one broad ellipse. It describes the mixture, not
-# a type.
+# Gene against gene: compositions of the cells, and of the model before count noise. Markers that
+# are on in one cell type and off in another form two clouds, one of them at zero. The model has
+# one normal distribution for all cells, and covers both clouds with one broad ellipse. It
+# describes the mixture, not a single type.
 CompositionalCornerDisplay.from_estimator(model, test, n_genes=4, random_state=0)
 plt.show()
 
 # %%
-# Now the correlations: of log-rates relative to the cell's level, which no assumption on capture can
-# change. Two dozen genes with a known part to play, ordered by clustering.
+# Now the correlations. They are of log-rates relative to the cell's level, so no assumption on
+# capture can change them. The picture shows two dozen genes of known function, ordered by
+# clustering.
 markers = [
     *("CD3D", "CD3E", "CD2", "IL32", "LTB", "CCL5", "CCL4", "NKG7"),  # lymphocytes
     *("CD14", "CD68", "C1QA", "C1QB", "LYZ", "S100A8", "S100A9", "TYROBP"),  # myeloid
@@ -106,12 +108,12 @@ CorrelationDisplay.from_estimator(model, genes=markers)
 plt.show()
 
 # %%
-# Blocks of what belongs together come out: T cells against macrophages, the complement genes C1QA and
-# C1QB, the calprotectin pair S100A8 and S100A9, antigen presentation, ribosomal genes. Most of what is large
-# separates macrophages from T cells, and is correlation *between* types. Fit within a type to ask about
-# the rest.
+# Genes that belong together form blocks: T cells against macrophages, the complement genes C1QA
+# and C1QB, the calprotectin pair S100A8 and S100A9, antigen presentation, ribosomal genes. Most
+# of the large correlations come from the difference between macrophages and T cells: they are
+# correlations *between* types. To ask about the rest, fit within a type.
 #
-# How sure are they? Refit on resampled cells.
+# How certain are these correlations? Refit on resampled cells.
 rng = np.random.RandomState(0)
 refits = []
 for _ in range(5):
@@ -133,6 +135,7 @@ for i in np.argsort(-np.abs(refits[:, *upper]).min(axis=0))[:8]:
     )
 
 # %%
-# All of these are parts of known complexes: MHC class II, complement C1q and the ribosome. The
-# standard errors leave out the uncertainty of the source, which was not refitted, and what resampling
-# cannot see: that the model's margins are wrong for some genes.
+# All of these genes belong to known complexes: MHC class II, complement C1q and the ribosome. The
+# standard errors do not include the uncertainty of the source, which was not refitted. Nor do
+# they include what resampling cannot show: that the model's marginal distributions are wrong for
+# some genes.

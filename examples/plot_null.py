@@ -2,10 +2,10 @@
 Where nothing should be found
 =============================
 
-Spike-in controls put the same mixture of molecules into every well: whatever varies between wells
-is capture and counting. A method that finds structure there finds it anywhere. Here are counts of
-that kind, simulated, so that it is certain that nothing is there, and a positive control beside
-them.
+Spike-in controls put the same mixture of molecules into every well, so all variation between
+wells comes from capture and counting. A method that finds structure there finds it anywhere. This
+example simulates such counts, so that we know that there is no structure, and a positive control
+to compare them with.
 """
 
 import matplotlib.pyplot as plt
@@ -22,8 +22,8 @@ weak = make_nbln_counts(
 train, test = slice(0, 400), slice(400, None)
 
 # %%
-# Three fits of each: independent genes; eight factors without shrinkage; eight factors under the ARD
-# prior.
+# Each data set gets three fits: independent genes; eight factors without shrinkage; eight factors
+# under the ARD prior.
 settings = {
     "no shrinkage": {"loadings_prior": "none"},
     "ARD": {"loadings_prior": "ard"},
@@ -47,9 +47,9 @@ for data, X in (("null", null.data), ("two weak factors", weak.data)):
         models[data, name] = model
 
 # %%
-# Without shrinkage all eight components look alive on the null, and the held-out score says
-# that they are worth less than nothing. ARD takes them to zero there, and keeps what is real in the
-# positive control.
+# Without shrinkage, all eight components look real on the null, and the held-out score says that
+# they are worth less than nothing. ARD takes them to zero there, and keeps the real factors of
+# the positive control.
 styles = {"no shrinkage": ("#0072B2", "o"), "ARD": ("#009E73", "^")}  # safe for the colour-blind
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
 for ax, data in zip(axes, ("null", "two weak factors"), strict=True):
@@ -63,8 +63,8 @@ axes[1].legend(frameon=False)
 plt.show()
 
 # %%
-# Covariances of the log-rates between genes, relative to the cell's level, are what a fit claims.
-# Those of the null are all zero in truth.
+# A fit makes claims about the covariances of log-rates between genes, relative to the cell's
+# level. In the null, the true covariances are all zero.
 upper = np.triu_indices(shape["n_genes"], 1)
 
 
@@ -98,9 +98,9 @@ ax.legend(frameon=False)
 plt.show()
 
 # %%
-# A correlation is a ratio, and no remedy. Where the log-rates have (next to) no variance it divides
-# nothing by nothing and may be anything, under ARD too. Look at the effective rank and at
-# the variances first; where the rank is 0 there are no correlations to read.
+# Correlations do not help here. A correlation is a ratio: where the log-rates have almost no
+# variance, it divides zero by zero and can take any value, under ARD too. Look at the effective
+# rank and the variances first; where the rank is 0, there are no correlations to read.
 print("null                  median sd of log-rates   largest correlation")
 for name in settings:
     model = models["null", name]
@@ -109,9 +109,9 @@ for name in settings:
     print(f"  {name:<20s}{sd:12.3f} nats{largest:22.2f}")
 
 # %%
-# For comparison the usual recipe, Pearson's correlation of logarithms of counts per library. On
-# the null it does well: its values scatter as those of 400 independent cells do, with a standard
-# deviation of 1/20. The positive control shows what it costs.
+# For comparison, here is the usual recipe, Pearson's correlation of the logarithms of counts per
+# library. On the null it does well: its values scatter as those of 400 independent cells do, with
+# a standard deviation of 1/20. The positive control shows its price.
 for data, X in (("null", null.data), ("two weak factors", weak.data)):
     counts = X[train].toarray()
     size = counts.sum(axis=1, keepdims=True)
@@ -134,8 +134,8 @@ print("  NBLN, ARD, correlation:", against(true_correlation, model.get_correlati
 print("  NBLN, ARD, covariance: ", against(sigma[upper], covariances(model)))
 
 # %%
-# Pearson's correlations are too small by half and more, since noise of counting is in their denominator, and
-# they follow the truth less well. The model's *covariances* are close to calibrated. Its
-# *correlations* are too large here: their denominator needs each gene's own variance d, which
-# counts as shallow as these can hardly tell from the dispersion. Order pairs by correlation, and
-# quote covariances.
+# Pearson's correlations are too small by half or more, since counting noise is in their
+# denominator, and they follow the truth less closely. The model's *covariances* are close to
+# calibrated. Its *correlations* are too large here: their denominator needs each gene's own
+# variance d, which such shallow counts can hardly distinguish from the dispersion. Rank pairs by
+# correlation, but report covariances.

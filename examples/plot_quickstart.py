@@ -3,7 +3,7 @@ Quick start
 ===========
 
 Fit both models to a real count matrix, score them on cells that they have not seen, and use the
-embedding: 600 immune cells x 300 genes that come with the package.
+embedding. The data are 600 immune cells x 300 genes that come with the package.
 """
 
 import time
@@ -43,7 +43,7 @@ print(f"  NBVCP, independent genes      {independent.score(X[test]):9.2f}")
 print(f"  NBLN, {model.latent_dim_} factors              {model.score(X[test]):9.2f}")
 
 # %%
-# The embedding feeds any scikit-learn model. Everything is refitted within each fold.
+# Any scikit-learn model can use the embedding. Everything is refitted within each fold.
 folds = StratifiedKFold(5, shuffle=True, random_state=0)
 logistic = LogisticRegression(max_iter=1000)
 contenders = {
@@ -60,11 +60,11 @@ for name, embedding in contenders.items():
     print(f"  {name:<22s} {accuracy.mean():.3f} +- {accuracy.std() / np.sqrt(5):.3f}")
 
 # %%
-# The factors carry the cell types about as well as principal components of log counts do, no better: CD4+
-# and CD8+ T cells are hard to tell apart by the 300 most abundant genes. What the model adds is a
-# likelihood, uncertainties, and correlations that are not those of counting noise.
+# The factors predict the cell types about as well as principal components of log counts do, but
+# no better: CD4+ and CD8+ T cells are hard to tell apart by the 300 most abundant genes. The
+# model adds a likelihood, uncertainties, and correlations that do not come from counting noise.
 #
-# A picture: the four leading factors, training and held-out cells alike.
+# The picture shows the four leading factors, for training and held-out cells.
 scores = model.transform(X)
 held_out = np.isin(np.arange(len(labels)), test)
 palette = ["#0072B2", "#E69F00", "#009E73", "#CC79A7"]  # safe for the colour-blind

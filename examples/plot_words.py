@@ -2,10 +2,10 @@
 Counts that are not cells: words
 ================================
 
-Documents are rows, words are columns, most entries are zero, documents are of unequal length, and
-words come in bursts: the same kind of matrix. Here the documents are docstrings of Python's
-standard library, which every reader has installed; the numbers therefore depend a little on
-the version of Python.
+Texts give the same kind of matrix: documents are rows, words are columns, most entries are zero,
+documents have unequal lengths, and words come in bursts. Here the documents are docstrings of
+Python's standard library, which every reader has installed. The numbers therefore depend slightly
+on the version of Python.
 """
 
 import importlib
@@ -70,8 +70,8 @@ print(f"{X.shape[0]} documents x {X.shape[1]} words, {X.nnz / np.prod(X.shape):.
 print({theme: int(np.sum(labels == theme)) for theme in themes})
 
 # %%
-# "Capture" is the length of a document here. Nothing else has to be changed; ``"auto"``, the default,
-# makes no statement on how long documents ought to be.
+# "Capture" is the length of a document here. Nothing else has to change: ``"auto"``, the default,
+# makes no assumption on how long documents should be.
 train, test = train_test_split(np.arange(X.shape[0]), random_state=0, stratify=labels)
 independent = NBVCPEstimator(random_state=0).fit(X[train])
 settings = {
@@ -93,9 +93,9 @@ with warnings.catch_warnings(record=True) as said:
         ).fit(X[train])
         for name, options in settings.items()
     }
-# Words like "directory" and "header" are in few documents and fill those: only an absurdly wide
-# log-normal distribution has such counts, and the fit says so. Components and scores can be read;
-# do not draw counts of these words from it.
+# Words like "directory" and "header" occur in few documents, but often there: only an absurdly
+# wide log-normal distribution has such counts, and the fit warns of it. Components and scores can
+# be read; do not draw counts of these words from the model.
 print(*(f"{w.category.__name__}: {w.message}" for w in said), sep="\n")
 print("held-out log-likelihood per document (nats)")
 print(f"  {'independent words':<20s}{independent.score(X[test]):8.2f}")
@@ -104,13 +104,13 @@ for name, model in models.items():
     print(f"  {name:<20s}{model.score(X[test]):8.2f}   effective rank {rank}")
 
 # %%
-# How long the components are. Those that ARD takes to zero lie below the axis.
+# The picture shows the norms of the components. Those that ARD takes to zero lie below the axis.
 model = models["negative binomial"]
 LoadingsSpectrumDisplay.from_estimator(model)
 plt.show()
 
 # %%
-# Components are axes of words: those that a component raises, and those that it lowers.
+# Each component is an axis of words: it raises some words and lowers others.
 for k in range(min(4, model.w_prior_diagnostics_["effective_rank"])):
     order = np.argsort(model.components_[k])
     print(f"component {k + 1}")
@@ -118,9 +118,9 @@ for k in range(min(4, model.w_prior_diagnostics_["effective_rank"])):
     print("  -", ", ".join(words[order[:8]]))
 
 # %%
-# Documents on two components, held-out ones only. Themes were not shown to the model; it
-# finds most of them, and mixes numbers, whose words are few, into the middle: other
-# components speak of those. The Poisson channel scores about as well: with
-# a few words per document bursts are rare, and what there is of them the variances d can take up.
+# The picture shows the held-out documents on two components. The model has not seen the themes.
+# It separates most of them, but places "numbers", which has few words, in the middle: other
+# components describe that theme. The Poisson channel scores about as well: with only a few words
+# per document, bursts are rare, and the variances d can absorb them.
 EmbeddingDisplay.from_estimator(model, X[test], groups=labels[test])
 plt.show()

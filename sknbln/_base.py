@@ -1,4 +1,4 @@
-"""What both estimators share: validated rows, the held-out score, whole state, versions of pickles."""
+"""What both estimators share: validated rows, the held-out score, all-or-nothing fits, versioned pickles."""
 
 import functools
 import warnings
@@ -15,15 +15,15 @@ _VERSION = "_sknbln_version"
 
 
 def whole_or_nothing(fit):
-    """Make a `fit` that does not end leave the estimator as it was before the call.
+    """Decorate `fit` so that a call that fails leaves the estimator unchanged.
 
-    Every attribute that it set is taken back, after an exception and after Ctrl-C, unless it raised
-    `FitInterrupted` for this estimator, having written a complete state.
+    The attributes of the estimator are restored after any exception, Ctrl-C included. Only after a
+    `FitInterrupted` of this same estimator are they kept: its state is complete.
 
     Raises
     ------
     KeyboardInterrupt
-        When an estimator inside was interrupted.
+        If the fit of a nested estimator was interrupted.
     """
 
     @functools.wraps(fit)
@@ -47,12 +47,12 @@ def whole_or_nothing(fit):
 
 
 class VersionedStateMixin:
-    """Pickles that carry the version of this library, as scikit-learn's own estimators carry theirs.
+    """Store the version of this library in pickles, as scikit-learn does for its own estimators.
 
     Warns
     -----
     InconsistentVersionWarning
-        On loading a pickle of another version.
+        If a pickle of another version is loaded.
     """
 
     def __getstate__(self):
@@ -74,7 +74,7 @@ class VersionedStateMixin:
 
 
 class CountModelMixin(VersionedStateMixin, PredictiveMixin):
-    """What both estimators share: tags, the held-out score, versioned pickles, replicated counts."""
+    """Tags, validated rows, held-out scores, versioned pickles and replicated counts of both estimators."""
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -83,7 +83,7 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         return tags
 
     def _validated(self, X, prior=None):
-        """Counts as canonical CSR; said where rows exceed the M0 of a capture prior that is used on them."""
+        """Counts as canonical CSR; warns if rows have more counts than the M0 of the capture prior."""
         check_is_fitted(self)
         X = validate_counts(self, X, reset=False)
         _capture.warn_about_truncation(prior, X)
@@ -92,16 +92,17 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
     def score_samples(self, X, *, given_totals=False):
         r"""Laplace marginal log-likelihood of each row, constants included.
 
-        Log-rates and capture offset are both integrated, the offset under the capture prior whatever was
-        frozen: the numbers compare between estimators, freeze sets and latent dimensions. They do not
-        compare between values of `capture_efficiency`: the prior is centred on the scored row's own total,
-        and a smaller sigma_M scores better for that alone. What compares is
+        Log-rates and capture offset are both integrated out, the offset under the capture prior even where
+        it was frozen in the fit. Scores are therefore comparable between estimators, freeze sets and latent
+        dimensions. They are not comparable between values of `capture_efficiency`: the prior is centred on
+        the scored row's own total, so that a smaller sigma_M alone gives a better score. Comparable between
+        these is
 
         .. math:: \log p(u_c \mid \textstyle\sum_g u_{cg})
 
-        the likelihood of a row's composition (``given_totals=True``). It takes no capture prior, and
-        `capture_efficiency` enters through the fitted parameters alone. For ``observation="multinomial"``
-        it is the only score that there is.
+        the log-likelihood of a row's composition (``given_totals=True``). It uses no capture prior;
+        `capture_efficiency` enters through the fitted parameters alone. ``observation="multinomial"`` has
+        this score only.
 
         Parameters
         ----------
@@ -113,12 +114,12 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         Returns
         -------
         ndarray of shape (n_cells,)
-            Nats.
+            Log-likelihoods in nats.
 
         Warns
         -----
         UserWarning
-            When rows have more counts than the M0 of the capture prior (not with `given_totals`).
+            If rows have more counts than the M0 of the capture prior (not with `given_totals`).
         """
         check_is_fitted(self)
         given_totals = given_totals or self._given_totals
@@ -128,7 +129,7 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         return _capture.score_rows(X, self._params(), self.capture_prior_, self.batch_size)
 
     def score(self, X, y=None, *, given_totals=False):
-        """Mean over rows of :meth:`score_samples`; higher is better.
+        """Mean log-likelihood of the rows, see :meth:`score_samples`; higher is better.
 
         Parameters
         ----------
@@ -137,13 +138,13 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         y : Ignored
             Present for scikit-learn's conventions.
         given_totals : bool, default=False
-            True for the score given each row's total: see :meth:`score_samples`. A search over
-            `capture_efficiency` takes it by
+            True for the score given each row's total: see :meth:`score_samples`. For a search over
+            `capture_efficiency` pass
             ``scoring=lambda model, X, y=None: model.score(X, given_totals=True)``.
 
         Returns
         -------
         float
-            Nats per cell.
+            Score in nats per cell.
         """
         return float(np.mean(self.score_samples(X, given_totals=given_totals)))

@@ -1,4 +1,4 @@
-"""The capture model: from the user's `capture_efficiency` to a prior on each cell's offset."""
+"""The capture model: priors and posteriors of the cells' capture offsets, and the held-out score."""
 
 import reprlib
 import warnings
@@ -15,10 +15,10 @@ from .solver.params import dispersion
 #: prior total mRNA of a cell, counts
 ORGANISMS = {"human": 200_000.0, "mouse": 200_000.0, "yeast": 60_000.0, "ecoli": 3_000.0}
 _DEFAULT_SIGMA = 0.5
-#: the largest |log M0|, and the range of sigma: far beyond, offsets leave the range of floating point
+#: largest |log M0| and range of sigma; far beyond these, offsets overflow in floating point
 _LARGEST_LOG_M0 = 50.0
 _SIGMA_RANGE = (1e-8, 1e8)
-#: offset of a row without counts whose prior is flat, nats: nothing is captured
+#: offset of a row without counts under a flat prior, nats: the capture probability is practically 0
 _NO_CAPTURE = 500.0
 
 
@@ -29,7 +29,7 @@ class CapturePrior(NamedTuple):
     sigma: float
 
     def rows(self, library_size):
-        """Location and scale of the offset's prior (before truncation) per row."""
+        """Location and scale of each row's offset prior, before truncation."""
         loc = self.log_m0 - np.log(np.maximum(library_size, 1.0))
         return loc, np.full(loc.shape, self.sigma)
 
@@ -40,12 +40,12 @@ def library_sizes(X):
 
 
 def resolve(capture_efficiency, X):
-    """The prior that the parameter stands for, given the training counts; None is no capture.
+    """The capture prior that `capture_efficiency` specifies for the training counts X; None for no capture.
 
     Raises
     ------
     ValueError
-        For an unknown name or a pair that is not (log_M0, sigma_M) with sigma_M > 0, or far out of range.
+        If a name is unknown, or a pair is not (log_M0, sigma_M) with sigma_M > 0 and both in range.
     """
     if capture_efficiency is None:
         return None
@@ -60,7 +60,7 @@ def resolve(capture_efficiency, X):
             )
         return CapturePrior(float(np.log(ORGANISMS[capture_efficiency])), _DEFAULT_SIGMA)
     pair = tuple(capture_efficiency)
-    shown = reprlib.repr(pair)  # a vector of libraries is not printed whole
+    shown = reprlib.repr(pair)  # shortened: a user may pass a whole vector of library sizes
     if (
         len(pair) != 2
         or not all(isinstance(v, Real) and np.isfinite(v) for v in pair)
@@ -81,12 +81,12 @@ def resolve(capture_efficiency, X):
 
 
 def warn_about_truncation(prior, X):
-    """Say so when more than a few cells have more counts than the prior total mRNA of a cell."""
+    """Warn if more than a few cells have more counts than M0, the prior total mRNA of a cell."""
     if prior is None:
         return
     sizes = library_sizes(X)
     above = int(np.sum(np.log(np.maximum(sizes, 1.0)) > prior.log_m0))
-    # of few cells, a half
+    # with few cells, more than half of them
     if above > min(max(3, 0.01 * sizes.size), sizes.size / 2):
         warnings.warn(
             f"{above} of {sizes.size} cells have more counts than the prior total mRNA of a cell (M0 of "
@@ -98,46 +98,47 @@ def warn_about_truncation(prior, X):
 
 
 def row_prior(prior, X):
-    """Location and scale per row of X; zeros without a capture model."""
+    """Location and scale of the offset prior of each row of X; zeros without a capture model."""
     if prior is None:
         return np.zeros(X.shape[0]), np.zeros(X.shape[0])
     return prior.rows(library_sizes(X))
 
 
 class OffsetPosterior(NamedTuple):
-    """Posterior of capture offsets: a Gaussian truncated to eta >= 0, per row."""
+    """Posterior of the capture offset of each row: a Gaussian truncated to eta >= 0."""
 
     loc: np.ndarray  # mode, >= 0
     scale: np.ndarray
-    raw_loc: np.ndarray  # of the Gaussian before truncation; negative where the bound is active
+    raw_loc: np.ndarray  # mode before truncation; negative where the bound is active
 
 
 def same_offsets(one, other):
-    """Whether two posteriors are of the same rows: nothing else agrees in every row to rounding."""
+    """Whether two posteriors belong to the same rows, that is, agree in every row up to rounding."""
     return one.loc.shape == other.loc.shape and all(
         np.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(one, other, strict=True)
     )
 
 
 def refined(source, source_prior, prior, tau):
-    r"""Location and scale of offsets that are not frozen: the capture prior once, and a source's counts.
+    r"""Location and scale of free offsets: the capture prior, counted once, and the source's likelihood.
 
-    The source's posterior of an offset, precision `p` and location `m`, already holds its capture
-    prior, `p_s` and `m_s`. The rest is its likelihood, whose precision counts by ``1 / tau^2``:
+    The source's posterior of an offset, with precision `p` and location `m`, already includes its capture
+    prior, with `p_s` and `m_s`. The remainder is the likelihood, whose precision is divided by ``tau^2``:
 
     .. math:: \mathrm{precision} = p_0 + (p - p_s) / \tau^2
 
-    with `p_0` of the model's own capture prior. ``tau = 1`` is the source's posterior (where the capture
-    priors are the same), ``tau -> inf`` the capture prior, ``tau -> 0`` the freeze: below 1 the location
-    does not go on from the source's mode towards the likelihood's.
+    where `p_0` is the precision of the model's own capture prior. ``tau = 1`` gives the source's posterior
+    (if the capture priors are the same), ``tau -> inf`` the capture prior, and ``tau -> 0`` a frozen offset:
+    for tau below 1 the location does not move from the source's mode towards that of the likelihood.
 
     Parameters
     ----------
     source : OffsetPosterior
-        The source's posterior of each row. Where its mode is at the bound 0, the offset is held there.
+        The source's posterior of each row. Where its mode is at the bound 0, the offset is held at 0.
     source_prior, prior : tuple of ndarray
-        Location and scale of the source's and of the model's capture prior, (n_rows,) each.
+        Location and scale of the capture prior of the source and of the model, (n_rows,) each.
     tau : float
+        Factor of the scales of the source's likelihood, `informative_priors_tau`.
 
     Returns
     -------
@@ -156,15 +157,15 @@ def refined(source, source_prior, prior, tau):
 def given_source(X, found, source_prior, prior, *, frozen, tau):
     """Offset, scale and precision of each row of a model with a source: (n_rows,) each.
 
-    One rule for training rows and new rows. ``found`` are the offsets' posteriors given the source
-    (`OffsetPosterior`). Frozen: their mode, scale 0. Otherwise as :func:`refined`; without a capture
-    model there is no offset.
+    The rule is the same for training rows and new rows. ``found`` is the `OffsetPosterior` of the rows
+    given the source. A frozen offset is its mode, with scale 0; a free one follows :func:`refined`; without
+    a capture model the offset is 0.
     """
-    held = np.zeros(X.shape[0])
+    zeros = np.zeros(X.shape[0])
     if source_prior is None or frozen:
-        loc, scale = found.loc, held
+        loc, scale = found.loc, zeros
     elif prior is None:
-        loc, scale = held, held
+        loc, scale = zeros, zeros
     else:
         loc, scale = refined(found, row_prior(source_prior, X), row_prior(prior, X), tau)
     return loc, scale, np.ones(X.shape[0])
@@ -173,19 +174,22 @@ def given_source(X, found, source_prior, prior, *, frozen, tau):
 def flat(X, mean):
     """Offset, scale and precision of rows whose offset has a flat prior: (n_rows,) each.
 
-    It is expanded around the offset that explains the total at the mean log-rates. A row without counts says
-    nothing, which is what a vanishing capture says.
+    A flat prior has no location. The offset returned is the origin of the expansion: the one that explains
+    the row's total at the mean log-rates. A row without counts has no information about its scores, which is
+    expressed by a fixed offset with a capture probability of practically 0.
     """
     totals = library_sizes(X)
-    some = totals > 0
-    offset = np.where(some, logsumexp(mean) - np.log(np.where(some, totals, 1.0)), _NO_CAPTURE)
-    return offset, some.astype(float), np.where(some, 0.0, 1.0)
+    has_counts = totals > 0
+    offset = np.where(
+        has_counts, logsumexp(mean) - np.log(np.where(has_counts, totals, 1.0)), _NO_CAPTURE
+    )
+    return offset, has_counts.astype(float), np.where(has_counts, 0.0, 1.0)
 
 
 def offset_posterior(X, params, prior, batch_size=None, found=None):
-    """Posterior of each row's capture offset given the parameters; ``found`` the rows' solutions if known.
+    """Posterior of each row's capture offset given the parameters, an `OffsetPosterior`.
 
-    Returns an `OffsetPosterior` of zeros where there is no capture model.
+    It is 0 without a capture model. ``found`` is the `RowPosterior` of the rows, computed here if None.
     """
     offset, scale = row_prior(prior, X)
     if prior is None:
@@ -204,25 +208,25 @@ def offset_posterior(X, params, prior, batch_size=None, found=None):
 
 
 def _at_zero(batches, offset, scale, params):
-    """Slope and curvature of log p(u, eta) at eta = 0, and log p(u | eta = 0)."""
-    found = solve_rows(batches, params)
-    slope = np.minimum(found.offset_slope + offset / scale**2, 0.0)
-    return slope, found.offset_curvature + scale**-2, found.log_marginal
+    """Slope and negative curvature of log p(u, eta) at eta = 0, and log p(u | eta = 0)."""
+    posterior = solve_rows(batches, params)
+    slope = np.minimum(posterior.offset_slope + offset / scale**2, 0.0)
+    return slope, posterior.offset_curvature + scale**-2, posterior.log_marginal
 
 
 def score_rows(X, params, prior, batch_size=None):
     r"""Laplace marginal ``log p(u_c)`` of every row, constants included, shape (n_cells,).
 
-    Log-rates and the capture offset are both integrated, the offset under its capture prior, which
-    is truncated at 0: where the mode of the offset is inside, by the Gaussian's mass above 0; where
-    it is at the bound, by the integral of the expansion there.
+    Log-rates and the capture offset are both integrated out. The capture prior of the offset is truncated
+    at 0: if the mode is above 0, Laplace's method is corrected by the Gaussian's mass above 0; if it is at
+    the bound, the quadratic expansion there is integrated above 0.
     """
     offset, scale = row_prior(prior, X)
     batches = RowBatches(X, offset, scale, batch_size=batch_size)
-    found = solve_rows(batches, params)
-    value = found.log_marginal
+    posterior = solve_rows(batches, params)
+    value = posterior.log_marginal
     if prior is not None:
-        raw, sd = found.offset, found.offset_scale
+        raw, sd = posterior.offset, posterior.offset_scale
         value = value + log_ndtr(raw / sd)
         rows = np.flatnonzero(raw < 0)
         if rows.size:
@@ -243,22 +247,23 @@ def score_rows(X, params, prior, batch_size=None):
 def score_rows_given_totals(X, params, batch_size=None):
     r"""Laplace marginal ``log p(u_c | total)`` of every row, constants included, shape (n_cells,).
 
-    Given the rates a row's total is Poisson, and with a flat log-scale its probability is ``1 / total``
-    whatever the rates: the marginal under a flat capture offset, plus ``log total``. No capture prior enters.
+    Given the rates, a row's total is Poisson; under a flat prior on its log-scale the probability of the
+    total is ``1 / total``, whatever the rates. The score is therefore the marginal under a flat prior of the
+    capture offset, plus ``log total``. It uses no capture prior.
 
-    Laplace's method on the offset alone is Stirling's formula of Gamma(total); its error is known and
-    taken out, so that the score of Poisson counts is exact as Sigma -> 0.
+    Laplace's method applied to the offset alone is Stirling's formula for Gamma(total). Its error is known
+    and corrected, so that the score of Poisson counts is exact as Sigma -> 0.
     """
     totals = library_sizes(X)
-    some = totals > 0
-    n = totals[some]
+    has_counts = totals > 0
+    n = totals[has_counts]
     batches = RowBatches(X, *flat(X, params.mean), batch_size=batch_size)
-    found = solve_rows(batches, params).log_marginal
+    log_marginal = solve_rows(batches, params).log_marginal
     stirling = gammaln(n) - (0.5 * np.log(2 * np.pi / n) + n * np.log(n) - n)
-    value = np.zeros(X.shape[0])  # a row without counts has one composition
-    value[some] = (
-        found[some]
-        + row_constants(X[some], dispersion(params))
+    value = np.zeros(X.shape[0])  # log 1: a row without counts has one possible composition
+    value[has_counts] = (
+        log_marginal[has_counts]
+        + row_constants(X[has_counts], dispersion(params))
         + 0.5 * np.log(2 * np.pi)
         + np.log(n)
         + stirling

@@ -1,4 +1,4 @@
-"""Counts in, canonical CSR out: every message that a user sees about input."""
+"""Validation of counts: canonical CSR, every message about input, and the distinct counts of genes."""
 
 import datetime
 import os
@@ -20,34 +20,35 @@ from sklearn.utils.validation import validate_data
 
 from .solver.channel import log_factorial, log_rising, log_rising_derivatives
 
-#: where a warning's line is not the user's
+#: directories of frames that are not the user's own code
 _NOT_THE_USERS = tuple(
     os.path.dirname(file) + os.sep for file in (__file__, sklearn.__file__, joblib.__file__)
 )
 _RAW = "Give raw counts, not normalized, centred or log-transformed values."
-#: what is a number among objects; a missing one is NaN
+#: types of objects that count as numbers; missing values become NaN
 _NUMBERS = (Real, Decimal, np.bool_, type(None), type(pd.NA))
 _DATES = (
     *(datetime.date, datetime.time, datetime.timedelta),
     *(np.datetime64, np.timedelta64, pd.Period, type(pd.NaT)),
 )
-#: what holds counts and is no matrix in memory: an attribute of its class, what to give instead
+#: objects that hold counts but are not a matrix in memory: an attribute of the class -> advice to the user
 _HOLDERS = {
     "X": "Give its matrix of raw counts: adata.X, adata.layers['counts'] or adata.raw.X.",
     "dask": "Its values are not computed yet: give X.compute().",
     "collect": "Its values are not computed yet: give X.collect().",
     "to_memory": "Its values are in a file: give X.to_memory(), or the rows that you need, as X[:1000].",
 }
-#: relative and absolute distance from a whole number that is rounding
+#: relative and absolute distance from a whole number that is treated as rounding error
 _ROUNDING = 1e-6, 1e-8
-#: Non-zero counts whose common divisor is no chance: 20 large ones are all even with a probability of 1e-6.
+#: least number of non-zero counts for which a common divisor is not chance: 20 large counts are all even
+#: with probability 1e-6
 _NOT_TINY = 20
 
 
 def user_stacklevel():
-    """``stacklevel`` of ``warnings.warn`` in the calling function that names the user's own line.
+    """``stacklevel`` with which ``warnings.warn`` in the calling function points to the user's own line.
 
-    The nearest frame outside sknbln, scikit-learn and joblib.
+    That is the nearest frame outside sknbln, scikit-learn and joblib.
     """
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
@@ -58,18 +59,19 @@ def user_stacklevel():
 def validate_counts(estimator, X, *, reset, warn=True):
     """Check a count matrix and return it as float64 CSR, sorted, without duplicates or zeros.
 
-    Values within 1e-6 of themselves, or within 1e-8, of whole numbers are rounded. The caller's matrix is
-    never modified.
+    Values within 1e-8, or within a relative 1e-6, of a whole number are rounded to it. The caller's matrix
+    is never modified.
 
     Parameters
     ----------
     estimator : estimator instance
         Receives ``n_features_in_`` and ``feature_names_in_`` when `reset`.
     X : array-like, sparse matrix, sparse array or DataFrame of shape (n_cells, n_genes)
+        Counts.
     reset : bool
-        True in fit.
+        True in `fit`, False afterwards.
     warn : bool, default=True
-        False where another estimator warns of the same matrix.
+        False if another estimator issues the warnings about the same matrix.
 
     Returns
     -------
@@ -79,18 +81,18 @@ def validate_counts(estimator, X, *, reset, warn=True):
     ------
     ValueError
         "Negative values in data ...", "NaN in data ...", "inf in data ...", "Text in data ...", "Dates in
-        data ...", "Complex data not supported ..." with what was found where; "Masked entries in data ...";
-        "Columns of the same name in data ..."; scikit-learn's messages for shapes, numbers of features and
-        names of features.
+        data ...", "Complex data not supported ...", with the value and its place; "Masked entries in data
+        ..."; "Columns of the same name in data ..."; scikit-learn's messages about shapes, numbers of
+        features and names of features.
     TypeError
-        "... expects a matrix of counts ...", for what holds one, is not computed yet or not in memory;
-        "Objects in data ..." with what was found where.
+        "... expects a matrix of counts ..." for an object that holds a matrix, or whose values are not
+        computed yet or not in memory; "Objects in data ..." with the type and its place.
 
     Warns
     -----
     UserWarning
-        When counts are not whole numbers; in fit also when there are none, when whole rows have a common
-        divisor, and when all rows have the same total.
+        If counts are not whole numbers; in `fit` also if all counts are zero, if most rows have a common
+        divisor, and if all rows have the same total.
     """
     name = type(estimator).__name__
     X = _numbers(name, X)
@@ -105,7 +107,7 @@ def validate_counts(estimator, X, *, reset, warn=True):
     )
     X = sp.csr_matrix(X)
     if not X.has_canonical_format or not X.data.all():
-        X = X.copy()  # what follows works in place, maybe on the caller's arrays
+        X = X.copy()  # the next lines work in place, and the arrays may be the caller's
         X.sum_duplicates()
         X.eliminate_zeros()
     X = _rounded(X)
@@ -118,8 +120,8 @@ def validate_counts(estimator, X, *, reset, warn=True):
 def _numbers(name, X):
     """X as an array, a sparse matrix or a pandas DataFrame of numbers.
 
-    Refused is what NumPy would make numbers of though it is no count, drop in silence or take apart for
-    minutes.
+    It refuses what NumPy would convert to numbers that are not counts (dates), drop silently (masks,
+    imaginary parts) or spend minutes on (holders of matrices).
     """
     _refuse_holders(name, X)
     if hasattr(type(X), "column_names") or hasattr(type(X), "columns"):
@@ -142,7 +144,7 @@ def _numbers(name, X):
 
 
 def _refuse_holders(name, X):
-    """Known by attributes of the class, so that no package has to be imported."""
+    """Refuse objects that hold a matrix, recognized by attributes of their class, without any import."""
     array_like = hasattr(type(X), "__array__") or isinstance(X, Sequence) or sp.issparse(X)
     if array_like and not hasattr(type(X), "dask"):
         return
@@ -154,9 +156,9 @@ def _refuse_holders(name, X):
 
 
 def _numbers_of_frame(name, X):
-    """A pandas DataFrame of the columns of a frame (pandas, polars, pyarrow), NaN where a value is missing.
+    """A pandas DataFrame with the columns of a frame (pandas, polars, pyarrow); missing values become NaN.
 
-    Every column is asked for its own type. Sparse ones stay sparse.
+    Columns are converted one by one, each from its own type. Sparse columns stay sparse.
     """
     columns = list(X.column_names if hasattr(type(X), "column_names") else X.columns)
     repeated = [str(column) for column, times in Counter(columns).items() if times > 1]
@@ -212,44 +214,47 @@ def _refuse_dates(name, found, where=""):
 
 
 def _numbers_of_objects(name, values, where=None):
-    """float64 of a 2-D array of objects; text, dates and whatever else is no number are refused."""
+    """float64 array of a 2-D array of objects; text, dates and other values that are not numbers are refused.
+
+    ``where`` names the column in messages.
+    """
     others = [
         kind
         for kind in set(map(type, values.flat))
         if not issubclass(kind, _NUMBERS) or issubclass(kind, _DATES)  # np.timedelta64 is both
     ]
     if others:
-        (row, column), found = next(
+        (row, column), first = next(
             (at, value) for at, value in np.ndenumerate(values) if type(value) in others
         )
         place = f" at row {row}, {where or f'column {column}'}"
-        if isinstance(found, _DATES):
-            _refuse_dates(name, repr(found), place)
-        if isinstance(found, Complex):
+        if isinstance(first, _DATES):
+            _refuse_dates(name, repr(first), place)
+        if isinstance(first, Complex):
             _refuse_complex(name)
-        if isinstance(found, (str, bytes)):
+        if isinstance(first, (str, bytes)):
             raise ValueError(
-                f"Text in data passed to {name}: expected counts, found {str(found)!r}{place}. Leave out "
+                f"Text in data passed to {name}: expected counts, found {str(first)!r}{place}. Leave out "
                 "columns of names and labels; turn numbers that were read as text into numbers, e.g. by "
                 "X.astype(float)."
             )
-        _refuse_objects(name, type(found).__name__, place)
+        _refuse_objects(name, type(first).__name__, place)
     return np.where(pd.isna(values), np.nan, values).astype(float)
 
 
 def checked_n_samples(n_samples):
-    """A number of draws.
+    """The number of draws, validated.
 
     Raises
     ------
     TypeError, ValueError
-        Where it is not a whole number >= 1.
+        If it is not a whole number >= 1.
     """
     return check_scalar(n_samples, "n_samples", Integral, min_val=1)
 
 
 def _rounded(X):
-    """X, or a copy in which values next to whole numbers are these; zeros among them leave the structure."""
+    """X, or a copy with values close to whole numbers rounded to them, without explicit zeros."""
     if not n_fractional(X.data):
         return X
     X = X.copy()
@@ -264,8 +269,8 @@ def _rounded(X):
 
 
 def _refuse_values(name, X, genes):
-    """NaN, inf and negative values of a canonical CSR matrix, with the first one's place."""
-    for what, bad, advice in (
+    """Refuse NaN, inf and negative values in canonical CSR; the message names the place of the first."""
+    for what, is_bad, advice in (
         (
             "NaN",
             np.isnan,
@@ -274,73 +279,76 @@ def _refuse_values(name, X, genes):
         ("inf", np.isinf, _RAW),
         ("Negative values", lambda a: a < 0, _RAW),
     ):
-        found = bad(X.data)
-        if not found.any():
+        bad = is_bad(X.data)
+        if not bad.any():
             continue
-        at = int(np.flatnonzero(found)[0])
+        at = int(np.flatnonzero(bad)[0])
         row, column = int(np.searchsorted(X.indptr, at, side="right")) - 1, int(X.indices[at])
         gene = "" if genes is None else f" ({genes[column]!r})"
         raise ValueError(
             f"{what} in data passed to {name}: expected counts, finite and >= 0, found {X.data[at]:g} at "
-            f"row {row}, column {column}{gene}, {found.sum()} such in all. {advice}"
+            f"row {row}, column {column}{gene}, {bad.sum()} such in all. {advice}"
         )
 
 
 def _warn_about_values(name, X, fitting):
     fractional = n_fractional(X.data)
     if fractional:
-        said = (
+        message = (
             f"{name} expects counts, found values that are not whole numbers ({fractional / X.nnz:.1%} of "
             "the non-zero entries). They are used as they are; give raw counts if you have them."
         )
     elif fitting and X.nnz == 0:
-        said = (
+        message = (
             f"{name} is fitted to a matrix without a single count, shape {X.shape}: what it returns are "
             "its priors. Look at what X holds."
         )
     elif fitting:
-        said = _scaled(name, X) or _same_depth(name, X)
+        message = _scaled(name, X) or _same_depth(name, X)
     else:
-        said = None
-    if said:
-        warnings.warn(said, UserWarning, stacklevel=user_stacklevel())
+        message = None
+    if message:
+        warnings.warn(message, UserWarning, stacklevel=user_stacklevel())
 
 
 def _scaled(name, X):
-    """What to say of whole numbers with common divisors, as counts times a constant have; None without."""
+    """Message about rows with a common divisor, as counts times a constant have; None if there are few."""
     size = np.diff(X.indptr)
     starts, size = X.indptr[:-1][size > 0], size[size > 0]
-    if size.max() < _NOT_TINY:  # all as one row
+    if size.max() < _NOT_TINY:  # short rows: treat the whole matrix as one row
         starts, size = X.indptr[:1], np.array([X.nnz])
     large = size >= _NOT_TINY
     half = large.sum() / 2
-    above_one = large & (np.minimum.reduceat(X.data, starts) > 1)  # most rows of counts have a 1
-    # beyond 2^53 float64 holds even numbers only
+    above_one = large & (
+        np.minimum.reduceat(X.data, starts) > 1
+    )  # most rows of real counts contain a 1
+    # above 2^53 float64 represents even numbers only
     if np.count_nonzero(above_one) <= half or X.data.max() > 2**53:
         return None
     divisor = np.gcd.reduceat(X.data.astype(np.int64), starts)
-    found = np.flatnonzero(large & (divisor > 1))
-    if found.size <= half:
+    divisible = np.flatnonzero(large & (divisor > 1))
+    if divisible.size <= half:
         return None
-    rows = f"of {found.size} of {large.sum()} rows" if large.size > 1 else "of all rows"
+    rows = f"of {divisible.size} of {large.sum()} rows" if large.size > 1 else "of all rows"
     return (
         f"{name} expects counts, found whole numbers that look like counts times a constant: the values "
-        f"{rows} have a common divisor ({divisor[found[0]]} in the first). Their dispersion is not that of "
-        "counts: give the counts themselves."
+        f"{rows} have a common divisor ({divisor[divisible[0]]} in the first). Their dispersion is not that "
+        "of counts: give the counts themselves."
     )
 
 
 def _same_depth(name, X):
-    """What to say of rows whose totals are equal but for rounding; None where they are not.
+    """Message about rows whose totals are equal but for rounding; None if they are not.
 
-    Totals of counts have the variance of Poisson variables, their mean, or more. Equal are those with a
-    standard deviation below 0.2 % and a variance, with 1/12 for their own steps, below a quarter of that,
-    and below what Poisson variables have by chance once in a million: those of very few rows never are.
+    Totals of counts have at least the variance of Poisson variables, which is their mean. Totals are called
+    equal if their standard deviation is below 0.2 % of the mean, and their variance, plus 1/12 for rounding,
+    is below a quarter of the mean and below the 1e-6 quantile of the sample variance of Poisson variables.
+    With very few rows the last condition is never met.
     """
     totals = np.asarray(X.sum(axis=1)).ravel()
     totals = totals[totals > 0]
     mean, df = totals.mean(), totals.size - 1
-    if df == 0 or mean < _NOT_TINY:  # one count each, as in one-hot rows or very shallow ones
+    if df == 0 or mean < _NOT_TINY:  # a few counts per row, as in one-hot or very shallow rows
         return None
     variance = totals.var(ddof=1)
     if variance > (0.002 * mean) ** 2 or variance + 1 / 12 > mean * min(
@@ -357,26 +365,26 @@ def _same_depth(name, X):
 
 # ------------------------------------------------------------------ distinct counts
 
-#: as many multiplicities are counted in one array, 8 bytes each
+#: largest number of multiplicities that are counted in one array, 8 bytes each
 _COUNTED_KEYS = 2**22
-#: and so many counts at a time
+#: number of counts that are processed at a time
 _COUNTED_AT_ONCE = 2**18
 
 
 def in_parts(a, size=_COUNTED_AT_ONCE):
-    """Views of about ``size`` entries: what is made of one is as small."""
+    """Views of about ``size`` entries each, which bound the size of temporary arrays."""
     return np.array_split(a, max(a.size // size, 1))
 
 
 def n_fractional(values):
-    """How many are not whole numbers."""
+    """Number of values that are not whole numbers."""
     return sum(np.count_nonzero(part != np.floor(part)) for part in in_parts(values))
 
 
 class CountHistogram:
     """Distinct non-zero counts of every gene with their multiplicities.
 
-    Sums over cells of functions of (count, dispersion) cost one evaluation per distinct count.
+    A sum over cells of a function of (count, dispersion) then costs one evaluation per distinct count.
 
     Parameters
     ----------
@@ -389,7 +397,7 @@ class CountHistogram:
         values, code = X.data, X.data
         if values.size == 0 or values.max() >= 2**31 or n_fractional(values):
             values, code = np.unique(X.data, return_inverse=True)
-        # one integer key for gene and count; where there are few possible keys, counting beats sorting
+        # one integer key per pair of gene and count; with few possible keys, counting is faster than sorting
         width = int(code.max(initial=0)) + 1
         n_keys = self.n_genes * width
         if n_keys <= max(_COUNTED_KEYS, code.size):
@@ -416,7 +424,7 @@ class CountHistogram:
         return self._sum(log_rising(self.count, r[self.gene]))
 
     def constant_derivatives(self, r):
-        """First and second derivative of :meth:`constants` in ``log r``, two arrays (n_genes,)."""
+        """First and second derivatives of the constants with respect to ``log r``, two arrays (n_genes,)."""
         first, second = log_rising_derivatives(self.count, r[self.gene])
         return self._sum(first), self._sum(second)
 

@@ -1,4 +1,4 @@
-"""What a fit of NBLN says of itself when it ends: sentences, each from a few arrays, or None."""
+"""Warnings at the end of an NBLN fit: each function returns a sentence, or None if nothing is wrong."""
 
 import warnings
 
@@ -8,22 +8,22 @@ from sklearn.exceptions import ConvergenceWarning
 from ._counts import user_stacklevel
 from .solver.ascent import magnitude
 
-#: nats squared. A rate varies by a factor of exp(7) per standard deviation there, and its mean lies far
-#: beyond every count that was seen.
+#: largest plausible variance of a log-rate, nats squared: one standard deviation is a factor of exp(7) in
+#: the rate, and the mean rate is far above every observed count
 LARGEST_VARIANCE = 50.0
-#: mean square of the scores of a real column that is near enough to 1
+#: range of the mean square of a real column's scores, 1 in the model, without a warning
 MEAN_SQUARE_RANGE = (0.5, 2.0)
-#: a literal freeze of r is said where this share of the genes wants less dispersion ...
+#: r frozen at the source's value: warn if at least this share of the genes favours a larger r ...
 NEARLY_ALL = 0.95
-#: ... and the log-likelihood has this slope, nats per cell and unit of log r
+#: ... and the slope of the log-likelihood is at least this, nats per cell and unit of log r
 LEAST_SLOPE = 1.0
 _MOST_NAMES = 10
-#: loadings priors that choose how many columns are real
+#: loadings priors that select the number of real columns
 _CHOOSES_RANK = ("ard", "horseshoe_columnwise", "neg_columnwise")
 
 
 def say(model, outcome, rows):
-    """Warn of what is wrong with a fit that has just ended, by its `Outcome` and `RowPosterior`."""
+    """Issue the warnings of a fit that has just ended, from its `Outcome` and `RowPosterior`."""
     n_cells, n_genes = model.capture_offset_.size, model.mean_.size
     for sentence in (
         not_converged(outcome, n_cells, model.tol_),
@@ -34,7 +34,7 @@ def say(model, outcome, rows):
     variance = np.sum(model.loadings_**2, 1) + model.noise_variance_
     _warn(heavy_tails(variance, names))
     if not model.converged_:
-        return  # the rest is of a maximum
+        return  # the checks below hold at a maximum only
     rank = model.w_prior_diagnostics_["effective_rank"]
     _warn(scores_off_scale(rows.scores[:, :rank], rows.score_covariance[:, :rank, :rank]))
     if model.w_prior_diagnostics_["strategy_type"] in _CHOOSES_RANK:
@@ -49,7 +49,7 @@ def _warn(sentence, category=UserWarning):
 
 
 def not_converged(outcome, n_cells, tol):
-    """The sweeps ended before they met the tolerance."""
+    """The sweeps ended before the tolerance was met."""
     if outcome.converged:
         return None
     share = outcome.gain / magnitude(outcome.point.value, n_cells)
@@ -60,7 +60,7 @@ def not_converged(outcome, n_cells, tol):
 
 
 def modes_not_found(n_unconverged, n_cells):
-    """Newton's method did not find the mode of a cell."""
+    """Newton's method did not converge to the mode of some cells."""
     if not n_unconverged:
         return None
     return (
@@ -70,7 +70,7 @@ def modes_not_found(n_unconverged, n_cells):
 
 
 def heavy_tails(variance, names):
-    """Variances of the log-rates that no count can have shown."""
+    """Log-rates with variances far larger than counts can support."""
     beyond = np.flatnonzero(variance > LARGEST_VARIANCE)
     if not beyond.size:
         return None
@@ -84,27 +84,27 @@ def heavy_tails(variance, names):
 
 
 def scores_off_scale(scores, covariance):
-    """Columns whose scores are not of unit variance, as the model takes them to be.
+    """Columns whose scores do not have unit variance, which the model assumes.
 
-    Judged by ``E[z^2]``, the square of the posterior mean *and* the posterior variance: it is 1 at a
-    maximum of the likelihood, whose columns are as long as their scores want them. The posterior means alone
-    have the scores' reliability as their mean square, which for a weak real factor is small.
+    The statistic is the mean of ``E[z^2]``, the squared posterior mean *plus* the posterior variance. It is
+    1 at a maximum of the likelihood over the lengths of the columns. The mean square of the posterior means
+    alone is the reliability of the scores, which is small for a weak real factor.
     """
     squares = np.mean(scores**2 + np.einsum("cii->ci", covariance), axis=0)
     least, most = MEAN_SQUARE_RANGE
     off = np.flatnonzero((squares < least) | (squares > most))
     if not off.size:
         return None
-    found = ", ".join(f"{value:.2g}" for value in squares[off][:_MOST_NAMES])
+    values = ", ".join(f"{value:.2g}" for value in squares[off][:_MOST_NAMES])
     return (
-        f"The mean square of the scores over the training rows, 1 in the model, is {found} in the components "
-        f"{_listed(off)}: their loadings are too short or too long by its root. So few rows do not "
-        'determine these columns: take a smaller latent_dim, fewer genes or loadings_prior="none".'
+        f"The mean square of the scores over the training rows, 1 in the model, is {values} in the "
+        f"components {_listed(off)}: their loadings are too short or too long by its root. So few rows do "
+        'not determine these columns: take a smaller latent_dim, fewer genes or loadings_prior="none".'
     )
 
 
 def rank_is_a_bound(rank, latent_dim, most):
-    """All columns are real: there may be more."""
+    """All columns are real, so that the rank may be larger than latent_dim."""
     if rank < latent_dim or latent_dim >= most:
         return None
     return (
@@ -114,7 +114,7 @@ def rank_is_a_bound(rank, latent_dim, most):
 
 
 def dispersion_counted_twice(gradient, n_cells):
-    """A literal freeze of r that nearly all genes pull at."""
+    """Nearly all genes favour a larger r than the source's, at which it is frozen."""
     share, slope = np.mean(gradient > 0), gradient.sum() / n_cells
     if share < NEARLY_ALL or slope < LEAST_SLOPE:
         return None

@@ -1,4 +1,4 @@
-"""Where the library meets JAX: precision, compilation, threads.
+"""JAX's modes: precision, compilation, threads.
 
 The solver runs in float64 inside a local scope; the user's global JAX configuration is never changed.
 """
@@ -16,13 +16,13 @@ import jax
 import jaxlib
 import numpy as np
 
-# jaxlib releases that can hang for ever on 2-core CPUs on batched solvers like this one.
+# jaxlib releases that can hang indefinitely on 2-core CPUs in batched solvers like this one
 _HANGING_JAXLIB = re.compile(r"0\.10\.\d+|0\.11\.[01]")
 _MOST_WORKERS = 8
 
 
 def warn_about_jaxlib(version=jaxlib.__version__):
-    """Warn when the installed jaxlib is known to hang on this kind of computation."""
+    """Warn if the installed jaxlib is known to hang in computations of this kind."""
     if _HANGING_JAXLIB.fullmatch(version):
         warnings.warn(
             f"jaxlib {version} can hang for ever on CPUs with two cores in computations of the kind "
@@ -34,7 +34,7 @@ def warn_about_jaxlib(version=jaxlib.__version__):
 
 
 def float64(function):
-    """Run `function` with 64-bit JAX types, whatever the caller's setting; a local scope."""
+    """Decorate `function` to run with 64-bit JAX types in a local scope, whatever the caller's setting."""
 
     @functools.wraps(function)
     def scoped(*args, **kwargs):
@@ -45,7 +45,7 @@ def float64(function):
 
 
 def _malloc_trim():
-    """glibc's, which gives freed memory back to the system; None where there is another allocator."""
+    """The malloc_trim of glibc, which returns freed memory to the system; None with another allocator."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):
@@ -57,27 +57,27 @@ _COMPILING = threading.Lock()
 
 
 def give_back():
-    """Return what was freed to the system: threads have their own heaps, and what they free stays there."""
+    """Return freed memory to the system; memory freed by a thread otherwise stays in the thread's heap."""
     if _TRIM is not None:
         _TRIM(0)
 
 
 def tidy(kernel):
-    """A jitted function that gives back what its compilation freed.
+    """Wrap a jitted function to return the memory freed by its compilation to the system.
 
-    The compiler's memory comes in small pieces all over the heap. glibc keeps what is free between them,
-    which for a pair of fits is more than all that they need.
+    The compiler allocates many small pieces all over the heap, and glibc keeps the free memory between them.
+    For a pair of fits that is more than all the memory that they use.
     """
     if _TRIM is None:
         return kernel
 
     @functools.wraps(kernel)
     def called(*args, **kwargs):
-        known = kernel._cache_size()
-        found = kernel(*args, **kwargs)
-        if kernel._cache_size() > known:
+        n_compiled = kernel._cache_size()
+        result = kernel(*args, **kwargs)
+        if kernel._cache_size() > n_compiled:
             give_back()
-        return found
+        return result
 
     called._cache_size = kernel._cache_size
     return called
@@ -85,7 +85,7 @@ def tidy(kernel):
 
 @functools.cache
 def compiled_once(kernel):
-    """A jitted function that threads may share: it is compiled by the first of them, the others wait."""
+    """Wrap a jitted function that threads share: the first thread compiles it, the others wait."""
     seen = set()
 
     @functools.wraps(kernel)
@@ -94,22 +94,22 @@ def compiled_once(kernel):
         if shapes in seen:
             return kernel(*args, **kwargs)
         with _COMPILING:
-            found = kernel(*args, **kwargs)
+            result = kernel(*args, **kwargs)
             seen.add(shapes)
-        return found
+        return result
 
     return called
 
 
 def on_cpu():
-    """Whether JAX computes on the processor here."""
+    """Whether JAX computes on the CPU."""
     device = jax.config.jax_default_device
     platform = jax.default_backend() if device is None else getattr(device, "platform", device)
     return platform == "cpu"
 
 
 def n_workers():
-    """Batches that are solved at the same time: as many as this process has processors, a few at most."""
+    """Number of batches that are solved at the same time: the processors of this process, at most 8."""
     if not on_cpu():
         return 1
     if hasattr(os, "sched_getaffinity"):
@@ -118,9 +118,9 @@ def n_workers():
 
 
 def in_order(function, tasks, workers):
-    """``function(task)`` of each task, in their order, ``workers`` at a time in threads of their own.
+    """Yield ``function(task)`` of each task in order; ``workers`` threads run at the same time.
 
-    What the threads have freed is given back at the end.
+    The memory freed by the threads is returned to the system at the end.
     """
     if workers == 1:
         yield from map(function, tasks)

@@ -61,123 +61,128 @@ class NBLNEstimator(
         (``"expression"``, ``"mean_expression"``), ``"eta"`` (``"capture_efficiency"``). What is not frozen
         is refined under a Gaussian prior from the source's posterior.
     informative_priors_tau : float, default=1.0
-        Factor of the scales of those priors, at least 1e-4 (freeze what is to stay); ``inf`` removes them
-        (the capture offset keeps its capture prior).
+        Factor that multiplies the standard deviations of those priors, at least 1e-4 (to fix a parameter,
+        freeze it). ``inf`` removes the priors; the capture offset keeps its capture prior.
     informative_priors_n_samples : int, default=1000
-        Posterior draws that the priors are matched to.
+        Number of posterior draws of the source from which the moments of those priors are computed.
     cascade : {"parameter", "marginal"}, default="parameter"
-        What the source's r and mu stand for. ``"parameter"``: the model's own r and mu, literally; the
-        overdispersion that the source saw is then counted twice, in r and in Sigma. ``"marginal"``:
-        each gene's marginal mean and, where r is frozen, marginal overdispersion; Sigma takes its
-        share: ``mu = log m - Sigma_gg/2``, ``1/r = (1 + 1/r_source) exp(-Sigma_gg) - 1``.
+        Meaning of the source's r and mu. ``"parameter"``: they are the r and mu of this model. The
+        overdispersion of the data is then counted twice, in r and in Sigma. ``"marginal"``: they are each
+        gene's marginal mean and, where r is frozen, its marginal overdispersion, of which Sigma explains a
+        part: ``mu = log m - Sigma_gg/2``, ``1/r = (1 + 1/r_source) exp(-Sigma_gg) - 1``.
     observation : {"nb", "poisson", "multinomial"}, default="nb"
         The count channel. ``"poisson"`` is the Poisson log-normal model (r = inf); ``"multinomial"`` the
-        logistic-normal multinomial: Poisson with a flat capture offset, its score conditional on the
-        row totals.
+        logistic-normal multinomial: Poisson with a flat prior on the capture offset; its score is
+        conditional on the row totals.
     loadings_prior : str or dict, default="none"
         Prior of the columns of W_perp, ``N(0, lambda_k^2)`` each: ``"none"``; ``"gaussian"`` (fixed
         ``sigma``, 1); ``"horseshoe_columnwise"`` (``tau_scale`` 1, ``lambda_min`` 1e-3);
         ``"neg_columnwise"`` (``alpha`` 1, ``beta`` 1, ``lambda_min`` 1e-3); ``"ard"``, empirical-Bayes
-        scales, 1e-3 at least, that take columns of noise to zero and leave real columns at their length.
-        A dict ``{"type": ..., hyper-parameters}`` sets hyper-parameters, from 1e-8 to 1e8 each.
+        scales of at least 1e-3, which shrink columns of noise to zero and leave real columns unshrunk.
+        A dict ``{"type": ..., hyper-parameters}`` sets hyper-parameters, each from 1e-8 to 1e8.
     capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
-        The capture prior of the held-out score, and of offsets that are not frozen: see `NBVCPEstimator`.
+        Capture prior of the held-out score, and of offsets that are not frozen: see `NBVCPEstimator`.
         ``"auto"`` takes the source's. None means no capture model: eta = 0.
     max_iter : int, default=200
-        Sweeps over the data at most.
+        Maximum number of sweeps over the data.
     tol : float or None, default=None
-        The fit stops when the next sweep promises to raise the log-posterior by less than half this
-        fraction of its magnitude (half the slope along the step), or when two sweeps in a row raised it by
-        less than this fraction. None takes 1e-4; 1e-5 with ``cascade="marginal"``, whose late sweeps still
-        raise held-out scores; and 1e-6 with a `loadings_prior`, under which the lengths of columns settle
-        slowly: standard errors of a fit that stopped on the way are too small.
+        Relative tolerance of the log-posterior. The fit stops when the predicted gain of the next sweep
+        (half the slope along its step) is less than half this fraction of the log-posterior's magnitude, or
+        when two sweeps in a row raised it by less than this fraction. None takes 1e-4; 1e-5 with
+        ``cascade="marginal"``, whose late sweeps still raise held-out scores; and 1e-6 with a
+        `loadings_prior`, under which the lengths of columns converge slowly: standard errors of a fit that
+        stopped early are too small.
     batch_size : int or None, default=None
-        Rows that are made dense at a time, about; it sets memory and no result.
+        Approximate number of rows that are made dense at a time. It changes memory use, not results.
     memory : str, joblib.Memory or None, default=None
-        Caches the fit of an unfitted source, so that a grid search fits it once per fold.
+        Cache for the fit of an unfitted source, so that a grid search fits it once per fold.
     random_state : int, RandomState instance or None, default=None
-        Seed of the source's fit, of its posterior draws, and of the range finder of the start.
+        Seed of the source's fit, of its posterior draws, and of the randomized range finder for the start
+        values.
     verbose : int, default=0
-        1 reports each sweep.
+        Verbosity; 1 prints a line per sweep.
     warm_start : bool, default=False
-        When True, `fit` starts from the previous fit of this estimator, on the same genes and with the
-        same `latent_dim`, instead of anew: what is free from its last values, and so does a source that was
-        fitted here. Other parameters may change in between.
+        When True, `fit` starts the free parameters from the previous fit of this estimator, which must have
+        the same genes and the same `latent_dim`. A source that was fitted inside `fit` continues from its
+        own previous fit. Other parameters may change between the two fits.
 
     Attributes
     ----------
     components_ : ndarray of shape (latent_dim, n_genes)
-        W_perp', the loadings less their mean over genes, in their singular basis: rows orthogonal,
-        norms descending, the entry of largest magnitude of each row positive. Invariant under the
-        exchange of log-rate level and capture offset within a cell.
+        W_perp', the loadings minus their mean over genes, in their singular basis: rows are orthogonal,
+        with descending norms, and the entry of largest magnitude in each row is positive. Invariant under
+        the exchange of log-rate level and capture offset within a cell.
     loadings_ : ndarray of shape (n_genes, latent_dim)
-        W itself in the same basis; depends on how the level of a cell is split between log-rate and
-        capture.
+        W itself in the same basis; it depends on how the level of a cell is split between log-rate and
+        capture offset.
     components_standard_error_ : ndarray of shape (latent_dim, n_genes)
-        Standard errors of the entries of `components_`, up to a common rotation: from the outer
-        products of the cells' exact gradients, and the sampling of the scores.
+        Standard errors of the entries of `components_`, up to a common rotation. They combine the outer
+        products of the cells' exact gradients with the sampling variance of the scores.
     explained_variance_ : ndarray of shape (latent_dim,)
         Variance of the log-rates along each component, summed over genes: the squared norms of
         `components_`, nats squared.
     explained_variance_ratio_ : ndarray of shape (latent_dim,)
-        The same by the trace of the compositional covariance ``P (W W' + diag d) P``.
+        `explained_variance_` divided by the trace of the compositional covariance
+        ``P (W W' + diag d) P``.
     mean_ : ndarray of shape (n_genes,)
         Mean log-rates mu, nats.
     noise_variance_ : ndarray of shape (n_genes,)
-        d, nats squared.
+        Noise variances d, nats squared.
     dispersion_ : ndarray of shape (n_genes,)
-        r; inf for Poisson channels.
+        Dispersion (size) r; inf for Poisson channels.
     capture_offset_ : ndarray of shape (n_cells,)
         Capture offset eta of the training rows, nats, >= 0.
     capture_prior_ : tuple (log_M0, sigma_M) or None
         Capture prior of the held-out score.
     frozen_params_ : tuple of str
-        Canonical names of what was frozen.
+        Canonical names of the frozen parameters.
     informative_prior_estimator_ : NBVCPEstimator
-        The fitted source that was used.
+        The fitted source.
     latent_dim_ : int
-        latent_dim, at most min(n_cells, n_genes).
+        Number of factors of the fit: `latent_dim`, at most min(n_cells, n_genes).
     dispersion_gradient_ : ndarray of shape (n_genes,)
-        Derivative of the marginal log-likelihood in log r at the fit. Where r was frozen as it is
-        (``cascade="parameter"``), large positive sums say that the data want less dispersion than the
-        source's: the variance that Sigma explains is counted twice. See
+        Derivative of the marginal log-likelihood with respect to log r at the fit. Where r is frozen at the
+        source's value (``cascade="parameter"``), a large positive sum means that the data favour less
+        overdispersion: the variance that Sigma explains is counted twice. See
         :meth:`get_dispersion_diagnostics`.
     w_prior_diagnostics_ : dict
         ``strategy_type``; ``column_frobenius_compositional``, the norms of the rows of `components_`;
-        ``column_norm_effective_rank`` and its alias ``effective_rank``, how many exceed 5 % of the
-        largest and 0.01 nats per gene (root mean square); with a prior ``sigma_k``, the columns'
-        scales lambda_k, and ``scale_effective_rank``; the horseshoe's ``tau``.
+        ``column_norm_effective_rank`` and its alias ``effective_rank``, the number of norms that exceed 5 %
+        of the largest and 0.01 nats per gene (root mean square). With a loadings prior also ``sigma_k``,
+        the columns' scales lambda_k, and ``scale_effective_rank``; with a horseshoe also its ``tau``.
     newton_decrement_ : ndarray of shape (n_cells,)
-        Newton decrement of each training row at the fit: the slope of the last step, nats. Below 1e-9
-        where the row's mode was found.
+        Newton decrement of each training row at the fit: the slope along the last step, nats. Below 1e-9
+        where the row's mode has converged.
     tol_ : float
-        The tolerance that was used.
+        Tolerance of the fit.
     objective_history_ : ndarray of shape (n_iter + 1,)
-        Log-posterior per cell, from the start on; never falls, except where a loadings prior is
-        updated between stages of sweeps. A last sweep of which no step was accepted repeats the value.
+        Log-posterior per cell at the start and after each sweep. It never decreases, except where a
+        loadings prior is updated between stages of sweeps. If no step of the last sweep was accepted, the
+        last value repeats the one before it.
     promised_gain_ : float
-        What another sweep promised when the fit ended, nats per cell: half the slope along its step.
+        Predicted gain of another sweep when the fit ended, nats per cell: half the slope along its step.
     n_iter_ : int
-        Sweeps done.
+        Number of sweeps.
     converged_ : bool
-        Whether the tolerance was met and every cell's mode was found.
+        Whether the tolerance was met and every cell's mode converged.
     n_features_in_ : int
         Number of genes.
     feature_names_in_ : ndarray of shape (n_genes,)
-        Gene names, where X has names that are all strings.
+        Gene names; defined only when X has column names that are all strings.
 
     See Also
     --------
-    NBVCPEstimator : The model without correlation; source of the cascade.
+    NBVCPEstimator : The model with independent genes; source of the cascade.
 
     Notes
     -----
-    Weak priors keep genes with next to no counts finite: ``log r ~ N(2, 1)``, mu normal around the genes'
-    average with standard deviation 4 (both where they are not frozen), ``d ~ Exponential(rate 2)``.
+    Weak priors keep the estimates finite for genes with very few counts: ``log r ~ N(2, 1)``, mu normal
+    around the genes' average with standard deviation 4 (each where it is not frozen), and
+    ``d ~ Exponential(rate 2)``.
 
-    The log-rates are integrated by Laplace's method; the globals maximize the resulting marginal
+    The log-rates are integrated out by Laplace's method. The parameters maximize the resulting marginal
     likelihood by its exact gradient, preconditioned by the least squares of each gene on the scores.
-    A sweep costs about ``n_cells n_genes latent_dim^2`` operations, memory is one batch of rows.
+    A sweep costs about ``n_cells n_genes latent_dim^2`` operations; memory is one batch of rows.
 
     Examples
     --------
@@ -195,7 +200,7 @@ class NBLNEstimator(
         "latent_dim": [Interval(Integral, 1, None, closed="left")],
         "informative_prior_estimator": [HasMethods(["fit", "transform"]), None],
         "informative_priors_freeze": "no_validation",  # _source.canonical_freeze
-        # below, the priors' precision drowns the rest of each gene's least squares
+        # below 1e-4 the priors' precision swamps the data in each gene's least squares
         "informative_priors_tau": [Interval(Real, 1e-4, None, closed="both")],
         "informative_priors_n_samples": [Interval(Integral, 2, None, closed="left")],
         "cascade": [StrOptions({"parameter", "marginal"})],
@@ -250,7 +255,7 @@ class NBLNEstimator(
 
     # ------------------------------------------------------------------ fit
 
-    # informative_prior_estimator is validated when it is fitted
+    # informative_prior_estimator validates its own parameters when it is fitted
     @_fit_context(prefer_skip_nested_validation=False)
     @whole_or_nothing
     def fit(self, X, y=None):
@@ -271,26 +276,26 @@ class NBLNEstimator(
         Raises
         ------
         ValueError
-            For counts that are negative, not finite or not numbers, an unknown freeze name, loadings prior or
-            hyper-parameter, and genes that the source does not have; under `warm_start`, for another
-            number of genes or factors than before.
+            If counts are negative, not finite or not numbers; if a freeze name, loadings prior or
+            hyper-parameter is unknown; if genes of X are missing from the source; under `warm_start`, if the
+            number of genes or factors differs from the previous fit.
         FitInterrupted
-            After Ctrl-C, once there was a complete sweep: the fitted attributes are those of the last
-            one. An earlier Ctrl-C, or a second one, leaves the estimator as it was.
+            After Ctrl-C, if at least one sweep is complete: the fitted attributes are those of the last
+            complete sweep. An earlier Ctrl-C, or a second one, leaves the estimator unchanged.
         TypeError
-            When `informative_prior_estimator` is not an NBVCPEstimator, and for what holds a matrix and is
-            none in memory, as AnnData and Dask arrays.
+            If `informative_prior_estimator` is not an NBVCPEstimator, or X is an object that holds a matrix
+            but is not one in memory, such as AnnData or a Dask array.
 
         Warns
         -----
         ConvergenceWarning
-            When `max_iter` sweeps did not meet `tol`, or when cells' modes were not found.
+            If `max_iter` sweeps did not meet `tol`, or if the modes of some cells did not converge.
         UserWarning
-            When counts are fractional, look like no counts, or when there are none; when rows have more
-            counts than the M0 of the source's capture prior; when a gene's log-rate has a variance above 50
-            nats squared; and where the fit converged, when the scores of a real column have a mean square
-            outside 0.5 to 2, when a `loadings_prior` that chooses the rank left as many columns as
-            `latent_dim`, and when a literal freeze of r counts overdispersion twice.
+            If counts are fractional, do not look like counts, or are all zero; if rows have more counts than
+            the M0 of the source's capture prior; if a gene's log-rate has a variance above 50 nats squared.
+            After convergence also if the scores of a real column have a mean square outside 0.5 to 2, if a
+            `loadings_prior` that selects the rank kept all `latent_dim` columns, and if freezing r at the
+            source's value counts overdispersion twice.
         """
         self.frozen_params_ = frozen = self._frozen()
         prior_name, column_prior = column_priors.named(self.loadings_prior)
@@ -350,7 +355,7 @@ class NBLNEstimator(
         return self
 
     def _fit_source(self, X):
-        """The fitted source with the genes of X, X as canonical counts, and where `warm_start` goes on.
+        """The fitted source with the genes of X, X as canonical counts, and the `warm_start` coordinates.
 
         Sets `informative_prior_estimator_` and `capture_prior_`.
         """
@@ -362,14 +367,14 @@ class NBLNEstimator(
                 random_state=self.random_state,
                 verbose=self.verbose,
             )
-        # a source that is fitted here warns of the counts itself
+        # a source that is fitted here issues the warnings about counts itself
         fitted_here = _source.needs_fit(source)
-        given, X = X, validate_counts(self, X, reset=True, warn=not fitted_here)
+        X_original, X = X, validate_counts(self, X, reset=True, warn=not fitted_here)
         names = getattr(self, "feature_names_in_", None)
         previous = self._previous(X)
         source = _source.fitted_source(
             source,
-            X if names is None else given,
+            X if names is None else X_original,
             self.memory,
             None if previous is None else self.informative_prior_estimator_,
         )
@@ -382,7 +387,7 @@ class NBLNEstimator(
         return _source.matched_to_genes(source, X.shape[1], names), X, previous
 
     def _start(self, source, X, offsets, free, coupled, previous, rng):
-        """Coordinates of the start: the source's, loadings from score moments or a previous fit's."""
+        """Start coordinates: mean and r of the source, loadings from score moments or the previous fit."""
         log_mean, (n_cells, n_genes) = np.log(source.mean_), X.shape
         log_r = np.full(n_genes, np.inf)
         if self.observation == "nb":
@@ -390,8 +395,8 @@ class NBLNEstimator(
         if previous is not None:
             start = start_coordinates(log_mean, log_r, previous.loadings, free, coupled)
             return resumed(start, previous, free)
-        known = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
-        sums = sum_over_batches(known, source._params())
+        batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
+        sums = sum_over_batches(batches, source._params())
         k = min(self.latent_dim, n_cells, n_genes)
         loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
         return start_coordinates(log_mean, log_r, loadings, free, coupled)
@@ -404,10 +409,10 @@ class NBLNEstimator(
         return report
 
     def _set_parameters(self, objective, point):
-        """Set the fitted parameters; what is frozen literally is the source's, bit for bit."""
+        """Set the fitted parameters; those frozen at the source's values equal them bit for bit."""
         x = objective.coupling.expand(point.x)
         self._coordinates = point.x
-        # from which the coupling makes Sigma_gg
+        # the coupling computes Sigma_gg from this variance
         self._coordinate_variance = np.sum(point.x.loadings**2, 1) + noise_variance(point.x)
         literal = self.frozen_params_ if self.cascade == "parameter" else ()
         self.mean_ = np.log(self._source.mean_) if "mu" in literal else x.mean
@@ -427,15 +432,15 @@ class NBLNEstimator(
         self.dispersion_gradient_ = point.gradient_log_r
 
     def _set_rows(self, objective, rows, free, outcome):
-        """Set what is known of the training rows, and standard errors, by one more pass over them."""
+        """Set the posterior of the training rows and the standard errors, by one more pass over the rows."""
         precision = 0.0 if outcome.columns is None else outcome.columns.penalty.precision
-        own = objective.coupling.expand(outcome.point.x)._replace(
+        params = objective.coupling.expand(outcome.point.x)._replace(
             mean=self.mean_, loadings=self.loadings_
         )
         self._standard_deviation, self._rows = _posterior.standard_deviations(
             rows,
             objective.sweep.scores,
-            in_model_units(own),
+            in_model_units(params),
             free,
             objective.prior_mean.precision,
             objective.prior_log_r.precision + objective.weak_log_r.precision,
@@ -446,18 +451,18 @@ class NBLNEstimator(
         self.capture_offset_ = np.maximum(self._rows.offset, 0.0)
 
     def _previous(self, X):
-        """The coordinates of the fit that `warm_start` goes on from, or None."""
+        """The coordinates of the fit that `warm_start` continues from, or None."""
         if not self.warm_start or not hasattr(self, "_coordinates"):
             return None
-        found, asked = (
+        previous_shape, shape = (
             self._coordinates.loadings.shape,
             (X.shape[1], min(self.latent_dim, *X.shape)),
         )
-        if found != asked:
+        if previous_shape != shape:
             raise ValueError(
-                f"warm_start=True goes on from a fit of {found[0]} genes with {found[1]} factors, found X of "
-                f"{asked[0]} genes and {asked[1]} factors asked for. Give the same, or set warm_start=False "
-                "to start anew."
+                f"warm_start=True goes on from a fit of {previous_shape[0]} genes with {previous_shape[1]} "
+                f"factors, found X of {shape[0]} genes and {shape[1]} factors asked for. Give the same, or "
+                "set warm_start=False to start anew."
             )
         return self._coordinates
 
@@ -465,7 +470,7 @@ class NBLNEstimator(
         frozen = _source.canonical_freeze(self.informative_priors_freeze)
         if self.observation == "nb":
             return frozen
-        # Poisson counts have no dispersion, and conditional on totals there is no capture either
+        # Poisson counts have no dispersion; conditional on row totals there is no capture offset either
         absent = ("r",) if self.observation == "poisson" else ("r", "eta")
         named = [name for name in frozen if name in absent]
         if named and frozen != _DEFAULT_FREEZE:
@@ -477,25 +482,25 @@ class NBLNEstimator(
 
     def _prior_diagnostics(self, name, columns):
         norms, n_genes = np.linalg.norm(self.components_, axis=1), self.components_.shape[1]
-        found = {
+        diagnostics = {
             "strategy_type": name,
             "column_frobenius_compositional": norms,
             "column_norm_effective_rank": effective_rank(norms, n_genes),
             "effective_rank": effective_rank(norms, n_genes),
         }
         if columns is not None:
-            found["sigma_k"] = np.sqrt(columns.variance)
-            found["scale_effective_rank"] = effective_rank(found["sigma_k"], 1)
+            diagnostics["sigma_k"] = np.sqrt(columns.variance)
+            diagnostics["scale_effective_rank"] = effective_rank(diagnostics["sigma_k"], 1)
             if columns.tau is not None:
-                found["tau"] = columns.tau
-        return found
+                diagnostics["tau"] = columns.tau
+        return diagnostics
 
     # ------------------------------------------------------------------ rows
 
     def _row_capture(self, X, mean=None, offsets=None):
-        """Offset, scale and prior precision of each row: the same for training and new rows.
+        """Offset, scale and prior precision of each row, by one rule for training rows and new rows.
 
-        In fit the mean log-rates at the start, and the source's offsets of X, are at hand.
+        `fit` passes the mean log-rates at the start and the source's offsets of X, which it already has.
         """
         if self.observation == "multinomial":
             return _capture.flat(X, self.mean_ if mean is None else mean)
@@ -509,11 +514,11 @@ class NBLNEstimator(
         )
 
     def _offset_prior(self):
-        """The capture prior that bounds the rows' offsets; None where it does not enter."""
+        """The capture prior of the rows' offsets; None for a channel without one."""
         return None if self.observation == "multinomial" else self._source.capture_prior_
 
     def _params(self):
-        """The parameters as the cell solver takes them."""
+        """The parameters in the form that the cell solver takes."""
         return Params(self.mean_, self.loadings_, self.noise_variance_, 1.0 / self.dispersion_)
 
     def _solve(self, X):
@@ -531,7 +536,7 @@ class NBLNEstimator(
         Returns
         -------
         ndarray of shape (n_cells, latent_dim)
-            Standardized scores (a priori standard normal).
+            Scores; their prior is standard normal.
         """
         check_is_fitted(self)
         return self._solve(self._validated(X, self._offset_prior())).scores
@@ -547,13 +552,14 @@ class NBLNEstimator(
         Returns
         -------
         mean : ndarray of shape (n_cells, latent_dim)
-            What :meth:`transform` returns.
+            Posterior means, as returned by :meth:`transform`.
         covariance : ndarray of shape (n_cells, latent_dim, latent_dim)
-            Given the globals; a free capture offset is integrated.
+            Posterior covariances given the model's parameters; a capture offset that is not frozen is
+            integrated out.
         """
         check_is_fitted(self)
-        found = self._solve(self._validated(X, self._offset_prior()))
-        return found.scores, found.score_covariance
+        posterior = self._solve(self._validated(X, self._offset_prior()))
+        return posterior.scores, posterior.score_covariance
 
     # ------------------------------------------------------------------ covariance
 
@@ -570,18 +576,19 @@ class NBLNEstimator(
     def get_gauge_diagnostics(self):
         """How much of the raw loadings is common to all genes.
 
-        A common shift of a cell's log-rates is exchangeable with its capture offset. With a frozen offset
-        a sizeable all-ones part is variation of the cells' totals that the offsets did not take
-        (harmless, and absent from `components_`); with free offsets it says that depth and loadings
-        compete, and only compositional quantities should be read. A loadings prior acts on W_perp
-        alone, so with shrinkage the ratio grows because W_perp gets smaller, not because the gauge
-        got worse.
+        A common shift of a cell's log-rates is exchangeable with its capture offset. With frozen offsets, a
+        large all-ones part is variation of the cells' totals that the offsets do not explain; it is
+        harmless, and absent from `components_`. With free offsets it means that depth and loadings compete,
+        and only compositional quantities should be interpreted. A loadings prior acts on W_perp alone: with
+        shrinkage the ratio grows because W_perp gets smaller, not because the gauge is less well
+        determined.
 
         Returns
         -------
         dict
-            ``compositional_norm`` Frobenius norm of W_perp; ``ones_norm`` norm of the all-ones part,
-            ``W - W_perp``; ``ratio`` the second by the first; ``ones_norm_per_factor`` (latent_dim,).
+            ``compositional_norm``, Frobenius norm of W_perp; ``ones_norm``, norm of the all-ones part
+            ``W - W_perp``; ``ratio``, the second divided by the first; ``ones_norm_per_factor``,
+            (latent_dim,).
         """
         check_is_fitted(self)
         ones = np.abs(self.loadings_.mean(0)) * np.sqrt(self.loadings_.shape[0])
@@ -595,18 +602,19 @@ class NBLNEstimator(
         }
 
     def get_dispersion_diagnostics(self):
-        """Slope of the likelihood in the dispersion: is dispersion counted twice.
+        """Slope of the log-likelihood in log r, which shows whether overdispersion is counted twice.
 
-        With r frozen as it is, the source's dispersion already holds the variance that Sigma
-        explains. The data then push r up: the derivative of the marginal log-likelihood in log r is
-        large and positive. Near zero, or small against the number of cells, nothing is wrong; otherwise use
-        ``cascade="marginal"`` or leave r out of the freeze set.
+        With r frozen at the source's value, the source's dispersion already contains the variance that Sigma
+        explains. The data then favour a larger r: the derivative of the marginal log-likelihood with respect
+        to log r is large and positive. Near zero, or small compared with the number of cells, it is no cause
+        for concern; otherwise use ``cascade="marginal"`` or leave r out of the freeze set.
 
         Returns
         -------
         dict
-            ``total`` sum over genes, in nats per unit of log r; ``per_cell`` the same by the number of
-            training cells; ``per_gene`` (n_genes,), ``dispersion_gradient_``; ``fraction_positive`` of genes.
+            ``total``, the sum over genes, in nats per unit of log r; ``per_cell``, the same divided by the
+            number of training cells; ``per_gene``, (n_genes,), a copy of ``dispersion_gradient_``;
+            ``fraction_positive``, the fraction of genes with a positive slope.
         """
         check_is_fitted(self)
         total = float(self.dispersion_gradient_.sum())
@@ -625,34 +633,34 @@ class NBLNEstimator(
         dict
             ``"r"`` (n_genes,) unless the channel has no dispersion; ``"mu"`` (n_genes,) log-rates; ``"eta"``
             (n_cells,) capture offsets and ``"z"`` (n_cells, latent_dim) scores of the training rows. Frozen
-            parameters have the source's own posterior (under ``cascade="marginal"`` pushed through the
-            coupling); free ones a Gaussian (log-normal for r) from the curvature of the profiled
+            parameters have the source's posterior (under ``cascade="marginal"`` transformed by the
+            coupling). Free parameters have a Gaussian (log-normal for r) from the curvature of the profiled
             objective.
         """
         check_is_fitted(self)
         guide, rows, sd = self._source._guide, self._rows, self._standard_deviation
-        coupled, frozen, found = self.cascade == "marginal", self.frozen_params_, {}
+        coupled, frozen, distributions = self.cascade == "marginal", self.frozen_params_, {}
         if self.observation == "nb":
             variance = self._coordinate_variance if coupled else None
-            found["r"] = (
+            distributions["r"] = (
                 _posterior.source_dispersion(guide, variance)
                 if "r" in frozen
                 else dist.LogNormal(np.log(self.dispersion_), sd.dispersion)
             )
         shift = np.diag(self.get_covariance()) / 2 if coupled else 0.0
-        found["mu"] = (
+        distributions["mu"] = (
             dist.Normal(guide.log_mean[0] - shift, guide.log_mean_scale)
             if "mu" in frozen
             else dist.Normal(self.mean_, sd.mean)
         )
         if "eta" in frozen:
             prior = self._source.capture_prior_
-            found["eta"] = _posterior.source_offsets(guide, prior, self.capture_offset_)
+            distributions["eta"] = _posterior.source_offsets(guide, prior, self.capture_offset_)
         else:
             scale = rows.offset_scale
-            found["eta"] = _posterior.truncated(rows.offset, scale, self.capture_offset_)
-        found["z"] = dist.MultivariateNormal(rows.scores, rows.score_covariance)
-        return found
+            distributions["eta"] = _posterior.truncated(rows.offset, scale, self.capture_offset_)
+        distributions["z"] = dist.MultivariateNormal(rows.scores, rows.score_covariance)
+        return distributions
 
     def sample_posterior(self, n_samples=None, X=None, *, random_state=None):
         """Draws from the posterior of r, mu and eta; frozen parameters come from the source's draws.
@@ -660,11 +668,11 @@ class NBLNEstimator(
         Parameters
         ----------
         n_samples : int or None, default=None
-            None takes ``informative_priors_n_samples``.
+            Number of draws; None takes ``informative_priors_n_samples``.
         X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
             Rows whose capture offsets are drawn; None for the training rows.
         random_state : int, RandomState instance or None, default=None
-            None takes the estimator's.
+            Seed of the draws; None takes the estimator's.
 
         Returns
         -------
@@ -677,11 +685,11 @@ class NBLNEstimator(
             self.informative_priors_n_samples if n_samples is None else n_samples
         )
         rng = check_random_state(self.random_state if random_state is None else random_state)
-        found = self._posterior_draws(n_samples, X, rng, eta="all")
-        return Bunch(r=found.r, mu=found.log_mean, eta=found.eta)
+        draws = self._posterior_draws(n_samples, X, rng, eta="all")
+        return Bunch(r=draws.r, mu=draws.log_mean, eta=draws.eta)
 
     def _posterior_draws(self, n_samples, X, rng, *, eta):
-        """Draws that replicated counts are made with, of no offsets (`eta` None), "frozen" or "all"."""
+        """Parameter draws for replicated counts; `eta` selects the offsets: None, "frozen" or "all"."""
         coupled, frozen = self.cascade == "marginal", self.frozen_params_
         sd, of_source = self._standard_deviation, eta if "eta" in frozen else None
         source = self._source._posterior_draws(n_samples, X, rng, eta=of_source)
@@ -715,7 +723,7 @@ class NBLNEstimator(
         return self.loadings_ @ self.loadings_.T + np.diag(self.noise_variance_)
 
     def get_precision(self):
-        """Inverse of :meth:`get_covariance`, by the Woodbury identity.
+        """Inverse of the covariance of the log-rates, by the Woodbury identity.
 
         Returns
         -------
@@ -727,9 +735,9 @@ class NBLNEstimator(
         return np.diag(1 / self.noise_variance_) - scaled @ np.linalg.solve(inner, scaled.T)
 
     def get_correlation(self):
-        """Compositional correlation of the log-rates: of ``P Sigma P``, ``P = I - 11'/G``.
+        """Compositional correlation of the log-rates: that of ``P Sigma P``, ``P = I - 11'/G``.
 
-        Invariant under the exchange of level and capture offset within a cell.
+        It is invariant under the exchange of level and capture offset within a cell.
 
         Returns
         -------

@@ -34,68 +34,69 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
 
     ``exp(-eta_c)`` is the capture probability of cell c, with the prior ``eta_c ~ TruncNormal(log M0 -
     log L_c, sigma_M, low=0)``, ``L_c`` the cell's library size (its row total) and ``M0`` the prior total
-    mRNA of a cell. Weak priors keep every gene finite: ``log m_g`` is normal around the genes' average
-    with standard deviation 4, ``log r_g`` is normal(2, 1).
+    mRNA of a cell. Weak priors keep the estimates of every gene finite: ``log m_g`` is normal around the
+    genes' average with standard deviation 4, ``log r_g`` is normal(2, 1).
 
     Parameters
     ----------
     capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
-        The pair ``(log_M0, sigma_M)``. An organism's name stands for a known M0 (human and mouse
-        200,000; yeast 60,000; ecoli 3,000) with sigma 0.5. ``"auto"`` takes sigma 0.5 and log M0 =
-        log(largest library) + 3 sigma, so that the truncation never bites. ``None`` means no capture
-        model: eta = 0. To choose between settings by held-out rows use ``score(X, given_totals=True)``.
+        Capture prior, as the pair ``(log_M0, sigma_M)``. An organism's name stands for a typical M0 (human
+        and mouse 200,000; yeast 60,000; ecoli 3,000) with sigma_M 0.5. ``"auto"`` takes sigma_M 0.5 and
+        log_M0 = log(largest library) + 3 sigma_M, so that the truncation at 0 has no effect. ``None`` means
+        no capture model: eta = 0. To choose between settings by held-out rows use
+        ``score(X, given_totals=True)``.
     n_steps : int, default=1000
-        Steps of stochastic variational inference at most.
+        Maximum number of steps of stochastic variational inference.
     learning_rate : float, default=0.02
         Learning rate of Adam, in posterior standard deviations; above 0, at most 1.
     tol : float, default=1e-3
-        The variational fit stops when 50 steps raise the smoothed ELBO by less than this, in nats per
-        cell, or by less than its noise.
+        Tolerance of the ELBO, in nats per cell. The variational fit stops when 50 steps raise the smoothed
+        ELBO by less than this, or by less than its noise.
     n_posterior_samples : int, default=1000
         Default number of draws of :meth:`sample_posterior`.
     batch_size : int or None, default=None
-        Rows that are made dense at a time, about; it sets memory and no result. None chooses by the number of
-        genes.
+        Approximate number of rows that are made dense at a time. It changes memory use, not results. None
+        chooses by the number of genes.
     random_state : int, RandomState instance or None, default=None
         Seed of the variational fit.
     verbose : int, default=0
-        1 reports progress.
+        Verbosity; 1 prints progress.
     warm_start : bool, default=False
-        When True, `fit` starts from the previous fit of this estimator, on the same genes, instead of anew.
+        When True, `fit` starts from the previous fit of this estimator, which must have the same genes.
 
     Attributes
     ----------
     mean_ : ndarray of shape (n_genes,)
-        Biological mean expression m_g: expected counts at full capture (posterior median).
+        Mean expression m_g: expected counts at full capture (posterior median).
     dispersion_ : ndarray of shape (n_genes,)
         Dispersion (size) r_g (posterior median).
     capture_offset_ : ndarray of shape (n_cells,)
         Capture offset eta_c of the training rows, in nats: the mode given ``mean_`` and
         ``dispersion_``. The capture probability is ``exp(-capture_offset_)``.
     capture_prior_ : tuple (log_M0, sigma_M) or None
-        The capture prior that was used.
+        Capture prior of the fit.
     loss_curve_ : ndarray of shape (n_iter,)
-        Minus the ELBO per step, nats per cell.
+        Negative ELBO at each step, nats per cell.
     n_iter_ : int
-        Variational steps done.
+        Number of variational steps.
     converged_ : bool
-        Whether both stages, the maximum a posteriori and the ELBO, met their tolerances.
+        Whether both stages, the maximum a posteriori (MAP) estimate and the ELBO, met their tolerances.
     n_features_in_ : int
         Number of genes.
     feature_names_in_ : ndarray of shape (n_genes,)
-        Gene names, where X has names that are all strings.
+        Gene names; defined only when X has column names that are all strings.
 
     See Also
     --------
-    NBLNEstimator : Correlated genes; takes this estimator fitted as its source.
+    NBLNEstimator : The model with correlated genes; takes this estimator as its source.
 
     Notes
     -----
-    The maximum a posteriori (capture offsets integrated by Laplace's method) is found first, in a few
-    passes; a Gaussian guide started there is then fitted by NumPyro's stochastic variational
-    inference. It is independent up to the common shift of all ``log m_g`` and ``eta_c``, which only the
-    priors hold: :meth:`sample_posterior` draws the two together. Memory is that of one batch plus the
-    sparse matrix.
+    The MAP estimate, with the capture offsets integrated out by Laplace's method, takes a few passes over
+    the data. A Gaussian guide that starts there is then fitted by NumPyro's stochastic variational
+    inference. The guide is independent except for the common shift of all ``log m_g`` and ``eta_c``, which
+    only the priors identify: :meth:`sample_posterior` draws the two together. Memory is that of one batch
+    plus the sparse matrix.
 
     Examples
     --------
@@ -162,23 +163,23 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         Raises
         ------
         ValueError
-            For counts that are negative, not finite or not numbers, and for a `capture_efficiency` that is
-            neither a known name nor a pair of finite numbers with sigma_M > 0; under `warm_start`, for
-            another number of genes than before.
+            If counts are negative, not finite or not numbers; if `capture_efficiency` is neither a known name
+            nor a pair of finite numbers with sigma_M > 0; under `warm_start`, if the number of genes differs
+            from the previous fit.
         TypeError
-            For what holds a matrix and is none in memory, as AnnData and Dask arrays.
+            If X is an object that holds a matrix but is not one in memory, such as AnnData or a Dask array.
         FitInterrupted
-            After Ctrl-C, once there was a complete sweep: the fitted attributes are those of the last
-            one, or of the last variational step. An earlier Ctrl-C, or a second one, leaves the
-            estimator as it was.
+            After Ctrl-C, if at least one sweep is complete: the fitted attributes are those of the last
+            complete sweep or variational step. An earlier Ctrl-C, or a second one, leaves the estimator
+            unchanged.
 
         Warns
         -----
         ConvergenceWarning
-            When a stage did not meet its tolerance.
+            If a stage did not meet its tolerance.
         UserWarning
-            When counts are fractional or look like no counts (a common divisor in most rows, one total for
-            all rows), when there are none, or when more than a few cells exceed M0.
+            If counts are fractional, do not look like counts (a common divisor in most rows, one total for
+            all rows) or are all zero, or if more than a few cells have more counts than M0.
         """
         X = validate_counts(self, X, reset=True)
         rng = check_random_state(self.random_state)
@@ -194,11 +195,11 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         start = self._curvature_guide(X, prior, point, rows)
         if previous is not None:
             start = _svi.resumed(start, previous)
-        found = _svi.fit(
+        variational_fit = _svi.fit(
             X,
             problem,
             start,
-            # the parts of the log-likelihood that are estimated from minibatches
+            # the part of the log-likelihood that is estimated from minibatches
             rows.log_marginal - X @ point.x.mean,
             n_steps=0 if outcome.interrupted else self.n_steps,
             learning_rate=self.learning_rate,
@@ -208,19 +209,19 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         )
         self.capture_prior_ = prior
         self._library_size = _capture.library_sizes(X)
-        self.mean_ = np.exp(found.guide.log_mean[0])
-        self.dispersion_ = np.exp(found.guide.log_dispersion[0])
-        self._guide = found.guide
+        self.mean_ = np.exp(variational_fit.guide.log_mean[0])
+        self.dispersion_ = np.exp(variational_fit.guide.log_dispersion[0])
+        self._guide = variational_fit.guide
         self._training_offsets = self._offsets(X)
         self.capture_offset_ = self._training_offsets.loc
-        self.loss_curve_ = found.losses
-        self.n_iter_ = int(found.losses.size)
-        self.converged_ = bool(outcome.converged and found.converged)
-        if outcome.interrupted or found.interrupted:
+        self.loss_curve_ = variational_fit.losses
+        self.n_iter_ = int(variational_fit.losses.size)
+        self.converged_ = bool(outcome.converged and variational_fit.converged)
+        if outcome.interrupted or variational_fit.interrupted:
             raise FitInterrupted(self)
         for stage, result, advice in (
             ("maximum a posteriori", outcome, "Look for extreme counts or genes."),
-            ("variational fit", found, "Increase n_steps or tol."),
+            ("variational fit", variational_fit, "Increase n_steps or tol."),
         ):
             if not result.converged:
                 warnings.warn(
@@ -231,7 +232,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         return self
 
     def _previous(self, n_genes):
-        """The guide of the fit that `warm_start` goes on from, or None."""
+        """The guide of the fit that `warm_start` continues from, or None."""
         guide = getattr(self, "_guide", None)
         if not self.warm_start or guide is None:
             return None
@@ -249,9 +250,9 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         return report
 
     def _maximum(self, X, problem, histogram, previous=None):
-        """Maximum of the posterior of log m and log r, the offsets integrated by Laplace.
+        """MAP estimate of log m and log r, with the offsets integrated out by Laplace's method.
 
-        Returns the driver's outcome, and the rows' scores as a start.
+        Returns the `Outcome` of the ascent, and the rows' scores as start values of their modes.
         """
         n_cells, n_genes = X.shape
         offset, scale = (a.copy() for a in problem.row_prior)
@@ -279,7 +280,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
                 report=None if report is None else lambda i, p: report(i, p.value / n_cells),
             )
             x = outcome.point.x
-            # the truncation of the offsets' prior: a mode below 0 is held at 0
+            # the prior of an offset is truncated at 0: a mode below 0 is moved to 0 and held there
             below = (scale > 0) & (offset - scale * sweeper.scores[:, -1] < 0)
             if outcome.interrupted or not below.any():
                 break
@@ -287,16 +288,16 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         return outcome, sweeper.scores
 
     def _curvature_guide(self, X, prior, point, rows):
-        """Normal posterior by the curvature at the maximum, one parameter at a time."""
+        """Gaussian guide from the curvature at the MAP estimate, one parameter at a time."""
         x, metric = point.x, point.metric
         log_mean = x.mean, 1 / np.sqrt(metric.moments[:, 0])
-        # never less than the prior has
+        # the precision of the prior is a lower bound of the information
         least = LOG_DISPERSION_PRIOR[1] ** -2
         information = np.maximum(metric.dispersion, least)
         missing = point.sums.genes.missing_log_r
-        known = np.maximum(metric.dispersion - missing, least) / information
+        observed_share = np.maximum(metric.dispersion - missing, least) / information
         log_r = x.dispersion, information**-0.5
-        shared = self._common_shift(metric), known
+        shared = self._common_shift(metric), observed_share
         if prior is None:
             return _svi.Guide(log_mean, log_r, None, *shared)
         offsets = _capture.offset_posterior(X, in_model_units(x), prior, self.batch_size, rows)
@@ -305,31 +306,31 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     def _common_shift(self, metric):
         """Shares of the likelihood in each log m, and the standard deviation of their common shift.
 
-        The offsets, integrated, take ``kappa a a'`` of the information ``diag(D)`` of log m, ``a`` the
-        likelihood's part of D; ``metric.shift`` says how much: ``1'D - kappa (1'a)^2``. Inverted,
-        that is ``1/D + sigma^2 (a/D)(a/D)'``.
+        Integrating the offsets out subtracts ``kappa a a'`` from the information ``diag(D)`` of log m, with
+        ``a`` the likelihood's part of D. ``metric.shift`` is ``1'D - kappa (1'a)^2`` and determines kappa.
+        The inverse of the remaining information is ``1/D + sigma^2 (a/D)(a/D)'``.
         """
         total = metric.moments[:, 0]
         share = _svi.likelihood_share(total**-0.5, LOG_MEAN_PRIOR_SCALE)
-        taken = max(total.sum() - metric.shift, 0.0) / (total @ share) ** 2
-        return share, np.sqrt(taken / (1.0 - taken * (share @ (total * share))))
+        kappa = max(total.sum() - metric.shift, 0.0) / (total @ share) ** 2
+        return share, np.sqrt(kappa / (1.0 - kappa * (share @ (total * share))))
 
     def _params(self):
-        """The parameters as the cell solver takes them: no loadings, no noise beyond the counts'."""
+        """The parameters in the form that the cell solver takes, without loadings and noise variances."""
         n_genes = self.mean_.size
-        nothing = np.zeros((n_genes, 0)), np.zeros(n_genes)
-        return Params(np.log(self.mean_), *nothing, 1.0 / self.dispersion_)
+        no_covariance = np.zeros((n_genes, 0)), np.zeros(n_genes)
+        return Params(np.log(self.mean_), *no_covariance, 1.0 / self.dispersion_)
 
     def _offsets(self, X):
-        """Posterior of the capture offsets of the rows of X given the globals."""
+        """Posterior of the capture offsets of the rows of X given the fitted parameters."""
         return _capture.offset_posterior(X, self._params(), self.capture_prior_, self.batch_size)
 
     def _offset_prior(self):
-        """The capture prior that bounds the rows' offsets."""
+        """The capture prior of the rows' offsets."""
         return self.capture_prior_
 
     def transform(self, X):
-        """Denoised log-expression: log of the posterior mean of each biological rate.
+        """Denoised log-expression: log of the posterior mean of each rate at full capture.
 
         Given the capture offset, the rate ``lambda_cg`` of gene g in cell c has a gamma posterior with
         mean ``(r_g + u_cg) / (r_g / m_g + exp(-eta_c))``.
@@ -342,7 +343,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         Returns
         -------
         ndarray of shape (n_cells, n_genes)
-            In nats (natural logarithm of expected counts at full capture).
+            Log-expression in nats (natural logarithm of expected counts at full capture).
         """
         check_is_fitted(self)
         X = self._validated(X, self.capture_prior_)
@@ -356,18 +357,19 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         Parameters
         ----------
         n_samples : int or None, default=None
-            None takes ``n_posterior_samples``.
+            Number of draws; None takes ``n_posterior_samples``.
         X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
-            Rows whose offsets are drawn, by their one-dimensional problem given the globals. Those of the
-            training rows, None or the same rows given, come from the variational posterior.
+            Rows whose offsets are drawn, from the posterior of each offset given ``mean_`` and
+            ``dispersion_``. For the training rows, with X None or equal to them, the offsets come from the
+            variational posterior.
         random_state : int, RandomState instance or None, default=None
-            None takes the estimator's.
+            Seed of the draws; None takes the estimator's.
 
         Returns
         -------
         Bunch
             ``r`` (n_samples, n_genes) dispersion, ``mu`` (n_samples, n_genes) mean expression in the
-            unit of ``mean_``, ``eta`` (n_samples, n_rows) capture offset in nats.
+            units of ``mean_``, ``eta`` (n_samples, n_rows) capture offset in nats.
         """
         check_is_fitted(self)
         X = None if X is None else self._validated(X, self.capture_prior_)
@@ -399,7 +401,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         return draws
 
     def _posterior_draws(self, n_samples, X, rng, *, eta):
-        """Draws that replicated counts are made with; without offsets where `eta` is None."""
+        """Parameter draws for replicated counts; without offsets if `eta` is None."""
         draws = self._draw(n_samples, X, rng, offsets=eta is not None)
         return ParameterDraws(draws.r, np.log(draws.mu), draws.eta)
 

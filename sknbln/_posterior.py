@@ -1,20 +1,20 @@
-r"""Posterior of an NBLN fit: distributions and draws of r, mu, eta and the scores.
+r"""Posterior of an NBLN fit: distributions, draws and standard deviations of r, mu and eta.
 
-Frozen parameters keep the source's own posterior. Under the marginal-preserving cascade it is pushed
-through the coupling (``solver.coupling``).
+Frozen parameters keep the source's posterior. Under the marginal-preserving cascade it is transformed by
+the coupling (``solver.coupling``).
 
-Free parameters get a Gaussian from the curvature of the profiled objective. For mu that is the
-information of the Gaussian model that the Laplace approximation stands on: given the offsets, ``mu_g`` is
+Free parameters have a Gaussian posterior from the curvature of the profiled objective. For mu this is the
+information in the Gaussian model behind the Laplace approximation: given the offsets, ``mu_g`` is
 estimated from working responses of variance ``1/b`` around ``W z``, and the mean of z over n cells has
 covariance ``I/n``:
 
 .. math:: V = \mathrm{diag}(1 / \textstyle\sum_c b_{cg}) + W W' / n, \qquad
           \mathrm{Cov}(\mu) = (V^{-1} + \Lambda)^{-1}
 
-with ``Lambda`` the precision of the soft prior. It is positive by construction. To that comes what mu_g
-shares with the gene's other free parameters (its marginal mean, ``mu_g + Sigma_gg/2``, is known better than
-mu_g), and for log r its own curvature less what it shares with log d and mu: both from the outer products
-of the cells' exact gradients.
+with ``Lambda`` the precision of the soft prior. It is positive by construction. The variance of mu_g is
+then increased by the uncertainty of the gene's other free parameters (the data determine the marginal mean,
+``mu_g + Sigma_gg/2``, better than mu_g). The variance of log r comes from the joint information of the
+gene's free parameters. Both use the outer products of the cells' exact gradients.
 """
 
 import jax.numpy as jnp
@@ -34,9 +34,9 @@ from .solver.params import Params
 
 
 class CoupledDispersion(Transform):
-    """From the source's (marginal) dispersion to the model's.
+    """Transform of the source's (marginal) dispersion to the dispersion of the model.
 
-    ``variance`` is ``S = |w|^2 + d`` of each gene's coordinates, (n_genes,).
+    ``variance`` is ``S = |w|^2 + d`` of each gene, in the coordinates of the ascent, (n_genes,).
     """
 
     domain = dist.constraints.positive
@@ -46,8 +46,8 @@ class CoupledDispersion(Transform):
         self.variance = variance
 
     def __call__(self, r):
-        left = remaining_level(jnp.log1p(1.0 / r), self.variance, jnp)
-        return 1.0 / overdispersion(left, jnp)
+        remaining = remaining_level(jnp.log1p(1.0 / r), self.variance, jnp)
+        return 1.0 / overdispersion(remaining, jnp)
 
     def _inverse(self, r):
         t = marginal_level(np.log1p(1.0 / np.asarray(r, float)), self.variance)
@@ -60,7 +60,7 @@ class CoupledDispersion(Transform):
         return jnp.log(y) + jnp.log1p(y) + jnp.log(slope) - jnp.log(x) - jnp.log1p(x)
 
     def tree_flatten(self):
-        """As NumPyro asks of a transform with parameters."""
+        """Parameters of the transform as a pytree, the interface that NumPyro requires."""
         return (self.variance,), (("variance",), {})
 
     def __eq__(self, other):
@@ -76,7 +76,7 @@ def mean_covariance_diagonal(information, loadings, n_cells, prior_precision):
     # V^{-1} = D - D W (n I + W' D W)^{-1} W' D with D = diag(information)
     scaled = information[:, None] * loadings
     inner = n_cells * np.eye(loadings.shape[1]) + loadings.T @ scaled
-    # the low-rank part comes back with total in place of D
+    # Woodbury's identity once more: total takes the place of D
     correction = inner - scaled.T @ (scaled / total[:, None])
     back = scaled / total[:, None]
     return 1.0 / total + np.einsum("gi,gi->g", back @ np.linalg.inv(correction), back)
@@ -85,18 +85,18 @@ def mean_covariance_diagonal(information, loadings, n_cells, prior_precision):
 def standard_deviations(
     batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings
 ):
-    """Standard deviations of mu, W, log d and log r at the fit, and the rows' posteriors, by one pass.
+    """Standard deviations of mu, W, log d and log r at the fit, and the rows' posterior, in one pass.
 
-    The first are `Params`, 0 where frozen. ``scores`` start the rows' modes, ``prior_*`` are the
-    precisions of the priors. W and log r: from the outer products of the cells' exact gradients, gene by
-    gene, all of a gene's parameters together.
+    The standard deviations are `Params`, 0 where frozen; the posterior is a `RowPosterior`. ``scores`` are
+    start values of the rows' modes, ``prior_*`` the precisions of the priors. The information of a gene's
+    parameters, taken together, is the sum of outer products of the cells' exact gradients.
     """
     n_genes, k = params.loadings.shape
     products, information, rows = gene_score_products(batches, params, scores, free.dispersion)
     mean_sd, log_r_sd = np.zeros(n_genes), np.zeros(n_genes)
     free_blocks = [free.mean, *[True] * k, free.noise, free.dispersion]
     keep = np.flatnonzero(free_blocks)
-    precision = np.full((n_genes, k + 3), 1e-6)  # a little information keeps the matrix regular
+    precision = np.full((n_genes, k + 3), 1e-6)  # keeps the information matrix regular
     precision[:, 0] += prior_mean
     precision[:, 1 : k + 1] += prior_loadings
     precision[:, k + 1] = 0.0
@@ -104,21 +104,24 @@ def standard_deviations(
     J = products[:, keep][:, :, keep]
     diagonal = np.einsum("gii->gi", J)
     diagonal += precision[:, keep]
-    alone = 1.0 / np.maximum(diagonal, 1e-100)  # variances given the gene's other parameters
-    # In units of those, of log d too: at the floor of d its score is tiny, but d is not known.
-    unit = np.sqrt(alone)
+    conditional = 1.0 / np.maximum(diagonal, 1e-100)  # variances given the gene's other parameters
+    # In units of these standard deviations the matrix is well scaled, for log d too, whose gradient is tiny
+    # where d is at its floor.
+    unit = np.sqrt(conditional)
     J = J * unit[:, :, None] * unit[:, None, :] + 1e-9 * np.eye(keep.size)
     variance = np.zeros((n_genes, k + 3))
-    variance[:, keep] = np.maximum(np.einsum("gii->gi", np.linalg.inv(J)), 0.0) * alone
+    variance[:, keep] = np.maximum(np.einsum("gii->gi", np.linalg.inv(J)), 0.0) * conditional
     sd = np.sqrt(variance)
     if free.mean:
-        given = mean_covariance_diagonal(information, params.loadings, batches.n_cells, prior_mean)
-        # mu goes down as the gene's Sigma_gg goes up: the marginal mean is what the data know
-        mean_sd = np.sqrt(given + np.maximum(variance[:, 0] - alone[:, 0], 0.0))
+        mean_variance = mean_covariance_diagonal(
+            information, params.loadings, batches.n_cells, prior_mean
+        )
+        # mu decreases as the gene's Sigma_gg increases: the data determine the marginal mean
+        mean_sd = np.sqrt(mean_variance + np.maximum(variance[:, 0] - conditional[:, 0], 0.0))
     if free.dispersion:
         log_r_sd = sd[:, k + 2]
-    # What the genes share: W takes up the square root of the scores' sample covariance, which
-    # varies by 1/2n in the length of a column and by 1/4n from each column into the others.
+    # Uncertainty shared by the genes: W absorbs the square root of the scores' sample covariance, whose
+    # sampling variance is 1/2n in the length of a column and 1/4n between each pair of columns.
     squares = params.loadings**2
     shared = (squares + squares.sum(1, keepdims=True)) / (4 * batches.n_cells)
     loadings_sd = np.sqrt(sd[:, 1 : k + 1] ** 2 + shared)
@@ -126,17 +129,17 @@ def standard_deviations(
 
 
 def source_dispersion(guide, variance=None):
-    """Distribution of r where it is frozen: the source's, by its guide.
+    """Distribution of a frozen r, from the source's guide.
 
-    ``variance`` is that of the coordinates, (n_genes,), under the marginal-preserving cascade: the
-    distribution is then pushed through the coupling.
+    ``variance``, (n_genes,), is given under the marginal-preserving cascade: the variance ``S`` of
+    `CoupledDispersion`, by which the source's distribution is then transformed.
     """
     r = dist.LogNormal(guide.log_dispersion[0], guide.log_dispersion_scale)
     return r if variance is None else dist.TransformedDistribution(r, CoupledDispersion(variance))
 
 
 def source_offsets(guide, capture_prior, offsets):
-    """Distribution of frozen capture offsets: the source's, by its guide; ``offsets`` where it has none."""
+    """Distribution of frozen capture offsets, from the source's guide; ``offsets`` itself if it has none."""
     if guide.capture_offset is None:
         return dist.Delta(offsets)
     loc = guide.capture_offset[0]
@@ -144,27 +147,27 @@ def source_offsets(guide, capture_prior, offsets):
 
 
 def truncated(loc, scale, offsets):
-    """Distribution of capture offsets from Gaussians truncated at 0; ``offsets`` where they are known."""
+    """Distribution of capture offsets, Gaussians truncated at 0; fixed at ``offsets`` if a scale is 0."""
     return dist.TruncatedNormal(loc, scale, low=0.0) if np.all(scale > 0) else dist.Delta(offsets)
 
 
 def coupled_draws(r, variance):
-    """Draws of the model's r and Sigma_gg from draws of the source's r, and the coordinates' variance."""
+    """Draws of the model's r and Sigma_gg, from draws of the source's r and the variance S of each gene."""
     t = np.log1p(1.0 / r)
-    left = remaining_level(t, variance)
-    return 1.0 / overdispersion(left), t - left
+    remaining = remaining_level(t, variance)
+    return 1.0 / overdispersion(remaining), t - remaining
 
 
 def offset_draws(loc, scale, n_samples, rng):
-    """Draws of offsets, (n_samples, n_rows), from Gaussians truncated at 0; scale 0 is a known offset."""
-    some = scale > 0
+    """Draws of offsets, (n_samples, n_rows), from Gaussians truncated at 0; an offset of scale 0 is fixed."""
+    is_random = scale > 0
     eta = np.broadcast_to(np.maximum(loc, 0.0), (n_samples, loc.size)).copy()
-    eta[:, some] = truncnorm.rvs(
-        -loc[some] / scale[some],
+    eta[:, is_random] = truncnorm.rvs(
+        -loc[is_random] / scale[is_random],
         np.inf,
-        loc[some],
-        scale[some],
-        size=(n_samples, int(some.sum())),
+        loc[is_random],
+        scale[is_random],
+        size=(n_samples, int(is_random.sum())),
         random_state=rng,
     )
     return eta

@@ -1,6 +1,6 @@
 """Rows of a count matrix in batches: made dense, padded, solved, summed. NumPy in, NumPy out.
 
-No JAX array leaves this file's callers (a pickled float64 JAX array would come back as float32).
+Results are converted to NumPy here: a pickled float64 JAX array would be loaded as float32.
 """
 
 import copy
@@ -19,26 +19,26 @@ from .solver.mode import LAST_STEP
 from .solver.params import Cells
 
 _ROW_BUCKET = 64  # rows of a batch are padded to a multiple of this
-_LEAST_ROWS = 64  # of an automatic batch: every batch has sums over its rows for every gene
+_LEAST_ROWS = 64  # minimum of an automatic batch: each batch costs a set of sums for every gene
 _RANK_BUCKET = 4  # latent dimensions are padded to a multiple of this
-# Automatic batches hold about this many counts, 8 bytes each in a few arrays
+# Counts in an automatic batch, about; 8 bytes each in a few arrays
 _BATCH_ENTRIES = 2**17
 _BATCH_ENTRIES_OF_ACCELERATOR = 2**22
-# of which so many are worked on at a time that the dozen arrays of a Newton iteration stay in a
-# processor's own cache.
+# Counts that are solved at a time: the dozen arrays of a Newton iteration then stay in the cache of a
+# processor
 _BLOCK_ENTRIES = 2**14
 _LEAST_BLOCK = 8  # rows
-# The modes of a fit's rows: what is left of a Newton decrement changes the objective by less than its
-# square root. That may be this share of what the fit's tol asks for
+# Accuracy of the modes in a sweep. The error of the objective is less than the square root of the remaining
+# Newton decrement; that root may be this share of the fit's tolerance
 _MODE_SHARE = 1e-4
-# but the decrement is never left above this.
+# upper bound of the remaining Newton decrement, nats
 _LARGEST_LAST_STEP = 1e-6
 
 solve_cells, score_products = (compiled_once(tidy(k)) for k in (solve_cells, score_products))
 
 
 def padded_rank(k):
-    """Latent dimension of the compiled kernel. A zero column of W stays zero through a sweep."""
+    """Latent dimension of the compiled kernel. A zero column of W stays zero in a sweep."""
     return -(-k // _RANK_BUCKET) * _RANK_BUCKET
 
 
@@ -48,20 +48,20 @@ def pad_columns(a, k):
 
 
 def _solved_at_once(rows, n_genes):
-    """Rows of a batch that are solved together, a divisor of their number."""
+    """Number of rows of a batch that are solved together, a divisor of ``rows``."""
     if not on_cpu():
         return rows
     wanted = _BLOCK_ENTRIES // max(n_genes, 1)
-    # where the cache holds not even a few rows, more of them share what is read of every gene
+    # if even a few rows exceed the cache, larger blocks at least share the reads of each gene's parameters
     wanted = max(wanted, _LEAST_BLOCK) if wanted >= _LEAST_BLOCK // 2 else 2 * _LEAST_BLOCK
     return rows if rows <= wanted else math.gcd(rows, 2 ** int(math.log2(wanted)))
 
 
 class CSRRows:
-    """Rows of a count matrix in memory: where rows come from.
+    """Source of rows: a count matrix in memory.
 
-    Whatever else rows may come from has the same four members; nothing else asks for counts, and sums
-    over blocks add up.
+    Another source of rows needs the same four members: `shape`, `dtype`, `block` and `chosen`. All other
+    code takes counts through these, block by block.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class CSRRows:
         self.shape, self.dtype = X.shape, X.dtype
 
     def block(self, rows):
-        """The rows of a slice as CSR; it shares their memory."""
+        """The rows of a slice as CSR, a view of the same memory."""
         X, start = self._X, self._X.indptr[rows.start]
         inside = slice(start, X.indptr[rows.stop])
         indptr = X.indptr[rows.start : rows.stop + 1] - start
@@ -87,22 +87,23 @@ class CSRRows:
         return type(X)((X.data[inside], X.indices[inside], indptr), shape=shape, copy=False)
 
     def chosen(self, positions):
-        """The rows at the positions, in their order: another of this kind."""
+        """A `CSRRows` of the rows at these positions, in this order."""
         return CSRRows(self._X[positions])
 
 
 class RowBatches:
-    """Rows of a count matrix as padded dense batches of one shape, with their capture data.
+    """Rows of a count matrix as padded dense batches of one shape, with the priors of their offsets.
 
     Parameters
     ----------
-    X : csr_matrix of shape (n_cells, n_genes), or where else rows come from: see `CSRRows`
+    X : csr_matrix of shape (n_cells, n_genes), or another source of rows
+        Counts; for other sources see `CSRRows`.
     offset, scale : ndarray of shape (n_cells,)
-        Prior location and scale of the capture offset; scale 0 is a known offset.
+        Prior location and scale of the capture offset, nats; scale 0 fixes the offset.
     precision : ndarray of shape (n_cells,), optional
         1 (default) for a proper prior on the offset, 0 for a flat one.
     batch_size : int or None
-        Rows per batch, rounded up so that matrices of other numbers of rows share a compiled kernel.
+        Rows per batch, rounded up so that matrices with different numbers of rows share a compiled kernel.
         None chooses by the number of genes.
     """
 
@@ -117,7 +118,7 @@ class RowBatches:
         rows = min(batch_size, max(n, 1))
         bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
         self.rows = -(-rows // bucket) * bucket
-        self.starts = range(0, max(n, 1), self.rows)  # of no rows too, one batch of padding
+        self.starts = range(0, max(n, 1), self.rows)  # without rows, one batch of padding
         self.solved_at_once = _solved_at_once(self.rows, n_genes)
 
     def without_capture(self, rows):
@@ -129,7 +130,7 @@ class RowBatches:
         return other
 
     def padded(self, a, value=0.0):
-        """Rows of `a` filled up to the rows of a batch."""
+        """The array `a`, padded with `value` to the number of rows of a batch."""
         return np.concatenate([a, np.full((self.rows - a.shape[0], *a.shape[1:]), value)], 0)
 
     @property
@@ -138,11 +139,11 @@ class RowBatches:
         return self.counts.shape[0]
 
     def slices(self):
-        """Slices of the rows of each batch."""
+        """The slice of rows of each batch."""
         return [slice(start, min(start + self.rows, self.n_cells)) for start in self.starts]
 
     def cells(self, rows):
-        """The `Cells` of a batch."""
+        """The rows of a batch as `Cells`."""
         n = rows.stop - rows.start
         counts = np.zeros((self.rows, self.counts.shape[1]))
         self.counts.block(rows).toarray(out=counts[:n])
@@ -156,29 +157,29 @@ class RowBatches:
             yield rows, self.cells(rows)
 
     def map(self, function):
-        """``function(rows, cells)`` of each batch, in their order; several are worked on at a time."""
+        """Iterator of ``function(rows, cells)`` over the batches, in order; several run at the same time."""
         slices = self.slices()
         workers = min(n_workers(), len(slices))
         return in_order(lambda rows: function(rows, self.cells(rows)), slices, workers)
 
     def solve(self, cells, params, zeta, last_step=LAST_STEP):
-        """:func:`solve_cells`, a block of cells at a time."""
+        """Solve the cells by :func:`solve_cells`, a block of cells at a time."""
         return solve_cells(cells, params, zeta, last_step, block=self.solved_at_once)
 
 
 class RowPosterior(NamedTuple):
-    """What is known of rows given the parameters: the Gaussian posterior of scores and capture offset."""
+    """Gaussian posterior of the scores and the capture offset of each row, given the parameters."""
 
-    log_marginal: np.ndarray  # (n_rows,) without the constants of the counts
+    log_marginal: np.ndarray  # (n_rows,) log-likelihood, without the constants of the counts
     scores: np.ndarray  # (n_rows, k)
     score_covariance: np.ndarray  # (n_rows, k, k)
-    offset: np.ndarray  # (n_rows,) before truncation at 0
+    offset: np.ndarray  # (n_rows,) mode before truncation at 0
     offset_variance: np.ndarray  # (n_rows,)
     score_offset_covariance: np.ndarray  # (n_rows, k)
-    offset_slope: np.ndarray  # (n_rows,) d log_marginal / d offset, mode held
-    offset_curvature: np.ndarray  # (n_rows,) -d^2 log_marginal / d offset^2, curvature held
+    offset_slope: np.ndarray  # (n_rows,) d log_marginal / d offset, with the mode fixed
+    offset_curvature: np.ndarray  # (n_rows,) -d^2 log_marginal / d offset^2, curvature fixed
     converged: np.ndarray  # (n_rows,)
-    decrement: np.ndarray  # (n_rows,) of Newton
+    decrement: np.ndarray  # (n_rows,) Newton decrement, nats
 
     @property
     def offset_scale(self):
@@ -187,16 +188,16 @@ class RowPosterior(NamedTuple):
 
     @classmethod
     def empty(cls, n, k):
-        """Arrays for n rows and k factors, for :meth:`fill`."""
+        """Uninitialized arrays for n rows and k factors, to be written by :meth:`fill`."""
         shapes = ((), (k,), (k, k), (), (), (k,), (), (), (), ())
         kinds = [bool if name == "converged" else float for name in cls._fields]
         return cls(*(np.empty((n, *s), kind) for s, kind in zip(shapes, kinds, strict=True)))
 
     def fill(self, rows, cells, results):
-        """Write a batch's `CellResults` to its rows."""
+        """Write the `CellResults` of a batch to its rows."""
         k, covariance = self.scores.shape[1], results.covariance
         offset, scale = cells.offset, cells.scale
-        found = (
+        parts = (
             results.log_marginal,
             results.zeta[:, :k],
             covariance[:, :k, :k],
@@ -208,24 +209,24 @@ class RowPosterior(NamedTuple):
             results.converged,
             results.decrement,
         )
-        for whole, part in zip(self, found, strict=True):
+        for whole, part in zip(self, parts, strict=True):
             whole[rows] = part[: rows.stop - rows.start]
 
 
 def _added(total, part):
-    """Sums over two batches' rows, from those over each."""
+    """Add the sums of one batch to the total."""
     return jax.tree.map(np.add, total, part)
 
 
 def with_padded_rank(params):
-    """Parameters with as many columns of loadings as a compiled kernel has; zero columns stay zero."""
+    """The parameters with zero columns of loadings up to the latent dimension of the compiled kernel."""
     k = padded_rank(params.loadings.shape[1])
     return params._replace(loadings=pad_columns(params.loadings, k))
 
 
 @float64
 def solve_rows(batches, params, start=None):
-    """Solve every row given the parameters, from the scores of a sweep where they are given.
+    """Solve every row given the parameters; ``start`` has start values of the scores, from a sweep.
 
     Returns
     -------
@@ -248,10 +249,10 @@ def solve_rows(batches, params, start=None):
 
 @float64
 def gene_score_products(batches, params, start, free_dispersion):
-    """Outer products of each gene's scores in (mu, w, log d, log r), ``sum_c b``, and the rows.
+    """Outer products of each gene's gradients in (mu, w, log d, log r), ``sum_c b``, and the rows' posterior.
 
-    Shapes (n_genes, k + 3, k + 3) and (n_genes,), and the rows' `RowPosterior`. Where log r is not free, its
-    scores lack the part that does not depend on the log-rates.
+    Shapes are (n_genes, k + 3, k + 3) and (n_genes,); the posterior is a `RowPosterior`. If log r is not
+    free, its gradients omit the part that does not depend on the log-rates.
     """
     k, wide = params.loadings.shape[1], with_padded_rank(params)
     k_padded = wide.loadings.shape[1]
@@ -265,19 +266,19 @@ def gene_score_products(batches, params, start, free_dispersion):
             constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
         on_device = jax.device_put(cells)
         alpha, results, _ = batches.solve(on_device, params, batches.padded(start[rows]))
-        found = score_products(on_device, params, alpha, results, constants)
-        return rows, cells, *jax.tree.map(np.asarray, (results, found))
+        gene_sums = score_products(on_device, params, alpha, results, constants)
+        return rows, cells, *jax.tree.map(np.asarray, (results, gene_sums))
 
     total, solved = None, RowPosterior.empty(batches.n_cells, k)
-    for *found, part in batches.map(products):
+    for *batch, part in batches.map(products):
         total = part if total is None else _added(total, part)
-        solved.fill(*found)
+        solved.fill(*batch)
     keep = np.r_[0 : k + 1, k_padded + 1, k_padded + 2]
     return total[0][:, keep][:, :, keep], total[1], solved
 
 
 def sum_over_batches(batches, params):
-    """A function that sums ``function(cells, params, *args)`` over the batches."""
+    """A function that returns the sum of ``function(cells, params, *args)`` over the batches."""
 
     @float64
     def summed(function, *args):
@@ -292,19 +293,22 @@ def sum_over_batches(batches, params):
 
 
 class Sweeper:
-    """Runs sweeps over the batches, keeping each row's scores as the next sweep's start.
+    """Run sweeps over the batches; each row's scores are the start values of the next sweep.
 
     Parameters
     ----------
     batches : RowBatches
+        Rows of the counts.
     k : int
+        Latent dimension.
     tol : float, default=0.0
-        Fraction of the objective's magnitude that matters to the fit: the rows' modes are found so well that
-        the objective is known far better. 0 is to rounding.
+        Relative tolerance of the fit. The modes of the rows are solved so accurately that the error of the
+        objective is far below it; 0 solves them to rounding.
 
     Attributes
     ----------
     scores : ndarray of shape (n_cells, padded k + 1)
+        Modes of the last sweep: scores, and the standardized deviation of the offset from its prior.
     """
 
     def __init__(self, batches, k, tol=0.0):
@@ -313,7 +317,7 @@ class Sweeper:
         self._last_step = LAST_STEP
 
     def rotate(self, rotation):
-        """Follow a rotation (k, k) of the loadings."""
+        """Rotate the scores by the rotation, (k, k), of the loadings."""
         k = rotation.shape[0]
         self.scores[:, :k] = self.scores[:, :k] @ rotation
 
@@ -326,16 +330,16 @@ class Sweeper:
         def solved(rows, cells):
             start = self.batches.padded(self.scores[rows])
             _, results, sums = self.batches.solve(cells, on_device, start, self._last_step)
-            found = np.asarray(results.zeta)[: rows.stop - rows.start]
-            # a trial may overflow; the next sweep starts from the last finite scores
-            good = np.isfinite(found).all(axis=1)
-            self.scores[rows][good] = found[good]
+            mode = np.asarray(results.zeta)[: rows.stop - rows.start]
+            # trial parameters may overflow; the next sweep starts from the last finite scores
+            is_finite = np.isfinite(mode).all(axis=1)
+            self.scores[rows][is_finite] = mode[is_finite]
             return jax.tree.map(np.asarray, sums)
 
         total = no_sums(*wide.loadings.shape)
         for sums in self.batches.map(solved):
             total = _added(total, sums)
-        # of the first sweep nobody knows the magnitude: it is solved to rounding
+        # the first sweep, before which the magnitude is unknown, is solved to rounding
         size = magnitude(float(total.log_marginal), max(self.batches.n_cells, 1))
         if np.isfinite(size):
             self._last_step = min(
@@ -345,6 +349,7 @@ class Sweeper:
 
 
 def _unpad(sums: BatchSums, k):
+    """The sums without the padding of the latent dimension."""
     genes = sums.genes
     padded = genes.gradient_loadings.shape[1]
     i, j = np.triu_indices(padded)

@@ -1,4 +1,4 @@
-"""From a fitted NBVCP source to what an NBLN fit takes of it: frozen values, soft priors, offsets."""
+"""What an NBLN fit takes from its NBVCP source: frozen values, soft priors, capture offsets."""
 
 import copy
 
@@ -26,7 +26,7 @@ def canonical_freeze(names):
     Raises
     ------
     ValueError
-        For a bare string, an unknown name, or a parameter named twice (by name and alias).
+        If `names` is a string, or a name is unknown, or a parameter is named twice (by name and alias).
     """
     allowed = "; ".join(
         f"{name!r} (or {', '.join(map(repr, a))})" for name, a in FREEZE_NAMES.items()
@@ -36,24 +36,24 @@ def canonical_freeze(names):
             f"informative_priors_freeze={names!r}: expected a tuple or list of names. Allowed: {allowed}."
         )
     meaning = {alias: name for name, aliases in FREEZE_NAMES.items() for alias in (name, *aliases)}
-    found = {}
-    for given in names:
-        if not isinstance(given, str) or given not in meaning:
+    name_used = {}
+    for label in names:
+        if not isinstance(label, str) or label not in meaning:
             raise ValueError(
-                f"informative_priors_freeze names {given!r}, which is not a parameter. Allowed: {allowed}."
+                f"informative_priors_freeze names {label!r}, which is not a parameter. Allowed: {allowed}."
             )
-        name = meaning[given]
-        if name in found:
+        name = meaning[label]
+        if name in name_used:
             raise ValueError(
-                f"informative_priors_freeze names {found[name]!r} and {given!r}, which are the same "
+                f"informative_priors_freeze names {name_used[name]!r} and {label!r}, which are the same "
                 f"parameter. Name it once. Allowed: {allowed}."
             )
-        found[name] = given
-    return tuple(name for name in FREEZE_NAMES if name in found)
+        name_used[name] = label
+    return tuple(name for name in FREEZE_NAMES if name in name_used)
 
 
 def needs_fit(source):
-    """Whether the source has still to be fitted."""
+    """Whether the source is not fitted yet."""
     try:
         check_is_fitted(unwrapped(source))
     except NotFittedError:
@@ -67,19 +67,19 @@ def unwrapped(source):
 
 
 def _fit_source(source, X):
-    """Module-level, so that joblib can cache it."""
+    """Fit the source; a module-level function, so that joblib can cache it."""
     return source.fit(X)
 
 
 def fitted_source(source, X, memory, previous=None):
-    """The source, fitted: as it is, or a clone fitted on X (cached by `memory`).
+    """The fitted source: the given one if it is fitted, otherwise a clone fitted on X (cached by `memory`).
 
-    Where a source was fitted here before, `previous`, that fit goes on instead.
+    If `previous`, a source from an earlier fit, is given, its fit is continued instead.
 
     Raises
     ------
     TypeError
-        When the source is not an NBVCPEstimator.
+        If the source is not an NBVCPEstimator.
     """
     from ._nbvcp import NBVCPEstimator
 
@@ -102,18 +102,18 @@ def fitted_source(source, X, memory, previous=None):
 
 
 def matched_to_genes(source, n_genes, names):
-    """The source restricted to the target's genes, in their order.
+    """The source restricted to the genes of X, in their order.
 
-    Names decide where both have them; a source of more genes is cut by name.
+    Genes are matched by name if both have names, so that the source may have more genes than X.
 
     Raises
     ------
     ValueError
-        When a gene of the target is missing from the source (the first ten are named), or, without
-        names, when the numbers of genes differ.
+        If a gene of X is missing from the source (the message names the first ten), or, without names, if
+        the numbers of genes differ.
     """
-    own = getattr(source, "feature_names_in_", None)
-    if own is None or names is None:
+    source_names = getattr(source, "feature_names_in_", None)
+    if source_names is None or names is None:
         if source.n_features_in_ != n_genes:
             raise ValueError(
                 f"informative_prior_estimator was fitted on {source.n_features_in_} genes, X has {n_genes}. "
@@ -121,7 +121,7 @@ def matched_to_genes(source, n_genes, names):
                 "source of more genes be cut to those of X."
             )
         return source
-    position = {name: i for i, name in enumerate(own)}
+    position = {name: i for i, name in enumerate(source_names)}
     missing = [str(name) for name in names if name not in position]
     if missing:
         raise ValueError(
@@ -136,9 +136,10 @@ def matched_to_genes(source, n_genes, names):
 
 
 def soft_priors(source, tau, n_samples, rng):
-    """Gaussian priors of log m and log r, the two blocks of `Params` that the source knows.
+    """Gaussian priors of log m and log r, the two blocks of `Params` that the source has.
 
-    Moments of draws from its posterior in the unconstrained coordinates, scales times `tau`.
+    Means and standard deviations are those of posterior draws of the source; the latter are multiplied by
+    `tau`.
     """
     draws = source._log_draws(n_samples, rng)
     mean, dispersion = (
@@ -149,7 +150,7 @@ def soft_priors(source, tau, n_samples, rng):
 
 
 def priors(source, free, tau, n_samples, rng):
-    """Priors of a model's mean and log r: soft ones and the weak one of the mean; flat where frozen."""
+    """Priors of the mean and log r: the soft priors, with the weak prior of the mean; flat where frozen."""
     flat = GaussianPrior.flat(source.mean_.size)
     if not (free.mean or free.dispersion):
         return Params(flat, None, None, flat)
@@ -163,9 +164,9 @@ def priors(source, free, tau, n_samples, rng):
 
 
 def on_rows(source, X, offsets):
-    """The source with the rows of X in place of those of its own fit; itself where they are the same.
+    """The source with the rows of X in place of its training rows; unchanged if they are the same.
 
-    ``offsets`` are the posteriors of the rows of X given the source's globals.
+    ``offsets`` is the posterior of the capture offsets of X given the source's parameters.
     """
     if _capture.same_offsets(offsets, source._training_offsets):
         return source
@@ -179,7 +180,7 @@ def on_rows(source, X, offsets):
 
 
 def restricted(source, genes):
-    """A copy of a fitted NBVCP with only the given genes (positions)."""
+    """A copy of a fitted NBVCP with only the genes at these positions."""
     cut = copy.copy(source)
     cut.mean_, cut.dispersion_ = source.mean_[genes], source.dispersion_[genes]
     guide = source._guide

@@ -7,18 +7,18 @@ class FitInterrupted(KeyboardInterrupt):
     """Ctrl-C during `fit`, after at least one complete sweep.
 
     The estimator holds the parameters of the last complete sweep, with ``converged_ = False``; with
-    ``warm_start=True`` another `fit` goes on from there. A `KeyboardInterrupt` that is not a
-    `FitInterrupted` left the estimator as it was before the call.
+    ``warm_start=True`` another `fit` continues from there. After a `KeyboardInterrupt` that is not a
+    `FitInterrupted` the estimator is unchanged.
 
     Parameters
     ----------
     estimator : estimator instance
-        The one whose `fit` was interrupted.
+        Estimator whose `fit` was interrupted.
 
     Attributes
     ----------
     estimator : estimator instance
-        The same.
+        Estimator whose `fit` was interrupted.
 
     Examples
     --------
@@ -45,15 +45,16 @@ class InconsistentVersionWarning(UserWarning):
     Parameters
     ----------
     estimator_name : str
+        Class name of the estimator.
     original_version : str
         Version of this library that wrote the pickle.
     current_version : str
-        Version that reads it.
+        Version of this library that loads it.
 
     Attributes
     ----------
     estimator_name, original_version, current_version : str
-        The same.
+        As the parameters.
 
     Examples
     --------

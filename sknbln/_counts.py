@@ -319,9 +319,8 @@ def _scaled(name, X):
         starts, size = X.indptr[:1], np.array([X.nnz])
     large = size >= _NOT_TINY
     half = large.sum() / 2
-    above_one = large & (
-        np.minimum.reduceat(X.data, starts) > 1
-    )  # most rows of real counts contain a 1
+    # most rows of real counts contain a 1
+    above_one = large & (np.minimum.reduceat(X.data, starts) > 1)
     # above 2^53 float64 represents even numbers only
     if np.count_nonzero(above_one) <= half or X.data.max() > 2**53:
         return None

@@ -176,9 +176,9 @@ def test_free_offsets_lie_between_the_source_and_the_capture_prior(counts, sourc
 
 @pytest.mark.parametrize("freeze", [("r", "eta"), ("r",)])
 def test_offsets_are_of_the_model_s_own_rows(counts, source, freeze):
-    """A source fitted on other rows, as many of them, and in another order."""
+    """A source fitted on other rows, and on the same rows in another order."""
     X = counts.tocsr()
-    for train, rest in ((X[:90], X[90:]), (X[:75], X[75:]), (X, X[::-1])):
+    for train, rest in ((X[:90], X[90:]), (X, X[::-1])):
         elsewhere = NBVCPEstimator(random_state=0).fit(train)
         model = fit(rest, elsewhere, informative_priors_freeze=freeze)
         drawn = model.sample_posterior(400, random_state=0).eta

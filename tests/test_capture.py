@@ -125,9 +125,9 @@ def test_a_long_array_is_not_printed_whole():
 
 def test_deeper_rows_are_said_wherever_rows_come_in():
     """Once per call, with their number and M0."""
-    X = make_nbln_counts(n_cells=80, n_genes=12, n_factors=1, random_state=0).data
+    X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
     source = NBVCPEstimator(random_state=0).fit(X)
-    model = NBLNEstimator(1, informative_prior_estimator=source, random_state=0).fit(X)
+    model = NBLNEstimator(2, informative_prior_estimator=source, random_state=0).fit(X)
     deep = 100 * X.toarray()
     quick = NBVCPEstimator(capture_efficiency=source.capture_prior_, n_steps=2, random_state=0)
     m0 = np.exp(source.capture_prior_.log_m0)
@@ -156,7 +156,7 @@ def test_deeper_rows_are_said_wherever_rows_come_in():
             if "more counts than the prior total mRNA" in str(w.message)
         ]
         assert len(said) == 1
-        assert said[0].startswith("80 of 80 cells") and f"{m0:.4g}" in said[0]
+        assert said[0].startswith("150 of 150 cells") and f"{m0:.4g}" in said[0]
         assert "larger log_M0" in said[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -503,11 +503,11 @@ def test_score_given_totals_of_one_gene_says_nothing():
 
 
 def test_score_given_totals_takes_no_capture_prior():
-    X = make_nbln_counts(n_cells=80, n_genes=12, n_factors=1, random_state=0).data
+    X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
     source = NBVCPEstimator(random_state=0).fit(X)
-    model = NBLNEstimator(1, informative_prior_estimator=source, random_state=0).fit(X)
+    model = NBLNEstimator(2, informative_prior_estimator=source, random_state=0).fit(X)
     poisson = NBLNEstimator(
-        1, informative_prior_estimator=source, observation="multinomial", random_state=0
+        2, informative_prior_estimator=source, observation="multinomial", random_state=0
     ).fit(X)
     for fitted in (source, model):
         plain, given = fitted.score(X), fitted.score(X, given_totals=True)

@@ -25,7 +25,8 @@ from .solver import column_priors
 from .solver.ascent import ascend
 from .solver.coupling import Identity, MarginalCoupling
 from .solver.gauge import compositional, effective_rank, singular_basis
-from .solver.objective import Objective, weak_dispersion_prior
+from .solver.gene_priors import DISPERSION_POOL, NOISE_POOL, GenePriors
+from .solver.objective import Objective
 from .solver.params import GaussianPrior, Params, in_model_units, noise_variance
 from .solver.start import loadings_from_scores, resumed, start_coordinates
 
@@ -313,24 +314,27 @@ class NBLNEstimator(
         self._source = _source.on_rows(source, X, offsets)
         self._library_size = _capture.library_sizes(X)
 
-        priors = _source.priors(
-            source, free, self.informative_priors_tau, self.informative_priors_n_samples, rng
-        )
-        start = self._start(source, X, offsets, free, coupled, previous, rng)
+        self._total = total = _source.total_overdispersion(source, offsets)
+        strength = self.informative_priors_tau, self.informative_priors_n_samples
+        of_total = None
+        if coupled:
+            prior_mean, of_total = _source.marginal_priors(source, total, free, *strength, rng)
+            prior_log_r = GaussianPrior.flat(X.shape[1])
+        else:
+            prior_mean, _, _, prior_log_r = _source.priors(source, free, *strength, rng)
+        if "r" in frozen: of_total = None
+        start = self._start(source, X, offsets, free, coupled, previous, rng, total)
         rows = RowBatches(
             X, *self._row_capture(X, np.log(source.mean_), offsets), batch_size=self.batch_size
         )
         sweeper = Sweeper(rows, start.loadings.shape[1], self.tol_)
-        n_genes = X.shape[1]
         objective = Objective(
             sweeper,
             CountHistogram(X),
-            priors.mean,
-            priors.dispersion,
-            MarginalCoupling("r" in frozen) if coupled else Identity(),
-            weak_dispersion_prior(n_genes)
-            if self.observation == "nb"
-            else GaussianPrior.flat(n_genes),
+            prior_mean,
+            prior_log_r,
+            MarginalCoupling(total if "r" in frozen else None) if coupled else Identity(),
+            GenePriors(NOISE_POOL, DISPERSION_POOL if self.observation == "nb" else None, of_total),
         )
         outcome = ascend(
             objective,
@@ -342,6 +346,7 @@ class NBLNEstimator(
             column_prior=column_prior,
             report=self._report(X.shape[0]) if self.verbose else None,
         )
+        self._ll = objective.log_likelihood(objective.coupling.expand(outcome.point.x))[0] / X.shape[0]
         self._set_parameters(objective, outcome.point)
         self._set_rows(objective, rows, free, outcome)
         self.w_prior_diagnostics_ = self._prior_diagnostics(prior_name, outcome.columns)
@@ -386,20 +391,20 @@ class NBLNEstimator(
             self.capture_prior_ = _capture.resolve(self.capture_efficiency, X)
         return _source.matched_to_genes(source, X.shape[1], names), X, previous
 
-    def _start(self, source, X, offsets, free, coupled, previous, rng):
+    def _start(self, source, X, offsets, free, coupled, previous, rng, total):
         """Start coordinates: mean and r of the source, loadings from score moments or the previous fit."""
         log_mean, (n_cells, n_genes) = np.log(source.mean_), X.shape
         log_r = np.full(n_genes, np.inf)
         if self.observation == "nb":
             log_r = np.log(source.dispersion_)
         if previous is not None:
-            start = start_coordinates(log_mean, log_r, previous.loadings, free, coupled)
+            start = start_coordinates(log_mean, log_r, previous.loadings, free, coupled, total)
             return resumed(start, previous, free)
         batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
         sums = sum_over_batches(batches, source._params())
         k = min(self.latent_dim, n_cells, n_genes)
         loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
-        return start_coordinates(log_mean, log_r, loadings, free, coupled)
+        return start_coordinates(log_mean, log_r, loadings, free, coupled, total)
 
     def _report(self, n_cells):
         def report(iteration, point):
@@ -443,7 +448,8 @@ class NBLNEstimator(
             in_model_units(params),
             free,
             objective.prior_mean.precision,
-            objective.prior_log_r.precision + objective.weak_log_r.precision,
+            objective.prior_log_r.precision + objective.gene_priors.dispersion_precision(
+                objective.coupling.expand(outcome.point.x)),
             precision,
         )
         self.components_standard_error_ = np.ascontiguousarray(self._standard_deviation.loadings.T)
@@ -641,9 +647,11 @@ class NBLNEstimator(
         guide, rows, sd = self._source._guide, self._rows, self._standard_deviation
         coupled, frozen, distributions = self.cascade == "marginal", self.frozen_params_, {}
         if self.observation == "nb":
-            variance = self._coordinate_variance if coupled else None
+            coupling = None
+            if coupled:
+                coupling = _posterior.CoupledDispersion(self._coordinate_variance, self._total)
             distributions["r"] = (
-                _posterior.source_dispersion(guide, variance)
+                _posterior.source_dispersion(guide, coupling)
                 if "r" in frozen
                 else dist.LogNormal(np.log(self.dispersion_), sd.dispersion)
             )
@@ -698,7 +706,7 @@ class NBLNEstimator(
         if "r" not in frozen:
             r = self.dispersion_ * np.exp(sd.dispersion * rng.standard_normal(r.shape))
         elif coupled:
-            r, variance = _posterior.coupled_draws(r, self._coordinate_variance)
+            r, variance = _posterior.coupled_draws(r, self._coordinate_variance, self._total)
         if "mu" in frozen:
             log_mean = source.log_mean - (variance / 2 if coupled else 0.0)
         else:

@@ -24,44 +24,40 @@ from numpyro.distributions.transforms import Transform
 from scipy.stats import truncnorm
 
 from ._rows import RowBatches, gene_score_products
-from .solver.coupling import (
-    marginal_level,
-    overdispersion,
-    remaining_level,
-    remaining_level_slopes,
-)
+from .solver.coupling import marginal_level, remaining_level, remaining_level_slopes
 from .solver.params import Params
 
 
 class CoupledDispersion(Transform):
     """Transform of the source's (marginal) dispersion to the dispersion of the model.
 
-    ``variance`` is ``S = |w|^2 + d`` of each gene, in the coordinates of the ascent, (n_genes,).
+    ``variance`` is ``S = |w|^2 + d`` of each gene, in the coordinates of the ascent, (n_genes,); ``total`` the
+    genes' `TotalOverdispersion`.
     """
 
     domain = dist.constraints.positive
     codomain = dist.constraints.positive
 
-    def __init__(self, variance):
-        self.variance = variance
+    def __init__(self, variance, total):
+        self.variance, self.total = variance, total
 
     def __call__(self, r):
-        remaining = remaining_level(jnp.log1p(1.0 / r), self.variance, jnp)
-        return 1.0 / overdispersion(remaining, jnp)
+        level = remaining_level(self.total(jnp.log(r)), self.variance, jnp)
+        return jnp.exp(self.total.inverse(level))
 
     def _inverse(self, r):
-        t = marginal_level(np.log1p(1.0 / np.asarray(r, float)), self.variance)
-        return jnp.asarray(1.0 / np.expm1(t))
+        t = marginal_level(self.total(np.log(np.asarray(r, float))), self.variance)
+        return jnp.asarray(np.exp(self.total.inverse(t)))
 
     def log_abs_det_jacobian(self, x, y, intermediates=None):
-        t = jnp.log1p(1.0 / x)
-        slope, _ = remaining_level_slopes(t, self.variance, jnp)
-        # r = 1/expm1(level): |dr/dlevel| = r (1 + r);  |dt/dx| = 1 / (x (1 + x))
-        return jnp.log(y) + jnp.log1p(y) + jnp.log(slope) - jnp.log(x) - jnp.log1p(x)
+        log_x, log_y = jnp.log(x), jnp.log(y)
+        slope, _ = remaining_level_slopes(self.total(log_x), self.variance, jnp)
+        by_log = slope * self.total.slope(log_x) / self.total.slope(log_y)
+        return log_y - log_x + jnp.log(by_log)
 
     def tree_flatten(self):
         """Parameters of the transform as a pytree, the interface that NumPyro requires."""
-        return (self.variance,), (("variance",), {})
+        return (self.variance, self.total), (("variance", "total"), {})
 
     def __eq__(self, other):
         return isinstance(other, CoupledDispersion) and np.array_equal(
@@ -128,14 +124,10 @@ def standard_deviations(
     return Params(mean_sd, loadings_sd, sd[:, k + 1], log_r_sd), rows
 
 
-def source_dispersion(guide, variance=None):
-    """Distribution of a frozen r, from the source's guide.
-
-    ``variance``, (n_genes,), is given under the marginal-preserving cascade: the variance ``S`` of
-    `CoupledDispersion`, by which the source's distribution is then transformed.
-    """
+def source_dispersion(guide, coupling=None):
+    """Distribution of a frozen r, from the source's guide, transformed by a `CoupledDispersion` if there is one."""
     r = dist.LogNormal(guide.log_dispersion[0], guide.log_dispersion_scale)
-    return r if variance is None else dist.TransformedDistribution(r, CoupledDispersion(variance))
+    return r if coupling is None else dist.TransformedDistribution(r, coupling)
 
 
 def source_offsets(guide, capture_prior, offsets):
@@ -151,11 +143,11 @@ def truncated(loc, scale, offsets):
     return dist.TruncatedNormal(loc, scale, low=0.0) if np.all(scale > 0) else dist.Delta(offsets)
 
 
-def coupled_draws(r, variance):
+def coupled_draws(r, variance, total):
     """Draws of the model's r and Sigma_gg, from draws of the source's r and the variance S of each gene."""
-    t = np.log1p(1.0 / r)
+    t = total(np.log(r))
     remaining = remaining_level(t, variance)
-    return 1.0 / overdispersion(remaining), t - remaining
+    return np.exp(total.inverse(remaining)), t - remaining
 
 
 def offset_draws(loc, scale, n_samples, rng):

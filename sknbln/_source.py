@@ -9,7 +9,9 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted, check_memory
 
 from . import _capture
+from .solver.gene_priors import OverdispersionPrior
 from .solver.objective import weak_mean_prior
+from .solver.overdispersion import TotalOverdispersion
 from .solver.params import GaussianPrior, Params
 
 #: canonical names and their aliases
@@ -18,6 +20,9 @@ FREEZE_NAMES = {
     "mu": ("expression", "mean_expression"),
     "eta": ("capture_efficiency",),
 }
+
+#: standard deviation of what the cascade's marginal mean and total overdispersion are wrong by, nats
+COUPLING_ERROR = 0.1
 
 
 def canonical_freeze(names):
@@ -160,6 +165,32 @@ def priors(source, free, tau, n_samples, rng):
         None,
         None,
         soft.dispersion if free.dispersion else flat,
+    )
+
+
+def total_overdispersion(source, offsets):
+    """`TotalOverdispersion` of the source's genes on rows with these capture offsets."""
+    return TotalOverdispersion.at(source.mean_ * np.mean(np.exp(-offsets.loc)), source.dispersion_)
+
+
+def marginal_priors(source, total, free, tau, n_samples, rng):
+    """Priors of the marginal log-mean and of the log of the total overdispersion; flat where frozen.
+
+    Their standard deviations are `tau` times those of the source's posterior, and `COUPLING_ERROR` for what
+    the coupling itself is wrong by.
+    """
+    flat = GaussianPrior.flat(source.mean_.size)
+    draws = source._log_draws(n_samples, rng)
+
+    def anchored(loc, draws):
+        return GaussianPrior(loc, 1.0 / (tau**2 * draws.var(0) + COUPLING_ERROR**2))
+
+    level = np.log(total(np.log(source.dispersion_)))
+    mean = anchored(np.log(source.mean_), draws["mu"])
+    mean = mean.times(weak_mean_prior(np.log(source.mean_)))
+    return (
+        mean if free.mean else flat,
+        OverdispersionPrior(total, anchored(level, np.log(total(draws["r"])))),
     )
 
 

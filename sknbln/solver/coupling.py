@@ -1,18 +1,16 @@
 r"""The marginal-preserving coupling: the coordinates in which the log-posterior is maximized.
 
 Without coupling the coordinates are the model's own parameters. With it they are each gene's *marginal*
-log-mean ``M`` and, where it is frozen, *marginal* overdispersion ``phi_m``; the covariance takes its share
-of both:
+log-mean ``M`` and, where it is frozen, its *marginal* dispersion; the covariance takes its share of both:
 
-.. math:: \mu = M - \Sigma_{gg}/2, \qquad \log(1 + \phi) = \log(1 + \phi_m) - \Sigma_{gg}
+.. math:: \mu = M - \Sigma_{gg}/2, \qquad T(r) = T(r_m) - \Sigma_{gg}
 
-``phi > 0`` needs ``Sigma_gg`` below ``t = log(1 + phi_m)``. Therefore a gene with coordinates (w, d) and
-``S = |w|^2 + d`` has loadings ``sqrt(c) w`` and noise variance ``c d``, where
+with the overdispersion T of `overdispersion`. ``T > 0`` needs ``Sigma_gg`` below ``t = T(r_m)``. Therefore a
+gene with coordinates (w, d) and ``S = |w|^2 + d`` has loadings ``sqrt(c) w`` and noise variance ``c d``, where
 
-.. math:: \Sigma_{gg} = c S = t (1 - e^{-S/t}), \qquad \log(1 + \phi) = t e^{-S/t}
+.. math:: \Sigma_{gg} = c S = t (1 - e^{-S/t}), \qquad T(r) = t e^{-S/t}
 
-The *level* of an overdispersion phi is ``log(1 + phi)``. Functions with an argument ``xp`` take NumPy
-arrays, or JAX arrays with ``xp=jax.numpy``.
+Functions with an argument ``xp`` take NumPy arrays, or JAX arrays with ``xp=jax.numpy``.
 """
 
 import numpy as np
@@ -20,11 +18,11 @@ from scipy.special import lambertw
 
 from .channel import SMALLEST_OVERDISPERSION
 from .metric import least_squares_matrix, packed
-from .params import NOISE_RATE, NOISE_UNIT, Params, noise_coordinate, noise_variance
+from .params import NOISE_UNIT, Params, noise_coordinate, noise_variance
 
 
 def remaining_level(t, S, xp=np):
-    """Level ``t exp(-S / t)`` of the model's overdispersion; t less this level is ``Sigma_gg``."""
+    """Overdispersion ``t exp(-S / t)`` that is left to the model's dispersion; the rest of t is ``Sigma_gg``."""
     return t * xp.exp(-S / t)
 
 
@@ -38,16 +36,6 @@ def marginal_level(level, S):
     """Inverse of `remaining_level` in t."""
     x = np.real(lambertw(S / level))
     return np.where(x > 0, S / np.where(x > 0, x, 1.0), level)
-
-
-def overdispersion(level, xp=np):
-    """Overdispersion ``exp(level) - 1``, at least `SMALLEST_OVERDISPERSION`."""
-    return xp.maximum(xp.expm1(level), SMALLEST_OVERDISPERSION)
-
-
-def _marginal_level(x):
-    """Level of the marginal overdispersion at coordinates x, (n_genes,)."""
-    return np.log1p(np.exp(-x.dispersion))
 
 
 class Identity:
@@ -64,21 +52,21 @@ class Identity:
     def pull_back_metric(self, x, metric):
         """Metric in the coordinates."""
         slope = noise_variance(x) + NOISE_UNIT
-        return metric._replace(noise=slope**2 * metric.noise + slope * NOISE_RATE)
+        return metric._replace(noise=slope**2 * metric.noise)
 
 
 class MarginalCoupling:
-    """Coordinates are the marginal log-mean and, with `couple_dispersion`, the marginal overdispersion."""
+    """Coordinates are the marginal log-mean and, with a `TotalOverdispersion`, the marginal dispersion."""
 
-    def __init__(self, couple_dispersion):
-        self.couple_dispersion = couple_dispersion
+    def __init__(self, total=None):
+        self.total = total
 
     def _saturation(self, x):
         """``S``, ``c`` and ``dc/dS`` of each gene."""
         S = np.sum(x.loadings**2, 1) + noise_variance(x)
-        if not self.couple_dispersion:
+        if self.total is None:
             return S, np.ones_like(S), np.zeros_like(S)
-        t = S / _marginal_level(x)
+        t = S / self.total(x.dispersion)
         small = t < 1e-5
         safe = np.where(small, 1.0, t)
         c = np.where(small, 1.0 - t / 2, -np.expm1(-safe) / safe)
@@ -87,20 +75,20 @@ class MarginalCoupling:
 
     def _slopes(self, x, S):
         """Derivatives of ``Sigma_gg`` and of ``log r`` in S; the marginal overdispersion is frozen."""
-        if not self.couple_dispersion:
+        if self.total is None:
             return np.ones_like(S), np.zeros_like(S)
-        t = _marginal_level(x)
+        t = self.total(x.dispersion)
         level = np.maximum(remaining_level(t, S), SMALLEST_OVERDISPERSION)
         slope = -remaining_level_slopes(t, S)[1]
-        return slope, np.exp(level) * level / np.expm1(level) / t
+        return slope, -level / t / self.total.slope(self.total.inverse(level))
 
     def expand(self, x):
         """The model's own parameters, in the coordinates that they have without coupling."""
         S, c, _ = self._saturation(x)
         variance = c * S
         log_r = x.dispersion
-        if self.couple_dispersion:
-            log_r = -np.log(overdispersion(remaining_level(_marginal_level(x), S)))
+        if self.total is not None:
+            log_r = self.total.inverse(remaining_level(self.total(x.dispersion), S))
         return Params(
             x.mean - variance / 2,
             np.sqrt(c)[:, None] * x.loadings,
@@ -119,7 +107,7 @@ class MarginalCoupling:
             grad.mean,
             np.sqrt(c)[:, None] * grad.loadings + 2.0 * by_S[:, None] * x.loadings,
             (d + NOISE_UNIT) * (c * grad.noise + by_S),
-            np.zeros_like(grad.dispersion) if self.couple_dispersion else grad.dispersion,
+            np.zeros_like(grad.dispersion) if self.total is not None else grad.dispersion,
         )
 
     def pull_back_metric(self, x, metric):
@@ -152,6 +140,6 @@ class MarginalCoupling:
         columns = metric.columns._replace(loadings=W, natural=natural).with_observed(np.inf)
         return metric._replace(
             moments=packed(pulled),
-            noise=slope**2 * information + slope * own * NOISE_RATE,
+            noise=slope**2 * information,
             columns=columns,
         )

@@ -8,21 +8,16 @@ from .columns import Columns
 from .coupling import Identity
 from .lowrank import triangle
 from .marginal import BatchSums, rotated
+from .gene_priors import GenePriors
 from .metric import Metric
-from .params import NOISE_RATE, GaussianPrior, Params, in_model_units, noise_variance
+from .params import GaussianPrior, Params, in_model_units
 
 #: standard deviation of the normal prior of log m, around the genes' average
 LOG_MEAN_PRIOR_SCALE = 4.0
-#: location and standard deviation of the normal prior of log r
+#: location and standard deviation of the normal prior of log r of independent genes
 LOG_DISPERSION_PRIOR = (2.0, 1.0)
 #: relative rounding error of a sum over all counts: a few units in the last place of its terms
 ROUNDING = 1e-15
-
-
-def weak_dispersion_prior(n_genes):
-    """Prior of log r that keeps genes with little information finite."""
-    loc, scale = LOG_DISPERSION_PRIOR
-    return GaussianPrior(np.full(n_genes, loc), np.full(n_genes, scale**-2.0))
 
 
 def weak_mean_prior(level):
@@ -65,6 +60,13 @@ def _squares(k):
     return 1 + k + np.flatnonzero(i == j)
 
 
+def _packed_square(a):
+    """The outer products of the rows of `a`, (n_genes, k), in the places of the packed moments."""
+    k = a.shape[1]
+    i, j, _ = triangle(k)
+    return np.concatenate([np.zeros((a.shape[0], 1 + k)), a[:, i] * a[:, j]], 1)
+
+
 class Objective:
     """Log-posterior of the global parameters, by one pass over the cells.
 
@@ -76,8 +78,8 @@ class Objective:
     prior_mean, prior_log_r : GaussianPrior
         Priors of the coordinates ``mean`` and ``dispersion``.
     coupling : Identity or MarginalCoupling
-    weak_log_r : GaussianPrior
-        Prior of the model's own ``log r``, whatever the coordinates.
+    gene_priors : GenePriors
+        Priors of the genes' parameters in the model's own units, whatever the coordinates.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Objective:
         prior_mean,
         prior_log_r,
         coupling=None,
-        weak_log_r=None,
+        gene_priors=None,
     ):
         self.sweep = sweep
         self.histogram = histogram
@@ -98,9 +100,7 @@ class Objective:
         self.prior_mean: GaussianPrior = prior_mean
         self.prior_log_r: GaussianPrior = prior_log_r
         self.coupling = coupling if coupling is not None else Identity()
-        self.weak_log_r = (
-            weak_log_r if weak_log_r is not None else GaussianPrior.flat(histogram.n_genes)
-        )
+        self.gene_priors = GenePriors() if gene_priors is None else gene_priors
 
     def _sums(self, own):
         """Sums over the cells at coordinates of the model's own parameters."""
@@ -153,10 +153,13 @@ class Objective:
         columns = Columns.at(own.loadings, genes.moments[:, 0], self.histogram.n_cells, precision)
         moments = genes.moments.copy()
         moments[:, _squares(x.loadings.shape[1])] += precision
+        of_priors = self.gene_priors.information(own)
+        moments += _packed_square(of_priors.loadings)
         information_log_r = genes.information_log_r - self._constants(own.dispersion)[2]
-        information_log_r = information_log_r + self.weak_log_r.precision
+        information_log_r = information_log_r + of_priors.dispersion
         shift = float(sums.information_shift) + float(np.sum(self.prior_mean.precision))
-        metric = Metric(moments, genes.information_noise, information_log_r, shift, columns)
+        information_noise = genes.information_noise + of_priors.noise
+        metric = Metric(moments, information_noise, information_log_r, shift, columns)
         metric = self.coupling.pull_back_metric(x, metric)
         metric.moments[:, 0] += self.prior_mean.precision
         return metric._replace(dispersion=metric.dispersion + self.prior_log_r.precision)
@@ -167,15 +170,13 @@ class Objective:
         own = self.coupling.expand(x)
         value, gradient = self.log_likelihood(own)
         gradient_log_r = gradient.dispersion
+        of_priors = self.gene_priors.gradient(own)
         gradient = gradient._replace(
-            dispersion=gradient.dispersion + self.weak_log_r.gradient(own.dispersion),
-            noise=gradient.noise - NOISE_RATE,
-            loadings=gradient.loadings + penalty.gradient(own.loadings),
+            loadings=gradient.loadings + of_priors.loadings + penalty.gradient(own.loadings),
+            noise=gradient.noise + of_priors.noise,
+            dispersion=gradient.dispersion + of_priors.dispersion,
         )
-        value += penalty.value(own.loadings)
-        value += self.weak_log_r.log_density(own.dispersion) - NOISE_RATE * float(
-            np.sum(noise_variance(own))
-        )
+        value += penalty.value(own.loadings) + self.gene_priors.log_density(own)
         gradient = self.coupling.pull_back(x, gradient)
         return Point(
             x,

@@ -8,9 +8,6 @@ import numpy as np
 #: the coordinate of d is log(1 + d / NOISE_UNIT), nats squared: logarithmic above it, linear below
 NOISE_UNIT = 0.01
 NOISE_RANGE = (np.log1p(1e-6 / NOISE_UNIT), np.log1p(50.0 / NOISE_UNIT))
-#: rate of the exponential prior of every noise variance d: mean 1/2 nat squared. It matters for genes
-#: with next to no counts, whose d is otherwise unbounded.
-NOISE_RATE = 2.0
 LOG_DISPERSION_RANGE = (np.log(1e-5), np.log(1e9))
 
 

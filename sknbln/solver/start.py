@@ -77,23 +77,34 @@ def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
 START_NOISE = 0.05  # d of every gene at the start, nats squared
 
 
-def less_overdispersion(log_r, variance):
+import os
+def less_overdispersion(log_r, variance, total):
     """Log r after log-rates of this variance have taken their share of the overdispersion.
 
     At least a tenth of the overdispersion is left. This is the start where r is free.
     """
-    phi = np.exp(-log_r)
-    return -np.log(np.maximum((1.0 + phi) * np.exp(-variance) - 1.0, 0.1 * phi))
+    level = total(log_r)
+    return total.inverse(np.maximum(level - variance, 0.1 * level))
 
 
-def start_coordinates(log_mean, log_r, loadings, free, coupled):
+def start_coordinates(log_mean, log_r, loadings, free, coupled, total):
     """Coordinates at the start of a fit, from log m and log r of independent genes, and loadings."""
-    variance = np.sum(loadings**2, 1) + START_NOISE
+    d = np.full(log_mean.size, START_NOISE)
+    W2 = np.sum(loadings**2, 1)
+    share = float(os.environ.get("START", "0"))
+    if share:
+        level = total(log_r)
+        d = np.maximum(share*(level - W2), 0.05)
+    variance = W2 + d
+    if share:
+        log_r = total.inverse(np.maximum((1-share)*(level-W2), .05*level))
+    else:
+        log_r = less_overdispersion(log_r, variance, total) if free.dispersion else log_r
     return Params(
         log_mean - variance / 2 if free.mean and not coupled else log_mean,
         loadings,
-        noise_coordinate(np.full(log_mean.size, START_NOISE)),
-        less_overdispersion(log_r, variance) if free.dispersion else log_r,
+        noise_coordinate(d),
+        log_r,
     )
 
 

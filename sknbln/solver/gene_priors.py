@@ -1,0 +1,143 @@
+r"""Priors of the genes' noise variances, dispersions and total overdispersions, in the model's own units.
+
+*Noise variances and dispersions* are pooled over the genes: ``log d ~ N(c, s^2)`` and ``log r ~ N(c', s'^2)``,
+whose centres and widths are estimated from the genes, with `NOISE_POOL` and `DISPERSION_POOL` as priors of the
+centres and least widths. A single gene hardly tells a variance of its log-rate from overdispersion of its
+counts; many genes together do better, and none is led to d = 0.
+
+*Total overdispersion*: ``log(Sigma_gg + T_g(r_g)) ~ N(l_g, s_g^2)``, see `overdispersion`.
+
+Centres and widths are at their maximum for any parameters, so that derivatives in them vanish, and the
+log-density is one smooth function of the parameters (empirical Bayes).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .overdispersion import TotalOverdispersion
+from .params import GaussianPrior, Params, noise_variance
+
+_ROUNDS = 100  # of the iteration for centre and width, at most
+
+
+class Pool(NamedTuple):
+    """Normal prior of one number per gene, whose centre and width are estimated from the genes."""
+
+    loc: float  # prior of the centre
+    scale: float
+    least: float  # least width
+
+    def centre_and_width(self, x):
+        """Their maximum for the numbers x, (n_genes,)."""
+        width = max(float(np.std(x)), self.least)
+        for _ in range(_ROUNDS):
+            precision = x.size / width**2
+            centre = (precision * np.mean(x) + self.loc / self.scale**2) / (
+                precision + self.scale**-2.0
+            )
+            last, width = width, max(float(np.sqrt(np.mean((x - centre) ** 2))), self.least)
+            if abs(width - last) <= 1e-14 * width:
+                break
+        return centre, width
+
+    def log_density(self, x):
+        """Log-density of the numbers and the centre, nats, up to constants."""
+        centre, width = self.centre_and_width(x)
+        of_centre = ((centre - self.loc) / self.scale) ** 2
+        return (
+            -0.5 * (float(np.sum((x - centre) ** 2)) / width**2 + of_centre)
+            - x.size * np.log(width)
+        )
+
+    def gradient(self, x):
+        """Its gradient in x."""
+        centre, width = self.centre_and_width(x)
+        return (centre - x) / width**2
+
+    def precision(self, x):
+        """Precision of each number's prior."""
+        return self.centre_and_width(x)[1] ** -2.0
+
+
+#: of log d and of log r. The centres' priors span what counts can show; widths of half a nat let genes differ
+#: by a factor of e either way.
+NOISE_POOL = Pool(np.log(0.1), 3.0, 0.5)
+DISPERSION_POOL = Pool(2.0, 3.0, 0.5)
+
+
+class OverdispersionPrior(NamedTuple):
+    """Normal prior of the log of each gene's total overdispersion ``V = Sigma_gg + T(r)``."""
+
+    total: TotalOverdispersion
+    prior: GaussianPrior  # of log V, (n_genes,)
+
+    def _value(self, own):
+        return np.sum(own.loadings**2, 1) + noise_variance(own) + self.total(own.dispersion)
+
+    def log_density(self, own):
+        """Log-density at coordinates of the model's own parameters, nats, up to constants."""
+        return self.prior.log_density(np.log(self._value(own)))
+
+    def gradient(self, own):
+        """Its gradient in (mu, W, d, log r)."""
+        V = self._value(own)
+        return self._slopes(own, self.prior.gradient(np.log(V)) / V)
+
+    def root_information(self, own):
+        """Square roots of the information in (mu, W, d, log r), of rank one for each gene."""
+        return self._slopes(own, np.sqrt(self.prior.precision) / self._value(own))
+
+    def _slopes(self, own, factor):
+        """Derivatives of V, times a factor of each gene."""
+        return Params(
+            np.zeros_like(factor),
+            2.0 * factor[:, None] * own.loadings,
+            factor,
+            factor * self.total.slope(own.dispersion),
+        )
+
+
+class GenePriors(NamedTuple):
+    """The priors that the genes of a model have; by default none."""
+
+    noise: Pool | None = None  # of log d
+    dispersion: Pool | None = None  # of log r
+    total: OverdispersionPrior | None = None
+
+    def log_density(self, own):
+        """Log-density at coordinates of the model's own parameters, nats, up to constants."""
+        value = 0.0 if self.total is None else self.total.log_density(own)
+        if self.noise is not None:
+            value += self.noise.log_density(np.log(noise_variance(own)))
+        if self.dispersion is not None:
+            value += self.dispersion.log_density(own.dispersion)
+        return value
+
+    def gradient(self, own):
+        """Its gradient in (mu, W, d, log r)."""
+        total = Params(*map(np.zeros_like, own))
+        if self.total is not None:
+            total = self.total.gradient(own)
+        noise, dispersion = total.noise, total.dispersion
+        if self.noise is not None:
+            d = noise_variance(own)
+            noise = noise + self.noise.gradient(np.log(d)) / d
+        if self.dispersion is not None:
+            dispersion = dispersion + self.dispersion.gradient(own.dispersion)
+        return total._replace(noise=noise, dispersion=dispersion)
+
+    def information(self, own):
+        """Information in d and in log r, and the square root of that in the loadings, which is of rank one."""
+        root = Params(*map(np.zeros_like, own))
+        if self.total is not None:
+            root = self.total.root_information(own)
+        noise, dispersion = root.noise**2, root.dispersion**2
+        if self.noise is not None:
+            d = noise_variance(own)
+            noise = noise + self.noise.precision(np.log(d)) / d**2
+        return root._replace(noise=noise, dispersion=dispersion + self.dispersion_precision(own))
+
+    def dispersion_precision(self, own):
+        """Precision of the prior of log r, 0 without it."""
+        return 0.0 if self.dispersion is None else self.dispersion.precision(own.dispersion)

@@ -309,8 +309,8 @@ class NBLNEstimator(
         )
         rng = check_random_state(self.random_state)
         source, X, previous = self._fit_source(X)
-        offsets = source._offsets(X)
-        self._source = _source.on_rows(source, X, offsets)
+        offsets = source.offsets(X, self.batch_size)
+        self._source = source.with_rows(offsets)
         self._library_size = _capture.library_sizes(X)
 
         priors = _source.priors(
@@ -318,7 +318,7 @@ class NBLNEstimator(
         )
         start = self._start(source, X, offsets, free, coupled, previous, rng)
         rows = RowBatches(
-            X, *self._row_capture(X, np.log(source.mean_), offsets), batch_size=self.batch_size
+            X, *self._row_capture(X, np.log(source.mean), offsets), batch_size=self.batch_size
         )
         sweeper = Sweeper(rows, start.loadings.shape[1], self.tol_)
         n_genes = X.shape[1]
@@ -355,7 +355,7 @@ class NBLNEstimator(
         return self
 
     def _fit_source(self, X):
-        """The fitted source with the genes of X, X as canonical counts, and the `warm_start` coordinates.
+        """The source's posterior of the genes of X, X as canonical counts, and the `warm_start` coordinates.
 
         Sets `informative_prior_estimator_` and `capture_prior_`.
         """
@@ -384,19 +384,19 @@ class NBLNEstimator(
         self.capture_prior_ = source.capture_prior_
         if not (isinstance(self.capture_efficiency, str) and self.capture_efficiency == "auto"):
             self.capture_prior_ = _capture.resolve(self.capture_efficiency, X)
-        return _source.matched_to_genes(source, X.shape[1], names), X, previous
+        return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
     def _start(self, source, X, offsets, free, coupled, previous, rng):
         """Start coordinates: mean and r of the source, loadings from score moments or the previous fit."""
-        log_mean, (n_cells, n_genes) = np.log(source.mean_), X.shape
+        log_mean, (n_cells, n_genes) = np.log(source.mean), X.shape
         log_r = np.full(n_genes, np.inf)
         if self.observation == "nb":
-            log_r = np.log(source.dispersion_)
+            log_r = np.log(source.dispersion)
         if previous is not None:
             start = start_coordinates(log_mean, log_r, previous.loadings, free, coupled)
             return resumed(start, previous, free)
         batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
-        sums = sum_over_batches(batches, source._params())
+        sums = sum_over_batches(batches, source.params)
         k = min(self.latent_dim, n_cells, n_genes)
         loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
         return start_coordinates(log_mean, log_r, loadings, free, coupled)
@@ -415,10 +415,10 @@ class NBLNEstimator(
         # the coupling computes Sigma_gg from this variance
         self._coordinate_variance = np.sum(point.x.loadings**2, 1) + noise_variance(point.x)
         literal = self.frozen_params_ if self.cascade == "parameter" else ()
-        self.mean_ = np.log(self._source.mean_) if "mu" in literal else x.mean
+        self.mean_ = np.log(self._source.mean) if "mu" in literal else x.mean
         self.dispersion_ = np.exp(x.dispersion)
         if "r" in literal:
-            self.dispersion_ = self._source.dispersion_.copy()
+            self.dispersion_ = self._source.dispersion.copy()
         self.noise_variance_ = noise_variance(x)
         rotation = singular_basis(x.loadings)
         objective.rotate(rotation)
@@ -506,8 +506,8 @@ class NBLNEstimator(
             return _capture.flat(X, self.mean_ if mean is None else mean)
         return _capture.given_source(
             X,
-            self._source._offsets(X) if offsets is None else offsets,
-            self._source.capture_prior_,
+            self._source.offsets(X, self.batch_size) if offsets is None else offsets,
+            self._source.capture_prior,
             self.capture_prior_,
             frozen="eta" in self.frozen_params_,
             tau=self.informative_priors_tau,
@@ -515,7 +515,7 @@ class NBLNEstimator(
 
     def _offset_prior(self):
         """The capture prior of the rows' offsets; None for a channel without one."""
-        return None if self.observation == "multinomial" else self._source.capture_prior_
+        return None if self.observation == "multinomial" else self._source.capture_prior
 
     def _params(self):
         """The parameters in the form that the cell solver takes."""
@@ -638,7 +638,7 @@ class NBLNEstimator(
             objective.
         """
         check_is_fitted(self)
-        guide, rows, sd = self._source._guide, self._rows, self._standard_deviation
+        guide, rows, sd = self._source.guide, self._rows, self._standard_deviation
         coupled, frozen, distributions = self.cascade == "marginal", self.frozen_params_, {}
         if self.observation == "nb":
             variance = self._coordinate_variance if coupled else None
@@ -654,7 +654,7 @@ class NBLNEstimator(
             else dist.Normal(self.mean_, sd.mean)
         )
         if "eta" in frozen:
-            prior = self._source.capture_prior_
+            prior = self._source.capture_prior
             distributions["eta"] = _posterior.source_offsets(guide, prior, self.capture_offset_)
         else:
             scale = rows.offset_scale
@@ -691,8 +691,8 @@ class NBLNEstimator(
     def _posterior_draws(self, n_samples, X, rng, *, eta):
         """Parameter draws for replicated counts; `eta` selects the offsets: None, "frozen" or "all"."""
         coupled, frozen = self.cascade == "marginal", self.frozen_params_
-        sd, of_source = self._standard_deviation, eta if "eta" in frozen else None
-        source = self._source._posterior_draws(n_samples, X, rng, eta=of_source)
+        sd, with_offsets = self._standard_deviation, eta is not None and "eta" in frozen
+        source = self._source.draws(n_samples, rng, X, self.batch_size, offsets=with_offsets)
         r, fitted = source.r, np.diag(self.get_covariance())
         variance = fitted
         if "r" not in frozen:
@@ -700,7 +700,7 @@ class NBLNEstimator(
         elif coupled:
             r, variance = _posterior.coupled_draws(r, self._coordinate_variance)
         if "mu" in frozen:
-            log_mean = source.log_mean - (variance / 2 if coupled else 0.0)
+            log_mean = np.log(source.mu) - (variance / 2 if coupled else 0.0)
         else:
             log_mean = self.mean_ + sd.mean * rng.standard_normal(r.shape)
             # the marginal mean, mu + Sigma_gg/2, is what the data determine

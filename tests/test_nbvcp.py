@@ -361,7 +361,7 @@ def test_sample_posterior_of_given_rows(sim, model):
     rows = csr(sim.data[:8].toarray())
     draws = model.sample_posterior(4000, rows, random_state=0)
     assert draws.eta.shape == (4000, 8) and draws.mu.shape == (4000, G)
-    found = model._offsets(rows)
+    found = model._posterior().offsets(rows)
     own = model._guide._replace(capture_offset=(found.raw_loc, found.scale))
     scale = own.capture_offset_scale(model.capture_prior_.sigma)
     exact = stats.truncnorm(-found.raw_loc / scale, np.inf, found.raw_loc, scale)

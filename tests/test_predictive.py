@@ -92,7 +92,7 @@ def test_marginal_offsets_are_those_of_the_rows():
         for c in range(4):
             assert np.all(np.abs(standardized(many[:, c], expected[c])) < Z_MAX)
         if frozen[-1] == "eta":
-            np.testing.assert_allclose(eta.mean(0), model._source._offsets(rows).loc, atol=0.05)
+            np.testing.assert_allclose(eta.mean(0), model._source.offsets(rows).loc, atol=0.05)
         else:
             free = model._solve(rows).offset
             np.testing.assert_allclose(eta.mean(0), free, atol=0.1)
@@ -242,10 +242,11 @@ def test_every_replicate_takes_frozen_parameters_from_a_draw_of_the_source():
         capture_prior=(np.log(X.sum(1).mean()) + 0.7, 0.3),
         library_size=X.sum(1),
     )
-    source, wide = model._source, np.full(n_genes, 0.8)
+    source, wide = model.informative_prior_estimator_, np.full(n_genes, 0.8)
     source._guide = source._guide._replace(
         log_mean=(mean, wide), log_dispersion=(np.full(n_genes, np.log(2.0)), wide)
     )
+    model._source = source._posterior()
     drawn = source.sample_posterior(n_samples, X, random_state=3)
     u = model.posterior_predictive(X, level="per_cell", n_samples=n_samples, random_state=3)
     expected = drawn.mu[:, None, :] * np.exp(-drawn.eta[:, :, None])
@@ -262,7 +263,7 @@ def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
     _, models = fits
     model = models["coupled"]
     draws = model._posterior_draws(20, None, np.random.RandomState(0), eta=None)
-    source = model._source._posterior_draws(20, None, np.random.RandomState(0), eta=None)
+    source = model._source.draws(20, np.random.RandomState(0), offsets=False)
     variance = draws.inflation * np.diag(model.get_covariance())
     np.testing.assert_allclose((1 + 1 / draws.r) * np.exp(variance), 1 + 1 / source.r, rtol=1e-8)
     # and the marginal mean does not follow the share
@@ -279,10 +280,10 @@ def test_counts_of_a_coupled_model_have_the_marginal_law_of_each_source_s_draw()
     n_samples, n_rows, share = 6, 20_000, np.full(N_GENES, 0.3)
     model = truth.nbln(mean, W, d, r, cascade="marginal", library_size=np.ones(n_rows))
     model._coordinate_variance = share
-    guide = model._source._guide
-    wide = np.full(N_GENES, 0.8)
-    model._source._guide = guide._replace(log_dispersion=(np.log(r), wide))
-    drawn = model._source.sample_posterior(n_samples, random_state=3)
+    source, wide = model.informative_prior_estimator_, np.full(N_GENES, 0.8)
+    source._guide = source._guide._replace(log_dispersion=(np.log(r), wide))
+    model._source = source._posterior()
+    drawn = source.sample_posterior(n_samples, random_state=3)
     u = model.posterior_predictive(level="marginal", n_samples=n_samples, random_state=3)
     t = np.log1p(1 / drawn.r)
     scale = np.sqrt((t - t * np.exp(-share / t)) / (np.sum(W**2, 1) + d))

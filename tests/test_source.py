@@ -100,7 +100,7 @@ def test_marginal_without_r_couples_the_mean_only(counts, source):
 
 
 def test_soft_priors_are_the_moments_of_the_draws(source):
-    priors = soft_priors(source, 2.0, 4000, np.random.RandomState(0))
+    priors = soft_priors(source._posterior(), 2.0, 4000, np.random.RandomState(0))
     for prior, (loc, scale) in (
         (priors.mean, (source._guide.log_mean[0], source._guide.log_mean_scale)),
         (priors.dispersion, (source._guide.log_dispersion[0], source._guide.log_dispersion_scale)),
@@ -151,7 +151,7 @@ def test_infinite_tau_is_no_prior(counts, source):
 def test_free_offsets_lie_between_the_source_and_the_capture_prior(counts, source):
     """The three ends are in test_capture.py; here what the model asks for."""
     X = validate_counts(source, counts, reset=False)
-    found, prior = source._offsets(X), source.capture_prior_
+    found, prior = source._posterior().offsets(X), source.capture_prior_
 
     def offsets(tau, prior=prior, frozen=False):
         return given_source(X, found, source.capture_prior_, prior, frozen=frozen, tau=tau)[:2]

@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
-from sknbln import NBVCPEstimator, _nbvcp, _svi
+from sknbln import NBVCPEstimator, _nbvcp
 from sknbln._capture import CapturePrior
 from sknbln._counts import CountHistogram
 from sknbln._rows import RowBatches, solve_rows
@@ -444,14 +444,14 @@ def test_a_maximum_that_rounding_hides_is_found(overdispersed):
     assert fitted.converged_
 
 
-def test_another_matrix_of_the_same_shape_compiles_nothing(sim, capture, model):
+def test_another_matrix_of_the_same_shape_compiles_nothing(compiled, sim, model):
     """As the folds of a cross-validation are; the step's compilation takes twenty times its fit."""
     X = sim.data.toarray()
     X[0, :2] = [101, 102]
-    before = _svi._step._cache_size()
+    compiled()
     with pytest.warns(ConvergenceWarning):
         clone(model).set_params(n_steps=2).fit(X)
-    assert _svi._step._cache_size() == before
+    assert compiled() == 0
 
 
 def test_verbose_reports_both_stages(sim, capture, capsys):

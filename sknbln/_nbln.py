@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from . import _capture, _fit_warnings, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
 from ._counts import CountHistogram, checked_n_samples, validate_counts
+from ._covariance import CovarianceMixin
 from ._nbvcp import NBVCPEstimator
 from ._rows import RowBatches, Sweeper, solve_rows, sum_over_batches
 from .exceptions import FitInterrupted
@@ -40,7 +41,11 @@ def _default_tol(column_prior, coupled):
 
 
 class NBLNEstimator(
-    ClassNamePrefixFeaturesOutMixin, CountModelMixin, TransformerMixin, BaseEstimator
+    ClassNamePrefixFeaturesOutMixin,
+    CovarianceMixin,
+    CountModelMixin,
+    TransformerMixin,
+    BaseEstimator,
 ):
     r"""Negative binomial log-normal factor model of counts.
 
@@ -561,69 +566,7 @@ class NBLNEstimator(
         posterior = self._solve(self._validated(X, self._offset_prior()))
         return posterior.scores, posterior.score_covariance
 
-    # ------------------------------------------------------------------ covariance
-
-    def get_W_compositional(self):
-        """Gauge-invariant loadings W_perp, ``components_.T``.
-
-        Returns
-        -------
-        ndarray of shape (n_genes, latent_dim)
-        """
-        check_is_fitted(self)
-        return self.components_.T.copy()
-
-    def get_gauge_diagnostics(self):
-        """How much of the raw loadings is common to all genes.
-
-        A common shift of a cell's log-rates is exchangeable with its capture offset. With frozen offsets, a
-        large all-ones part is variation of the cells' totals that the offsets do not explain; it is
-        harmless, and absent from `components_`. With free offsets it means that depth and loadings compete,
-        and only compositional quantities should be interpreted. A loadings prior acts on W_perp alone: with
-        shrinkage the ratio grows because W_perp gets smaller, not because the gauge is less well
-        determined.
-
-        Returns
-        -------
-        dict
-            ``compositional_norm``, Frobenius norm of W_perp; ``ones_norm``, norm of the all-ones part
-            ``W - W_perp``; ``ratio``, the second divided by the first; ``ones_norm_per_factor``,
-            (latent_dim,).
-        """
-        check_is_fitted(self)
-        ones = np.abs(self.loadings_.mean(0)) * np.sqrt(self.loadings_.shape[0])
-        compositional = float(np.linalg.norm(self.components_))
-        total = float(np.linalg.norm(ones))
-        return {
-            "compositional_norm": compositional,
-            "ones_norm": total,
-            "ratio": total / compositional if compositional > 0 else np.inf,
-            "ones_norm_per_factor": ones,
-        }
-
-    def get_dispersion_diagnostics(self):
-        """Slope of the log-likelihood in log r, which shows whether overdispersion is counted twice.
-
-        With r frozen at the source's value, the source's dispersion already contains the variance that Sigma
-        explains. The data then favour a larger r: the derivative of the marginal log-likelihood with respect
-        to log r is large and positive. Near zero, or small compared with the number of cells, it is no cause
-        for concern; otherwise use ``cascade="marginal"`` or leave r out of the freeze set.
-
-        Returns
-        -------
-        dict
-            ``total``, the sum over genes, in nats per unit of log r; ``per_cell``, the same divided by the
-            number of training cells; ``per_gene``, (n_genes,), a copy of ``dispersion_gradient_``;
-            ``fraction_positive``, the fraction of genes with a positive slope.
-        """
-        check_is_fitted(self)
-        total = float(self.dispersion_gradient_.sum())
-        return {
-            "total": total,
-            "per_cell": total / self.capture_offset_.size,
-            "per_gene": self.dispersion_gradient_.copy(),
-            "fraction_positive": float(np.mean(self.dispersion_gradient_ > 0)),
-        }
+    # ------------------------------------------------------------------ posterior
 
     def get_distributions(self):
         """Posterior distributions of the parameters, as NumPyro distributions.
@@ -711,42 +654,3 @@ class NBLNEstimator(
             rows = self._rows if X is None else self._solve(X)
             offsets = _posterior.offset_draws(rows.offset, rows.offset_scale, n_samples, rng)
         return ParameterDraws(r, log_mean, offsets, inflation)
-
-    def get_covariance(self):
-        """Covariance of the log-rates, ``W W' + diag(d)``.
-
-        Returns
-        -------
-        ndarray of shape (n_genes, n_genes)
-        """
-        check_is_fitted(self)
-        return self.loadings_ @ self.loadings_.T + np.diag(self.noise_variance_)
-
-    def get_precision(self):
-        """Inverse of the covariance of the log-rates, by the Woodbury identity.
-
-        Returns
-        -------
-        ndarray of shape (n_genes, n_genes)
-        """
-        check_is_fitted(self)
-        scaled = self.loadings_ / self.noise_variance_[:, None]
-        inner = np.eye(self.latent_dim_) + self.loadings_.T @ scaled
-        return np.diag(1 / self.noise_variance_) - scaled @ np.linalg.solve(inner, scaled.T)
-
-    def get_correlation(self):
-        """Compositional correlation of the log-rates: that of ``P Sigma P``, ``P = I - 11'/G``.
-
-        It is invariant under the exchange of level and capture offset within a cell.
-
-        Returns
-        -------
-        ndarray of shape (n_genes, n_genes)
-        """
-        covariance = self.get_covariance()
-        covariance = covariance - covariance.mean(0)
-        covariance = covariance - covariance.mean(1, keepdims=True)
-        sd = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
-        correlation = covariance / sd[:, None] / sd[None, :]
-        np.fill_diagonal(correlation, 1.0)
-        return correlation

@@ -437,9 +437,9 @@ def test_one_step_does_not_converge_and_says_so(sim, capture):
 def test_a_maximum_that_rounding_hides_is_found(overdispersed):
     """Counts around 1e8: log-factorials of 1e12 nats in all, rounded by more than the tolerance."""
     rng = np.random.default_rng(3)
-    rate = 1e8 * np.exp(rng.normal(0, 1, 10)) * np.exp(rng.normal(0, 0.3, (50, 1)))
+    rate = 1e8 * np.exp(rng.normal(0, 1, 24)) * np.exp(rng.normal(0, 0.3, (150, 1)))
     if overdispersed:
-        rate = rate * rng.gamma(5, 0.2, (50, 10))
+        rate = rate * rng.gamma(5, 0.2, (150, 24))
     fitted = NBVCPEstimator(random_state=0).fit(rng.poisson(rate))  # a warning is an error
     assert fitted.converged_
 

@@ -193,12 +193,12 @@ class NBLNEstimator(
     --------
     >>> from sknbln import NBLNEstimator
     >>> from sknbln.datasets import make_nbln_counts
-    >>> sim = make_nbln_counts(n_cells=200, n_genes=30, n_factors=2, random_state=0)
+    >>> sim = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0)
     >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(sim.data)
     >>> model.transform(sim.data).shape
-    (200, 2)
+    (150, 2)
     >>> model.components_.shape
-    (2, 30)
+    (2, 24)
     """
 
     _parameter_constraints: dict = {

@@ -104,10 +104,10 @@ class NBVCPEstimator(
     --------
     >>> from sknbln import NBVCPEstimator
     >>> from sknbln.datasets import make_nbvcp_counts
-    >>> sim = make_nbvcp_counts(n_cells=200, n_genes=30, random_state=0)
+    >>> sim = make_nbvcp_counts(n_cells=150, n_genes=24, random_state=0)
     >>> model = NBVCPEstimator(random_state=0).fit(sim.data)
     >>> model.transform(sim.data).shape
-    (200, 30)
+    (150, 24)
     """
 
     _parameter_constraints: dict = {

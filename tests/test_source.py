@@ -6,7 +6,7 @@ import pytest
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV
 
-from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln import NBLNEstimator, NBVCPEstimator, _capture
 from sknbln._capture import given_source
 from sknbln._counts import validate_counts
 from sknbln._source import canonical_freeze, soft_priors
@@ -200,6 +200,19 @@ def test_the_source_s_own_rows_keep_its_posterior(counts, source):
     model = fit(counts, source)
     eta = model.get_distributions()["eta"].base_dist
     np.testing.assert_allclose(np.asarray(eta.loc), source._guide.capture_offset[0], rtol=1e-6)
+
+
+def test_offsets_of_rows_are_solved_in_the_model_s_own_batches(counts, source, monkeypatch):
+    """The source has a batch_size too, None here."""
+    model, sizes, batches = fit(counts, source, batch_size=150), [], _capture.RowBatches
+
+    def noted(*args, batch_size=None):
+        sizes.append(batch_size)
+        return batches(*args, batch_size=batch_size)
+
+    monkeypatch.setattr(_capture, "RowBatches", noted)
+    model.transform(counts)
+    assert sizes == [150]
 
 
 # ------------------------------------------------------------------ gene sets

@@ -62,30 +62,14 @@ def give_back():
         _TRIM(0)
 
 
-def tidy(kernel):
-    """Wrap a jitted function to return the memory freed by its compilation to the system.
-
-    The compiler allocates many small pieces all over the heap, and glibc keeps the free memory between them.
-    For a pair of fits that is more than all the memory that they use.
-    """
-    if _TRIM is None:
-        return kernel
-
-    @functools.wraps(kernel)
-    def called(*args, **kwargs):
-        n_compiled = kernel._cache_size()
-        result = kernel(*args, **kwargs)
-        if kernel._cache_size() > n_compiled:
-            give_back()
-        return result
-
-    called._cache_size = kernel._cache_size
-    return called
-
-
 @functools.cache
 def compiled_once(kernel):
-    """Wrap a jitted function that threads share: the first thread compiles it, the others wait."""
+    """Wrap a jitted function that threads share: the first thread compiles it, the others wait.
+
+    The memory freed by the compilation is returned to the system. The compiler allocates many small pieces
+    all over the heap, and glibc keeps the free memory between them: for a pair of fits that is more than all
+    the memory that they use.
+    """
     seen = set()
 
     @functools.wraps(kernel)
@@ -96,6 +80,7 @@ def compiled_once(kernel):
         with _COMPILING:
             result = kernel(*args, **kwargs)
             seen.add(shapes)
+        give_back()
         return result
 
     return called

@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from . import _capture, _fit_warnings, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
 from ._counts import CountHistogram, checked_n_samples, validate_counts
+from ._covariance import CovarianceMixin
 from ._nbvcp import NBVCPEstimator
 from ._rows import RowBatches, Sweeper, solve_rows, sum_over_batches
 from .exceptions import FitInterrupted
@@ -41,7 +42,11 @@ def _default_tol(column_prior, coupled):
 
 
 class NBLNEstimator(
-    ClassNamePrefixFeaturesOutMixin, CountModelMixin, TransformerMixin, BaseEstimator
+    ClassNamePrefixFeaturesOutMixin,
+    CovarianceMixin,
+    CountModelMixin,
+    TransformerMixin,
+    BaseEstimator,
 ):
     r"""Negative binomial log-normal factor model of counts.
 
@@ -189,12 +194,12 @@ class NBLNEstimator(
     --------
     >>> from sknbln import NBLNEstimator
     >>> from sknbln.datasets import make_nbln_counts
-    >>> sim = make_nbln_counts(n_cells=200, n_genes=30, n_factors=2, random_state=0)
+    >>> sim = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0)
     >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(sim.data)
     >>> model.transform(sim.data).shape
-    (200, 2)
+    (150, 2)
     >>> model.components_.shape
-    (2, 30)
+    (2, 24)
     """
 
     _parameter_constraints: dict = {
@@ -310,8 +315,8 @@ class NBLNEstimator(
         )
         rng = check_random_state(self.random_state)
         source, X, previous = self._fit_source(X)
-        offsets = source._offsets(X)
-        self._source = _source.on_rows(source, X, offsets)
+        offsets = source.offsets(X, self.batch_size)
+        self._source = source.with_rows(offsets)
         self._library_size = _capture.library_sizes(X)
 
         self._total = total = _source.total_overdispersion(source, offsets)
@@ -325,7 +330,7 @@ class NBLNEstimator(
         if "r" in frozen: of_total = None
         start = self._start(source, X, offsets, free, coupled, previous, rng, total)
         rows = RowBatches(
-            X, *self._row_capture(X, np.log(source.mean_), offsets), batch_size=self.batch_size
+            X, *self._row_capture(X, np.log(source.mean), offsets), batch_size=self.batch_size
         )
         sweeper = Sweeper(rows, start.loadings.shape[1], self.tol_)
         objective = Objective(
@@ -360,7 +365,7 @@ class NBLNEstimator(
         return self
 
     def _fit_source(self, X):
-        """The fitted source with the genes of X, X as canonical counts, and the `warm_start` coordinates.
+        """The source's posterior of the genes of X, X as canonical counts, and the `warm_start` coordinates.
 
         Sets `informative_prior_estimator_` and `capture_prior_`.
         """
@@ -389,19 +394,19 @@ class NBLNEstimator(
         self.capture_prior_ = source.capture_prior_
         if not (isinstance(self.capture_efficiency, str) and self.capture_efficiency == "auto"):
             self.capture_prior_ = _capture.resolve(self.capture_efficiency, X)
-        return _source.matched_to_genes(source, X.shape[1], names), X, previous
+        return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
     def _start(self, source, X, offsets, free, coupled, previous, rng, total):
         """Start coordinates: mean and r of the source, loadings from score moments or the previous fit."""
-        log_mean, (n_cells, n_genes) = np.log(source.mean_), X.shape
+        log_mean, (n_cells, n_genes) = np.log(source.mean), X.shape
         log_r = np.full(n_genes, np.inf)
         if self.observation == "nb":
-            log_r = np.log(source.dispersion_)
+            log_r = np.log(source.dispersion)
         if previous is not None:
             start = start_coordinates(log_mean, log_r, previous.loadings, free, coupled, total)
             return resumed(start, previous, free)
         batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
-        sums = sum_over_batches(batches, source._params())
+        sums = sum_over_batches(batches, source.params)
         k = min(self.latent_dim, n_cells, n_genes)
         loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
         return start_coordinates(log_mean, log_r, loadings, free, coupled, total)
@@ -420,10 +425,10 @@ class NBLNEstimator(
         # the coupling computes Sigma_gg from this variance
         self._coordinate_variance = np.sum(point.x.loadings**2, 1) + noise_variance(point.x)
         literal = self.frozen_params_ if self.cascade == "parameter" else ()
-        self.mean_ = np.log(self._source.mean_) if "mu" in literal else x.mean
+        self.mean_ = np.log(self._source.mean) if "mu" in literal else x.mean
         self.dispersion_ = np.exp(x.dispersion)
         if "r" in literal:
-            self.dispersion_ = self._source.dispersion_.copy()
+            self.dispersion_ = self._source.dispersion.copy()
         self.noise_variance_ = noise_variance(x)
         rotation = singular_basis(x.loadings)
         objective.rotate(rotation)
@@ -512,8 +517,8 @@ class NBLNEstimator(
             return _capture.flat(X, self.mean_ if mean is None else mean)
         return _capture.given_source(
             X,
-            self._source._offsets(X) if offsets is None else offsets,
-            self._source.capture_prior_,
+            self._source.offsets(X, self.batch_size) if offsets is None else offsets,
+            self._source.capture_prior,
             self.capture_prior_,
             frozen="eta" in self.frozen_params_,
             tau=self.informative_priors_tau,
@@ -521,7 +526,7 @@ class NBLNEstimator(
 
     def _offset_prior(self):
         """The capture prior of the rows' offsets; None for a channel without one."""
-        return None if self.observation == "multinomial" else self._source.capture_prior_
+        return None if self.observation == "multinomial" else self._source.capture_prior
 
     def _params(self):
         """The parameters in the form that the cell solver takes."""
@@ -567,69 +572,7 @@ class NBLNEstimator(
         posterior = self._solve(self._validated(X, self._offset_prior()))
         return posterior.scores, posterior.score_covariance
 
-    # ------------------------------------------------------------------ covariance
-
-    def get_W_compositional(self):
-        """Gauge-invariant loadings W_perp, ``components_.T``.
-
-        Returns
-        -------
-        ndarray of shape (n_genes, latent_dim)
-        """
-        check_is_fitted(self)
-        return self.components_.T.copy()
-
-    def get_gauge_diagnostics(self):
-        """How much of the raw loadings is common to all genes.
-
-        A common shift of a cell's log-rates is exchangeable with its capture offset. With frozen offsets, a
-        large all-ones part is variation of the cells' totals that the offsets do not explain; it is
-        harmless, and absent from `components_`. With free offsets it means that depth and loadings compete,
-        and only compositional quantities should be interpreted. A loadings prior acts on W_perp alone: with
-        shrinkage the ratio grows because W_perp gets smaller, not because the gauge is less well
-        determined.
-
-        Returns
-        -------
-        dict
-            ``compositional_norm``, Frobenius norm of W_perp; ``ones_norm``, norm of the all-ones part
-            ``W - W_perp``; ``ratio``, the second divided by the first; ``ones_norm_per_factor``,
-            (latent_dim,).
-        """
-        check_is_fitted(self)
-        ones = np.abs(self.loadings_.mean(0)) * np.sqrt(self.loadings_.shape[0])
-        compositional = float(np.linalg.norm(self.components_))
-        total = float(np.linalg.norm(ones))
-        return {
-            "compositional_norm": compositional,
-            "ones_norm": total,
-            "ratio": total / compositional if compositional > 0 else np.inf,
-            "ones_norm_per_factor": ones,
-        }
-
-    def get_dispersion_diagnostics(self):
-        """Slope of the log-likelihood in log r, which shows whether overdispersion is counted twice.
-
-        With r frozen at the source's value, the source's dispersion already contains the variance that Sigma
-        explains. The data then favour a larger r: the derivative of the marginal log-likelihood with respect
-        to log r is large and positive. Near zero, or small compared with the number of cells, it is no cause
-        for concern; otherwise use ``cascade="marginal"`` or leave r out of the freeze set.
-
-        Returns
-        -------
-        dict
-            ``total``, the sum over genes, in nats per unit of log r; ``per_cell``, the same divided by the
-            number of training cells; ``per_gene``, (n_genes,), a copy of ``dispersion_gradient_``;
-            ``fraction_positive``, the fraction of genes with a positive slope.
-        """
-        check_is_fitted(self)
-        total = float(self.dispersion_gradient_.sum())
-        return {
-            "total": total,
-            "per_cell": total / self.capture_offset_.size,
-            "per_gene": self.dispersion_gradient_.copy(),
-            "fraction_positive": float(np.mean(self.dispersion_gradient_ > 0)),
-        }
+    # ------------------------------------------------------------------ posterior
 
     def get_distributions(self):
         """Posterior distributions of the parameters, as NumPyro distributions.
@@ -644,7 +587,7 @@ class NBLNEstimator(
             objective.
         """
         check_is_fitted(self)
-        guide, rows, sd = self._source._guide, self._rows, self._standard_deviation
+        guide, rows, sd = self._source.guide, self._rows, self._standard_deviation
         coupled, frozen, distributions = self.cascade == "marginal", self.frozen_params_, {}
         if self.observation == "nb":
             coupling = None
@@ -662,7 +605,7 @@ class NBLNEstimator(
             else dist.Normal(self.mean_, sd.mean)
         )
         if "eta" in frozen:
-            prior = self._source.capture_prior_
+            prior = self._source.capture_prior
             distributions["eta"] = _posterior.source_offsets(guide, prior, self.capture_offset_)
         else:
             scale = rows.offset_scale
@@ -699,8 +642,8 @@ class NBLNEstimator(
     def _posterior_draws(self, n_samples, X, rng, *, eta):
         """Parameter draws for replicated counts; `eta` selects the offsets: None, "frozen" or "all"."""
         coupled, frozen = self.cascade == "marginal", self.frozen_params_
-        sd, of_source = self._standard_deviation, eta if "eta" in frozen else None
-        source = self._source._posterior_draws(n_samples, X, rng, eta=of_source)
+        sd, with_offsets = self._standard_deviation, eta is not None and "eta" in frozen
+        source = self._source.draws(n_samples, rng, X, self.batch_size, offsets=with_offsets)
         r, fitted = source.r, np.diag(self.get_covariance())
         variance = fitted
         if "r" not in frozen:
@@ -708,7 +651,7 @@ class NBLNEstimator(
         elif coupled:
             r, variance = _posterior.coupled_draws(r, self._coordinate_variance, self._total)
         if "mu" in frozen:
-            log_mean = source.log_mean - (variance / 2 if coupled else 0.0)
+            log_mean = np.log(source.mu) - (variance / 2 if coupled else 0.0)
         else:
             log_mean = self.mean_ + sd.mean * rng.standard_normal(r.shape)
             # the marginal mean, mu + Sigma_gg/2, is what the data determine
@@ -719,42 +662,3 @@ class NBLNEstimator(
             rows = self._rows if X is None else self._solve(X)
             offsets = _posterior.offset_draws(rows.offset, rows.offset_scale, n_samples, rng)
         return ParameterDraws(r, log_mean, offsets, inflation)
-
-    def get_covariance(self):
-        """Covariance of the log-rates, ``W W' + diag(d)``.
-
-        Returns
-        -------
-        ndarray of shape (n_genes, n_genes)
-        """
-        check_is_fitted(self)
-        return self.loadings_ @ self.loadings_.T + np.diag(self.noise_variance_)
-
-    def get_precision(self):
-        """Inverse of the covariance of the log-rates, by the Woodbury identity.
-
-        Returns
-        -------
-        ndarray of shape (n_genes, n_genes)
-        """
-        check_is_fitted(self)
-        scaled = self.loadings_ / self.noise_variance_[:, None]
-        inner = np.eye(self.latent_dim_) + self.loadings_.T @ scaled
-        return np.diag(1 / self.noise_variance_) - scaled @ np.linalg.solve(inner, scaled.T)
-
-    def get_correlation(self):
-        """Compositional correlation of the log-rates: that of ``P Sigma P``, ``P = I - 11'/G``.
-
-        It is invariant under the exchange of level and capture offset within a cell.
-
-        Returns
-        -------
-        ndarray of shape (n_genes, n_genes)
-        """
-        covariance = self.get_covariance()
-        covariance = covariance - covariance.mean(0)
-        covariance = covariance - covariance.mean(1, keepdims=True)
-        sd = np.sqrt(np.maximum(np.diag(covariance), 1e-300))
-        correlation = covariance / sd[:, None] / sd[None, :]
-        np.fill_diagonal(correlation, 1.0)
-        return correlation

@@ -4,16 +4,16 @@ import warnings
 from numbers import Integral, Real
 
 import numpy as np
-from scipy.stats import truncnorm
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, _fit_context
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import Bunch, check_random_state
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _svi
 from ._base import CountModelMixin, whole_or_nothing
 from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validate_counts
+from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
@@ -26,7 +26,9 @@ _MAP_MAX_ITER = 100
 _PIN_ROUNDS = 3
 
 
-class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, BaseEstimator):
+class NBVCPEstimator(
+    OneToOneFeatureMixin, CountModelMixin, SourceModel, TransformerMixin, BaseEstimator
+):
     r"""Negative binomial with a capture probability per cell; genes are independent.
 
     .. math:: u_{cg} \sim NB(\mathrm{mean} = m_g e^{-\eta_c}, \mathrm{size} = r_g), \qquad
@@ -102,10 +104,10 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
     --------
     >>> from sknbln import NBVCPEstimator
     >>> from sknbln.datasets import make_nbvcp_counts
-    >>> sim = make_nbvcp_counts(n_cells=200, n_genes=30, random_state=0)
+    >>> sim = make_nbvcp_counts(n_cells=150, n_genes=24, random_state=0)
     >>> model = NBVCPEstimator(random_state=0).fit(sim.data)
     >>> model.transform(sim.data).shape
-    (200, 30)
+    (150, 24)
     """
 
     _parameter_constraints: dict = {
@@ -212,7 +214,9 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         self.mean_ = np.exp(variational_fit.guide.log_mean[0])
         self.dispersion_ = np.exp(variational_fit.guide.log_dispersion[0])
         self._guide = variational_fit.guide
-        self._training_offsets = self._offsets(X)
+        self._training_offsets = _capture.offset_posterior(
+            X, self._params(), prior, self.batch_size
+        )
         self.capture_offset_ = self._training_offsets.loc
         self.loss_curve_ = variational_fit.losses
         self.n_iter_ = int(variational_fit.losses.size)
@@ -315,15 +319,15 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         kappa = max(total.sum() - metric.shift, 0.0) / (total @ share) ** 2
         return share, np.sqrt(kappa / (1.0 - kappa * (share @ (total * share))))
 
-    def _params(self):
-        """The parameters in the form that the cell solver takes, without loadings and noise variances."""
-        n_genes = self.mean_.size
-        no_covariance = np.zeros((n_genes, 0)), np.zeros(n_genes)
-        return Params(np.log(self.mean_), *no_covariance, 1.0 / self.dispersion_)
+    def _posterior(self):
+        """The `NBVCPPosterior` of the fit."""
+        return NBVCPPosterior(
+            self.mean_, self.dispersion_, self._guide, self._training_offsets, self.capture_prior_
+        )
 
-    def _offsets(self, X):
-        """Posterior of the capture offsets of the rows of X given the fitted parameters."""
-        return _capture.offset_posterior(X, self._params(), self.capture_prior_, self.batch_size)
+    def _params(self):
+        """The parameters in the form that the cell solver takes."""
+        return independent_params(self.mean_, self.dispersion_)
 
     def _offset_prior(self):
         """The capture prior of the rows' offsets."""
@@ -347,7 +351,7 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         """
         check_is_fitted(self)
         X = self._validated(X, self.capture_prior_)
-        capture = np.exp(-self._offsets(X).loc)
+        capture = np.exp(-self._posterior().offsets(X, self.batch_size).loc)
         r = self.dispersion_
         return np.log((r + X.toarray()) / (r / self.mean_ + capture[:, None]))
 
@@ -375,50 +379,12 @@ class NBVCPEstimator(OneToOneFeatureMixin, CountModelMixin, TransformerMixin, Ba
         X = None if X is None else self._validated(X, self.capture_prior_)
         n_samples = checked_n_samples(self.n_posterior_samples if n_samples is None else n_samples)
         rng = check_random_state(self.random_state if random_state is None else random_state)
-        return self._draw(n_samples, X, rng)
-
-    def _draw(self, n_samples, X, rng, *, offsets=True):
-        """Draws of :meth:`sample_posterior` for validated counts; eta is None if `offsets` is False."""
-        logs = self._log_draws(n_samples, rng)
-        guide = self._guide
-        draws = Bunch(r=np.exp(logs["r"]), mu=np.exp(logs["mu"]), eta=None)
-        if not offsets:
-            return draws
-        n_rows = self.capture_offset_.size if X is None else X.shape[0]
-        if guide.capture_offset is None:
-            draws["eta"] = np.zeros((n_samples, n_rows))
-            return draws
-        loc, scale = guide.capture_offset
-        rows = self._training_offsets if X is None else self._offsets(X)
-        if not _capture.same_offsets(rows, self._training_offsets):
-            loc, scale = rows.raw_loc, rows.scale
-        centre, sd = guide.log_mean
-        shift = _svi.shift_of(logs["mu"] - centre, sd, guide.common_shift[0])
-        loc = loc + shift[:, None] * _svi.likelihood_share(scale, self.capture_prior_.sigma)
-        draws["eta"] = truncnorm.rvs(
-            -loc / scale, np.inf, loc, scale, size=(n_samples, n_rows), random_state=rng
-        )
-        return draws
+        return self._posterior().draws(n_samples, rng, X, self.batch_size)
 
     def _posterior_draws(self, n_samples, X, rng, *, eta):
         """Parameter draws for replicated counts; without offsets if `eta` is None."""
-        draws = self._draw(n_samples, X, rng, offsets=eta is not None)
+        draws = self._posterior().draws(n_samples, rng, X, self.batch_size, offsets=eta is not None)
         return ParameterDraws(draws.r, np.log(draws.mu), draws.eta)
-
-    def _log_draws(self, n_samples, rng):
-        """Posterior draws of log r and log mu, a dict of two arrays (n_samples, n_genes)."""
-        guide = self._guide
-        normals = {
-            "r": (guide.log_dispersion[0], guide.log_dispersion_scale),
-            "mu": guide.log_mean,
-        }
-        draws = {
-            name: loc + scale * rng.standard_normal((n_samples, loc.size))
-            for name, (loc, scale) in normals.items()
-        }
-        share, sigma = guide.common_shift
-        draws["mu"] += sigma * share * rng.standard_normal((n_samples, 1))
-        return draws
 
 
 def _problem(X, prior, histogram):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ._jax import compiled_once, float64, in_order, n_workers, on_cpu, tidy
+from ._jax import compiled_once, float64, in_order, n_workers, on_cpu
 from .solver.ascent import magnitude
 from .solver.channel import log_rising_slope
 from .solver.marginal import BatchSums, no_sums, score_products, solve_cells
@@ -34,7 +34,7 @@ _MODE_SHARE = 1e-4
 # upper bound of the remaining Newton decrement, nats
 _LARGEST_LAST_STEP = 1e-6
 
-solve_cells, score_products = (compiled_once(tidy(k)) for k in (solve_cells, score_products))
+solve_cells, score_products = (compiled_once(k) for k in (solve_cells, score_products))
 
 
 def padded_rank(k):

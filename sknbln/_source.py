@@ -8,7 +8,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted, check_memory
 
-from . import _capture
+from ._nbvcp_posterior import SourceModel
 from .solver.gene_priors import OverdispersionPrior
 from .solver.objective import weak_mean_prior
 from .solver.overdispersion import TotalOverdispersion
@@ -86,9 +86,7 @@ def fitted_source(source, X, memory, previous=None):
     TypeError
         If the source is not an NBVCPEstimator.
     """
-    from ._nbvcp import NBVCPEstimator
-
-    if not isinstance(unwrapped(source), NBVCPEstimator):
+    if not isinstance(unwrapped(source), SourceModel):
         raise TypeError(
             "informative_prior_estimator has to be an NBVCPEstimator, fitted or not, possibly inside "
             f"sklearn.frozen.FrozenEstimator; found {type(unwrapped(source)).__name__}."
@@ -106,8 +104,8 @@ def fitted_source(source, X, memory, previous=None):
     return unwrapped(source)
 
 
-def matched_to_genes(source, n_genes, names):
-    """The source restricted to the genes of X, in their order.
+def posterior_of_genes(source, n_genes, names):
+    """The posterior of a fitted source, an `NBVCPPosterior`, for the genes of X in their order.
 
     Genes are matched by name if both have names, so that the source may have more genes than X.
 
@@ -125,7 +123,7 @@ def matched_to_genes(source, n_genes, names):
                 "Fit the source on the same genes, or fit both on DataFrames, whose column names let a "
                 "source of more genes be cut to those of X."
             )
-        return source
+        return source._posterior()
     position = {name: i for i, name in enumerate(source_names)}
     missing = [str(name) for name in names if name not in position]
     if missing:
@@ -136,32 +134,32 @@ def matched_to_genes(source, n_genes, names):
         )
     genes = np.array([position[name] for name in names])
     if np.array_equal(genes, np.arange(source.n_features_in_)):
-        return source
-    return restricted(source, genes)
+        return source._posterior()
+    return source._posterior().with_genes(genes)
 
 
 def soft_priors(source, tau, n_samples, rng):
     """Gaussian priors of log m and log r, the two blocks of `Params` that the source has.
 
-    Means and standard deviations are those of posterior draws of the source; the latter are multiplied by
-    `tau`.
+    Means and standard deviations are those of draws of the source, an `NBVCPPosterior`; the latter are
+    multiplied by `tau`.
     """
-    draws = source._log_draws(n_samples, rng)
+    draws = source.log_draws(n_samples, rng)
     mean, dispersion = (
         GaussianPrior(log.mean(0), (tau * np.maximum(log.std(0), 1e-8)) ** -2.0)
-        for log in (draws["mu"], draws["r"])
+        for log in (draws.mu, draws.r)
     )
     return Params(mean, None, None, dispersion)
 
 
 def priors(source, free, tau, n_samples, rng):
     """Priors of the mean and log r: the soft priors, with the weak prior of the mean; flat where frozen."""
-    flat = GaussianPrior.flat(source.mean_.size)
+    flat = GaussianPrior.flat(source.mean.size)
     if not (free.mean or free.dispersion):
         return Params(flat, None, None, flat)
     soft = soft_priors(source, tau, n_samples, rng)
     return Params(
-        soft.mean.times(weak_mean_prior(np.log(source.mean_))) if free.mean else flat,
+        soft.mean.times(weak_mean_prior(np.log(source.mean))) if free.mean else flat,
         None,
         None,
         soft.dispersion if free.dispersion else flat,
@@ -170,7 +168,7 @@ def priors(source, free, tau, n_samples, rng):
 
 def total_overdispersion(source, offsets):
     """`TotalOverdispersion` of the source's genes on rows with these capture offsets."""
-    return TotalOverdispersion.at(source.mean_ * np.mean(np.exp(-offsets.loc)), source.dispersion_)
+    return TotalOverdispersion.at(source.mean * np.mean(np.exp(-offsets.loc)), source.dispersion)
 
 
 def marginal_priors(source, total, free, tau, n_samples, rng):
@@ -179,48 +177,16 @@ def marginal_priors(source, total, free, tau, n_samples, rng):
     Their standard deviations are `tau` times those of the source's posterior, and `COUPLING_ERROR` for what
     the coupling itself is wrong by.
     """
-    flat = GaussianPrior.flat(source.mean_.size)
-    draws = source._log_draws(n_samples, rng)
+    flat = GaussianPrior.flat(source.mean.size)
+    draws = source.log_draws(n_samples, rng)
 
     def anchored(loc, draws):
         return GaussianPrior(loc, 1.0 / (tau**2 * draws.var(0) + COUPLING_ERROR**2))
 
-    level = np.log(total(np.log(source.dispersion_)))
-    mean = anchored(np.log(source.mean_), draws["mu"])
-    mean = mean.times(weak_mean_prior(np.log(source.mean_)))
+    level = np.log(total(np.log(source.dispersion)))
+    mean = anchored(np.log(source.mean), draws.mu)
+    mean = mean.times(weak_mean_prior(np.log(source.mean)))
     return (
         mean if free.mean else flat,
-        OverdispersionPrior(total, anchored(level, np.log(total(draws["r"])))),
+        OverdispersionPrior(total, anchored(level, np.log(total(draws.r)))),
     )
-
-
-def on_rows(source, X, offsets):
-    """The source with the rows of X in place of its training rows; unchanged if they are the same.
-
-    ``offsets`` is the posterior of the capture offsets of X given the source's parameters.
-    """
-    if _capture.same_offsets(offsets, source._training_offsets):
-        return source
-    moved = copy.copy(source)
-    moved._training_offsets = offsets
-    moved._library_size = _capture.library_sizes(X)
-    moved.capture_offset_ = offsets.loc
-    if source._guide.capture_offset is not None:
-        moved._guide = source._guide._replace(capture_offset=(offsets.raw_loc, offsets.scale))
-    return moved
-
-
-def restricted(source, genes):
-    """A copy of a fitted NBVCP with only the genes at these positions."""
-    cut = copy.copy(source)
-    cut.mean_, cut.dispersion_ = source.mean_[genes], source.dispersion_[genes]
-    guide = source._guide
-    cut._guide = guide._replace(
-        log_mean=tuple(a[genes] for a in guide.log_mean),
-        log_dispersion=tuple(a[genes] for a in guide.log_dispersion),
-        common_shift=(guide.common_shift[0][genes], guide.common_shift[1]),
-        dispersion_known=guide.dispersion_known[genes],
-    )
-    cut.n_features_in_ = len(genes)
-    cut.feature_names_in_ = source.feature_names_in_[genes]
-    return cut

@@ -45,7 +45,7 @@ import optax
 from jax.scipy.special import gammaln
 from numpyro.infer import Trace_ELBO
 
-from ._jax import float64, tidy
+from ._jax import compiled_once, float64
 from .solver.channel import log1p_of_positive
 
 #: rows per step; independent of the estimator's batch_size, which only sets memory
@@ -101,20 +101,19 @@ class Guide(NamedTuple):
         return np.sqrt(scale**2 + variance * likelihood_share(scale, prior_scale) ** 2)
 
 
-class Noise(NamedTuple):
-    """Random numbers for one draw of the guide: standard normal, and uniform for the offsets."""
+def random_numbers(rng, n_genes, n_rows):
+    """Random numbers for one draw of the guide, by site: standard normal, uniform for the offsets.
 
-    common_shift: np.ndarray  # ()
-    log_mean: np.ndarray  # (n_genes,)
-    log_dispersion: np.ndarray  # (n_genes,)
-    capture_offset: np.ndarray  # (n_rows,), above 0 and below 1
-
-    @classmethod
-    def drawn(cls, rng, n_genes, n_rows):
-        """From a RandomState: JAX's generators in the compiled step would take longer than the rest of it."""
-        normal = rng.standard_normal(2 * n_genes + 1)
-        uniform = np.maximum(rng.random_sample(n_rows), np.finfo(float).tiny)
-        return cls(normal[0], normal[1 : n_genes + 1], normal[n_genes + 1 :], uniform)
+    From a RandomState: JAX's generators in the compiled step would take longer than the rest of it.
+    """
+    normal = rng.standard_normal(2 * n_genes + 1)
+    uniform = np.maximum(rng.random_sample(n_rows), np.finfo(float).tiny)  # above 0 and below 1
+    return {
+        "common_shift": normal[0],
+        "log_mean": normal[1 : n_genes + 1],
+        "log_dispersion": normal[n_genes + 1 :],
+        "capture_offset": uniform,
+    }
 
 
 def likelihood_share(scale, prior_scale):
@@ -156,12 +155,12 @@ def guide(problem, start, rows, counts, weight, noise, has_capture):
     mean, scale = _moved("log_mean", start.log_mean)
     share, sigma = start.common_shift
     normal = dist.LowRankMultivariateNormal(mean, (sigma * share)[:, None], scale**2)
-    deviation = scale * noise.log_mean + sigma * share * noise.common_shift
+    deviation = scale * noise["log_mean"] + sigma * share * noise["common_shift"]
     _draw("log_mean", normal, mean + deviation)
     shift = shift_of(deviation, scale, share)
     loc, scale = _moved("log_dispersion", start.log_dispersion)
     normal = dist.Normal(loc, scale).to_event(1)
-    _draw("log_dispersion", normal, loc + scale * noise.log_dispersion)
+    _draw("log_dispersion", normal, loc + scale * noise["log_dispersion"])
     if has_capture:
         loc, scale = (p[rows] for p in _moved("capture_offset", start.capture_offset))
         loc = loc + shift * likelihood_share(start.capture_offset[1], problem.row_prior[1])[rows]
@@ -170,7 +169,7 @@ def guide(problem, start, rows, counts, weight, noise, has_capture):
         with numpyro.handlers.scale(scale=factor), numpyro.handlers.mask(mask=weight > 0):
             with numpyro.plate("cells", mini):
                 truncated = dist.TruncatedNormal(loc, scale, low=0.0)
-                _draw("capture_offset", truncated, truncated.icdf(noise.capture_offset))
+                _draw("capture_offset", truncated, truncated.icdf(noise["capture_offset"]))
 
 
 def _draw(name, distribution, value):
@@ -186,7 +185,7 @@ def _moved(name, start):
     return loc + scale * shift, scale * jnp.exp(log_scale)
 
 
-@tidy
+@compiled_once
 @jax.jit
 def _step(params, average, state, learning_rate, decay, problem, start, batch):
     has_capture = start.capture_offset is not None
@@ -315,7 +314,7 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
                 decay,
                 problem,
                 start,
-                (rows, counts, weight, Noise.drawn(rng, X.shape[1], rows.size)),
+                (rows, counts, weight, random_numbers(rng, X.shape[1], rows.size)),
             )
             chosen = baseline[rows[weight > 0]]
             losses.append(loss)

@@ -44,3 +44,22 @@ def strict_jax():
         stack.enter_context(jax.numpy_dtype_promotion("strict"))
         stack.enter_context(jax.numpy_rank_promotion("raise"))
         yield
+
+
+@pytest.fixture
+def compiled():
+    """Number of compilations since the last time this was asked."""
+    import jax.monitoring
+
+    counter = {"new": 0}
+
+    def listen(event, seconds, **_):
+        counter["new"] += event == "/jax/core/compile/backend_compile_duration"
+
+    def since_last():
+        found, counter["new"] = counter["new"], 0
+        return found
+
+    # it stays, and counts what nobody asks for: JAX 0.8 has no public way to take it away
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return since_last

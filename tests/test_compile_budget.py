@@ -1,6 +1,5 @@
 """How many kernels are compiled: a fixed number by the first fit, none by those like it."""
 
-import jax.monitoring
 import numpy as np
 import pytest
 from sklearn.base import clone
@@ -8,27 +7,9 @@ from sklearn.base import clone
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln.datasets import make_nbln_counts
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
 # of widths and row buckets that no other test uses, so that nothing is compiled already
 N_GENES, BUCKET = 23, 320
 CAPTURE = (np.log(300.0), 0.4)
-
-
-@pytest.fixture
-def compiled():
-    """Number of compilations since the last time this was asked."""
-    counter = {"new": 0}
-
-    def listen(event, seconds, **_):
-        counter["new"] += event == COMPILED
-
-    def since_last():
-        found, counter["new"] = counter["new"], 0
-        return found
-
-    # it stays, and counts what nobody asks for: JAX 0.8 has no public way to take it away
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    return since_last
 
 
 @pytest.fixture(scope="module")

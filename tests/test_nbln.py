@@ -1,7 +1,6 @@
 """NBLNEstimator: recovery of the truth, channels, covariance, posteriors, diagnostics."""
 
 import contextlib
-import warnings
 
 import jax
 import numpy as np
@@ -364,9 +363,7 @@ def test_curvature_of_mu_matches_a_parametric_bootstrap():
     ],
     ids=str,
 )
-def test_tolerance_is_the_settings_unless_given(options, expected):
-    X = make_nbln_counts(n_cells=60, n_genes=12, n_factors=1, random_state=0).data
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model = NBLNEstimator(1, random_state=0, **options).fit(X)
+def test_tolerance_is_the_settings_unless_given(small, source, options, expected):
+    with pytest.warns(ConvergenceWarning, match="max_iter=1 sweeps were done"):
+        model = fit(small, source, max_iter=1, **options)
     assert model.tol_ == expected

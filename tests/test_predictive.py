@@ -44,6 +44,16 @@ def levels_of(name):
     return [level for level in LEVELS if (name, level) != ("multinomial", "marginal")]
 
 
+COPIES = 15  # of 4 rows: as many as in `fits`, whose kernels are compiled once for the module
+
+
+def replicates(model, X, level, n_samples):
+    """Replicates of each row, (n_samples, n_rows, n_genes); copies of the rows share a pass."""
+    rows = np.tile(X, (COPIES, 1))
+    options = dict(level=level, n_samples=n_samples // COPIES, random_state=0)
+    return model.posterior_predictive(rows, **options).reshape(-1, *X.shape)
+
+
 # ------------------------------------------------------------------ levels
 
 
@@ -83,25 +93,25 @@ def test_marginal_offsets_are_those_of_the_rows():
     X = simulate(mean - 1.0, W, d, r, 4, np.random.default_rng(4))
     prior = (np.log(X.sum(1).mean()) + 1.0, 0.5)
     options = dict(capture_prior=prior, library_size=X.sum(1))
-    rows = sp.csr_matrix(X, dtype=float)
+    rows = sp.csr_matrix(np.tile(X, (COPIES, 1)), dtype=float)
     for frozen in (("r", "mu", "eta"), ("r", "mu")):
         model = truth.nbln(mean, W, d, r, frozen=frozen, **options)
-        many = model.posterior_predictive(X, level="marginal", n_samples=8000, random_state=0)
-        eta = model.sample_posterior(8000, X, random_state=0).eta
+        many = replicates(model, X, "marginal", 8000)
+        eta = model.sample_posterior(8000 // COPIES, rows, random_state=0).eta.reshape(-1, 4)
         expected = np.exp(mean + (np.sum(W**2, 1) + d) / 2) * np.exp(-eta).mean(0)[:, None]
         for c in range(4):
             assert np.all(np.abs(standardized(many[:, c], expected[c])) < Z_MAX)
         if frozen[-1] == "eta":
-            np.testing.assert_allclose(eta.mean(0), model._source._offsets(rows).loc, atol=0.05)
+            np.testing.assert_allclose(eta.mean(0), model._source.offsets(rows).loc[:4], atol=0.05)
         else:
-            free = model._solve(rows).offset
+            free = model._solve(rows).offset[:4]
             np.testing.assert_allclose(eta.mean(0), free, atol=0.1)
 
 
 def test_marginal_totals_of_a_fit_vary_as_the_data_s():
-    """Offsets by the capture prior around each row's total vary twice: sd .67 where the data have .41."""
-    X = make_nbln_counts(n_cells=300, n_genes=60, random_state=0).data.toarray()
-    model = NBLNEstimator(4, cascade="marginal", random_state=0).fit(X)
+    """Offsets by the capture prior around each row's total vary twice: sd .71 where the data have .45."""
+    X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=3).data.toarray()
+    model = NBLNEstimator(2, cascade="marginal", random_state=0).fit(X)
     observed = np.log(X.sum(1)).std()
     for given in (None, X):
         draws = model.posterior_predictive(given, level="marginal", n_samples=20, random_state=0)
@@ -144,10 +154,9 @@ def test_library_anchored_compositions_keep_the_overdispersion():
 def test_per_cell_counts_have_the_moments_of_the_rows_posterior(poisson):
     """Against the dense Laplace posterior; the prior's covariance would be seen."""
     mean, W, d, r = globals_(poisson=poisson)
-    X = simulate(mean, W, d, r, 3, np.random.default_rng(3))
+    X = simulate(mean, W, d, r, 4, np.random.default_rng(3))
     model = truth.nbln(mean, W, d, r, library_size=X.sum(1))
-    n_samples = 6000
-    u = model.posterior_predictive(X, level="per_cell", n_samples=n_samples, random_state=0)
+    u = replicates(model, X, "per_cell", 6000)
     Sigma = direct.covariance(W, d, 0.0)
     for c, row in enumerate(X):
         found = direct.laplace(row, mean, Sigma, r)
@@ -172,9 +181,10 @@ def test_per_cell_free_offsets_are_integrated():
         mean, W, d, r, frozen=("r", "mu"), capture_prior=prior, library_size=X.sum(1)
     )
     model.informative_priors_tau = np.inf  # the capture prior alone
-    offset, scale, _ = model._row_capture(sp.csr_matrix(X, dtype=float))
+    rows = sp.csr_matrix(np.tile(X, (COPIES, 1)), dtype=float)
+    offset, scale, _ = model._row_capture(rows)
     assert np.all(scale == 0.5)
-    u = model.posterior_predictive(X, level="per_cell", n_samples=6000, random_state=0)
+    u = replicates(model, X, "per_cell", 6000)
     for c, row in enumerate(X):
         found = direct.laplace(row, mean - offset[c], direct.covariance(W, d, 0.5), r)
         expected = np.exp(found.y + np.diag(found.covariance) / 2)
@@ -231,9 +241,9 @@ def test_every_replicate_has_a_draw_of_the_source_s_posterior(fits):
 
 def test_every_replicate_takes_frozen_parameters_from_a_draw_of_the_source():
     """Next to no Sigma: a replicate's counts are NB with r, mu and eta of that draw."""
-    n_genes, n_samples = 400, 60
+    n_genes, n_rows, n_samples = N_GENES, 4 * COPIES, 300
     mean, point = np.full(n_genes, 2.0), np.full(n_genes, 1e-18)
-    X = np.random.default_rng(0).poisson(np.exp(mean - 0.7), (6, n_genes))
+    X = np.random.default_rng(0).poisson(np.exp(mean - 0.7), (n_rows, n_genes))
     model = truth.nbln(
         mean,
         1e-9 * np.ones((n_genes, 1)),
@@ -242,10 +252,11 @@ def test_every_replicate_takes_frozen_parameters_from_a_draw_of_the_source():
         capture_prior=(np.log(X.sum(1).mean()) + 0.7, 0.3),
         library_size=X.sum(1),
     )
-    source, wide = model._source, np.full(n_genes, 0.8)
+    source, wide = model.informative_prior_estimator_, np.full(n_genes, 0.8)
     source._guide = source._guide._replace(
         log_mean=(mean, wide), log_dispersion=(np.full(n_genes, np.log(2.0)), wide)
     )
+    model._source = source._posterior()
     drawn = source.sample_posterior(n_samples, X, random_state=3)
     u = model.posterior_predictive(X, level="per_cell", n_samples=n_samples, random_state=3)
     expected = drawn.mu[:, None, :] * np.exp(-drawn.eta[:, :, None])
@@ -262,7 +273,7 @@ def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
     _, models = fits
     model = models["coupled"]
     draws = model._posterior_draws(20, None, np.random.RandomState(0), eta=None)
-    source = model._source._posterior_draws(20, None, np.random.RandomState(0), eta=None)
+    source = model._source.draws(20, np.random.RandomState(0), offsets=False)
     variance = draws.inflation * np.diag(model.get_covariance())
     np.testing.assert_allclose((1 + 1 / draws.r) * np.exp(variance), 1 + 1 / source.r, rtol=1e-8)
     # and the marginal mean does not follow the share
@@ -279,10 +290,10 @@ def test_counts_of_a_coupled_model_have_the_marginal_law_of_each_source_s_draw()
     n_samples, n_rows, share = 6, 20_000, np.full(N_GENES, 0.3)
     model = truth.nbln(mean, W, d, r, cascade="marginal", library_size=np.ones(n_rows))
     model._coordinate_variance = share
-    guide = model._source._guide
-    wide = np.full(N_GENES, 0.8)
-    model._source._guide = guide._replace(log_dispersion=(np.log(r), wide))
-    drawn = model._source.sample_posterior(n_samples, random_state=3)
+    source, wide = model.informative_prior_estimator_, np.full(N_GENES, 0.8)
+    source._guide = source._guide._replace(log_dispersion=(np.log(r), wide))
+    model._source = source._posterior()
+    drawn = source.sample_posterior(n_samples, random_state=3)
     u = model.posterior_predictive(level="marginal", n_samples=n_samples, random_state=3)
     t = np.log1p(1 / drawn.r)
     scale = np.sqrt((t - t * np.exp(-share / t)) / (np.sum(W**2, 1) + d))

@@ -7,10 +7,10 @@ from scipy import stats
 from sknbln._capture import CapturePrior
 from sknbln.predictive import _replicates
 from sknbln.predictive._replicates import (
-    Streams,
     capture_offsets,
     log_gamma_noise,
     poisson,
+    random_streams,
     softmax,
 )
 
@@ -22,7 +22,7 @@ LEVEL = 1e-4
 
 @pytest.fixture
 def streams():
-    return Streams.spawn(np.random.RandomState(0))
+    return random_streams(np.random.RandomState(0))
 
 
 def test_gamma_noise_is_gamma(streams):

@@ -6,7 +6,7 @@ import pytest
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GridSearchCV
 
-from sknbln import NBLNEstimator, NBVCPEstimator
+from sknbln import NBLNEstimator, NBVCPEstimator, _capture
 from sknbln._capture import given_source
 from sknbln._counts import validate_counts
 from sknbln._source import canonical_freeze, soft_priors
@@ -100,7 +100,7 @@ def test_marginal_without_r_couples_the_mean_only(counts, source):
 
 
 def test_soft_priors_are_the_moments_of_the_draws(source):
-    priors = soft_priors(source, 2.0, 4000, np.random.RandomState(0))
+    priors = soft_priors(source._posterior(), 2.0, 4000, np.random.RandomState(0))
     for prior, (loc, scale) in (
         (priors.mean, (source._guide.log_mean[0], source._guide.log_mean_scale)),
         (priors.dispersion, (source._guide.log_dispersion[0], source._guide.log_dispersion_scale)),
@@ -151,7 +151,7 @@ def test_infinite_tau_is_no_prior(counts, source):
 def test_free_offsets_lie_between_the_source_and_the_capture_prior(counts, source):
     """The three ends are in test_capture.py; here what the model asks for."""
     X = validate_counts(source, counts, reset=False)
-    found, prior = source._offsets(X), source.capture_prior_
+    found, prior = source._posterior().offsets(X), source.capture_prior_
 
     def offsets(tau, prior=prior, frozen=False):
         return given_source(X, found, source.capture_prior_, prior, frozen=frozen, tau=tau)[:2]
@@ -202,6 +202,19 @@ def test_the_source_s_own_rows_keep_its_posterior(counts, source):
     np.testing.assert_allclose(np.asarray(eta.loc), source._guide.capture_offset[0], rtol=1e-6)
 
 
+def test_offsets_of_rows_are_solved_in_the_model_s_own_batches(counts, source, monkeypatch):
+    """The source has a batch_size too, None here."""
+    model, sizes, batches = fit(counts, source, batch_size=150), [], _capture.RowBatches
+
+    def noted(*args, batch_size=None):
+        sizes.append(batch_size)
+        return batches(*args, batch_size=batch_size)
+
+    monkeypatch.setattr(_capture, "RowBatches", noted)
+    model.transform(counts)
+    assert sizes == [150]
+
+
 # ------------------------------------------------------------------ gene sets
 
 
@@ -225,7 +238,8 @@ def test_a_source_of_more_genes_is_cut_by_name(counts):
 
 def test_missing_genes_are_named(counts):
     names = [f"g{i}" for i in range(counts.shape[1])]
-    part = NBVCPEstimator(random_state=0).fit(frame(counts, names)[names[:12]])
+    others = [f"h{i}" for i in range(12)]
+    part = NBVCPEstimator(random_state=0).fit(frame(counts, names[:12] + others))
     with pytest.raises(ValueError, match=r"12 of the 24 genes.*g12, g13.*g21, \.\.\."):
         fit(frame(counts, names), part)
 

@@ -89,7 +89,7 @@ def batch(U, rows, size=None):
     pad = size - len(rows)
     dense = np.concatenate([U[rows], np.zeros((pad, U.shape[1]))])
     weight = np.r_[np.ones(len(rows)), np.zeros(pad)]
-    noise = _svi.Noise.drawn(np.random.RandomState(3), U.shape[1], size)
+    noise = _svi.random_numbers(np.random.RandomState(3), U.shape[1], size)
     return np.r_[rows, np.zeros(pad, int)], dense, weight, noise
 
 

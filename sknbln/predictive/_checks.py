@@ -88,11 +88,11 @@ def predictive_check(
     >>> from sknbln import NBVCPEstimator
     >>> from sknbln.datasets import make_nbvcp_counts
     >>> from sknbln.predictive import predictive_check
-    >>> X = make_nbvcp_counts(n_cells=200, n_genes=20, random_state=0).data
-    >>> model = NBVCPEstimator(random_state=0).fit(X[:100])
-    >>> check = predictive_check(model, X[100:], n_samples=50, random_state=0)
+    >>> X = make_nbvcp_counts(n_cells=300, n_genes=24, random_state=0).data
+    >>> model = NBVCPEstimator(random_state=0).fit(X[:150])
+    >>> check = predictive_check(model, X[150:], n_samples=50, random_state=0)
     >>> check.p_values.variance.shape
-    (20,)
+    (24,)
     >>> sorted(check.summary)[:2]
     ['maximum_ks', 'maximum_outside']
     """
@@ -201,10 +201,10 @@ def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=
     >>> from sknbln import NBVCPEstimator
     >>> from sknbln.datasets import make_nbvcp_counts
     >>> from sknbln.predictive import quantile_residuals
-    >>> X = make_nbvcp_counts(n_cells=100, n_genes=20, random_state=0).data
+    >>> X = make_nbvcp_counts(n_cells=150, n_genes=24, random_state=0).data
     >>> model = NBVCPEstimator(random_state=0).fit(X)
     >>> quantile_residuals(model, X, n_samples=50, genes=[0, 1], random_state=0).shape
-    (100, 2)
+    (150, 2)
     """
     replicates, positions = prepare(estimator, X, genes, n_samples, random_state, needs_counts=True)
     observed = replicates.X[:, positions].toarray()

@@ -94,11 +94,11 @@ def posterior_predictive(
     >>> from sknbln import NBVCPEstimator
     >>> from sknbln.datasets import make_nbvcp_counts
     >>> from sknbln.predictive import posterior_predictive
-    >>> X = make_nbvcp_counts(n_cells=100, n_genes=20, random_state=0).data
+    >>> X = make_nbvcp_counts(n_cells=150, n_genes=24, random_state=0).data
     >>> model = NBVCPEstimator(random_state=0).fit(X)
     >>> draws = posterior_predictive(model, X, n_samples=5, random_state=0)
     >>> draws.shape
-    (5, 100, 20)
+    (5, 150, 24)
     >>> bool((draws.sum(axis=2) == X.sum(axis=1)).all())
     True
     """
@@ -146,7 +146,7 @@ def iter_posterior_predictive(
     >>> from sknbln import NBVCPEstimator
     >>> from sknbln.datasets import make_nbvcp_counts
     >>> from sknbln.predictive import iter_posterior_predictive
-    >>> X = make_nbvcp_counts(n_cells=100, n_genes=20, random_state=0).data
+    >>> X = make_nbvcp_counts(n_cells=150, n_genes=24, random_state=0).data
     >>> model = NBVCPEstimator(random_state=0).fit(X)
     >>> largest = [u.max() for u in iter_posterior_predictive(model, X, n_samples=5)]
     >>> len(largest)
@@ -198,11 +198,11 @@ def compositional_samples(estimator, X=None, *, n_samples=1000, genes=None, rand
     >>> from sknbln import NBVCPEstimator
     >>> from sknbln.datasets import make_nbvcp_counts
     >>> from sknbln.predictive import compositional_samples
-    >>> X = make_nbvcp_counts(n_cells=100, n_genes=20, random_state=0).data
+    >>> X = make_nbvcp_counts(n_cells=150, n_genes=24, random_state=0).data
     >>> model = NBVCPEstimator(random_state=0).fit(X)
     >>> shares = compositional_samples(model, X, n_samples=50, genes=[3, 1, 2])
     >>> shares.model.shape, shares.cells.shape, shares.pseudobulk.shape
-    ((50, 3), (100, 3), (3,))
+    ((50, 3), (150, 3), (3,))
     """
     replicates, positions = prepare(estimator, None, genes, n_samples, random_state)
     points = np.empty((n_samples, positions.size))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.special import log_ndtr, ndtri_exp
-from sklearn.utils import check_random_state
+from sklearn.utils import Bunch, check_random_state
 
 from .. import _capture
 from .._jax import float64
@@ -30,20 +30,14 @@ _CHUNK_ENTRIES = 2**18  # 2 MB an array
 _LARGEST_RATE = 1e18  # counts are 64-bit integers
 
 
-class Streams(NamedTuple):
-    """Independent random streams, one per kind of variable."""
-
-    normal: np.random.Generator
-    gamma: np.random.Generator
-    exponential: np.random.Generator
-    offset: np.random.Generator
-    count: np.random.Generator
-
-    @classmethod
-    def spawn(cls, rng):
-        """Streams seeded from a RandomState."""
-        seed = np.random.SeedSequence(rng.randint(2**31 - 1, size=4).tolist())
-        return cls(*(np.random.default_rng(child) for child in seed.spawn(len(cls._fields))))
+def random_streams(rng):
+    """Independent random streams seeded from a RandomState, a `Bunch` with one per kind of variable."""
+    kinds = "normal", "gamma", "exponential", "offset", "count"
+    seed = np.random.SeedSequence(rng.randint(2**31 - 1, size=4).tolist())
+    children = seed.spawn(len(kinds))
+    return Bunch(
+        **{kind: np.random.default_rng(child) for kind, child in zip(kinds, children, strict=True)}
+    )
 
 
 class ParameterDraws(NamedTuple):
@@ -142,7 +136,7 @@ class Replicates:
         per_cell = level == "per_cell"
         eta = None if capture == "prior" else LEVELS[level]
         self._draws = model._posterior_draws(n_samples, X, self.rng, eta=eta)
-        self._streams = Streams.spawn(self.rng)
+        self._streams = random_streams(self.rng)
         self._totals = np.rint(self.library_size).astype(np.int64)
         self._given_totals = level == "library_anchored" or (per_cell and model._given_totals)
         self._scores = None

@@ -50,7 +50,8 @@ def nbln(mean, loadings, noise, r, *, frozen=("r", "mu", "eta"), **params):
     }
     model = NBLNEstimator(latent_dim=max(loadings.shape[1], 1), **params)
     finite = np.where(np.isfinite(r), r, 1.0)
-    model._source = model.informative_prior_estimator_ = nbvcp(np.exp(mean), finite, **source)
+    source = nbvcp(np.exp(mean), finite, **source)
+    model.informative_prior_estimator_, model._source = source, source._posterior()
     model.mean_, model.loadings_, model.noise_variance_ = mean, loadings, noise
     model.dispersion_ = np.broadcast_to(np.asarray(r, float), mean.shape)
     model.components_ = (loadings - loadings.mean(0)).T
@@ -61,5 +62,5 @@ def nbln(mean, loadings, noise, r, *, frozen=("r", "mu", "eta"), **params):
     none = np.zeros(mean.size)
     model._standard_deviation = Params(none, np.zeros(loadings.shape), none, none)
     for name in ("capture_prior_", "capture_offset_", "n_features_in_", "_library_size"):
-        setattr(model, name, getattr(model._source, name))
+        setattr(model, name, getattr(source, name))
     return model

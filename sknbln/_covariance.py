@@ -92,7 +92,7 @@ class CovarianceMixin:
         """
         check_is_fitted(self)
         scaled = self.loadings_ / self.noise_variance_[:, None]
-        inner = np.eye(self.latent_dim_) + self.loadings_.T @ scaled
+        inner = np.eye(self.loadings_.shape[1]) + self.loadings_.T @ scaled
         return np.diag(1 / self.noise_variance_) - scaled @ np.linalg.solve(inner, scaled.T)
 
     def get_correlation(self):

@@ -19,26 +19,40 @@ from ._base import CountModelMixin, whole_or_nothing
 from ._counts import CountHistogram, checked_n_samples, validate_counts
 from ._covariance import CovarianceMixin
 from ._nbvcp import NBVCPEstimator
-from ._rows import RowBatches, Sweeper, solve_rows, sum_over_batches
+from ._rows import CSRRows, RowBatches, Sweeper, pad_columns, solve_rows, sum_over_batches
+from ._spectrum import MOST_FACTORS, score_spectrum
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
 from .solver import column_priors
-from .solver.ascent import ascend
+from .solver.ascent import ascend, opened
 from .solver.coupling import Identity, MarginalCoupling
-from .solver.gauge import compositional, effective_rank, singular_basis
+from .solver.gauge import (
+    LEAST_ROWS,
+    compositional,
+    effective_rank,
+    noise_edges,
+    singular_basis,
+)
 from .solver.gene_priors import DISPERSION_POOL, NOISE_POOL, GenePriors
 from .solver.objective import Objective
 from .solver.params import GaussianPrior, Params, in_model_units, noise_variance
-from .solver.start import loadings_from_scores, resumed, start_coordinates
+from .solver.start import (
+    ONE_START,
+    loadings_from_scores,
+    resumed,
+    start_coordinates,
+    start_shares,
+)
 
-_DEFAULT_FREEZE = ("r", "eta")
+#: what each cascade freezes by default
+_RECOMMENDED_FREEZE = {"marginal": ("eta",), "parameter": ("r", "eta")}
 
 
-def _default_tol(column_prior, coupled):
+def _default_tol(column_prior, coupled_r):
     """Tolerance of a fit whose `tol` is None: smaller where late sweeps still matter."""
     if column_prior is not None:
         return 1e-6
-    return 1e-5 if coupled else 1e-4
+    return 1e-5 if coupled_r else 1e-4
 
 
 class NBLNEstimator(
@@ -203,7 +217,7 @@ class NBLNEstimator(
     """
 
     _parameter_constraints: dict = {
-        "latent_dim": [Interval(Integral, 1, None, closed="left")],
+        "latent_dim": [Interval(Integral, 1, None, closed="left"), StrOptions({"auto"})],
         "informative_prior_estimator": [HasMethods(["fit", "transform"]), None],
         "informative_priors_freeze": "no_validation",  # _source.canonical_freeze
         # below 1e-4 the priors' precision swamps the data in each gene's least squares
@@ -224,13 +238,13 @@ class NBLNEstimator(
 
     def __init__(
         self,
-        latent_dim=8,
+        latent_dim="auto",
         *,
         informative_prior_estimator=None,
-        informative_priors_freeze=_DEFAULT_FREEZE,
+        informative_priors_freeze=None,
         informative_priors_tau=1.0,
         informative_priors_n_samples=1000,
-        cascade="parameter",
+        cascade="marginal",
         observation="nb",
         loadings_prior="none",
         capture_efficiency="auto",
@@ -305,8 +319,8 @@ class NBLNEstimator(
         """
         self.frozen_params_ = frozen = self._frozen()
         prior_name, column_prior = column_priors.named(self.loadings_prior)
-        coupled = self.cascade == "marginal"
-        self.tol_ = _default_tol(column_prior, coupled) if self.tol is None else self.tol
+        coupled_r = self.cascade == "marginal" and "r" in frozen
+        self.tol_ = _default_tol(column_prior, coupled_r) if self.tol is None else self.tol
         free = Params(
             mean="mu" not in frozen,
             loadings=True,
@@ -319,39 +333,29 @@ class NBLNEstimator(
         self._source = source.with_rows(offsets)
         self._library_size = _capture.library_sizes(X)
 
-        self._total = total = _source.total_overdispersion(source, offsets)
-        strength = self.informative_priors_tau, self.informative_priors_n_samples
-        of_total = None
-        if coupled:
-            prior_mean, of_total = _source.marginal_priors(source, total, free, *strength, rng)
-            prior_log_r = GaussianPrior.flat(X.shape[1])
-        else:
-            prior_mean, _, _, prior_log_r = _source.priors(source, free, *strength, rng)
-        if "r" in frozen: of_total = None
-        start = self._start(source, X, offsets, free, coupled, previous, rng, total)
+        self._total = _source.total_overdispersion(source, offsets)
+        priors = self._priors(source, free, rng)
+        k, self.rank_diagnostics_ = self._number_of_factors(source, X, offsets, previous, rng)
+        starts = self._starts(source, X, offsets, k, free, previous, rng)
         rows = RowBatches(
             X, *self._row_capture(X, np.log(source.mean), offsets), batch_size=self.batch_size
         )
-        sweeper = Sweeper(rows, start.loadings.shape[1], self.tol_)
         objective = Objective(
-            sweeper,
-            CountHistogram(X),
-            prior_mean,
-            prior_log_r,
-            MarginalCoupling(total if "r" in frozen else None) if coupled else Identity(),
-            GenePriors(NOISE_POOL, DISPERSION_POOL if self.observation == "nb" else None, of_total),
+            Sweeper(rows, starts[0].loadings.shape[1], self.tol_), CountHistogram(X), *priors
         )
+        options = dict(n_cells=X.shape[0], tol=self.tol_, max_iter=self.max_iter)
+        x, opening = starts[0], None
+        if previous is None and (self.latent_dim == "auto" or len(starts) > 1):
+            x, free, opening = self._opened(objective, starts, free._replace(loadings=k > 0), options)
         outcome = ascend(
             objective,
-            start,
+            x,
             free,
-            n_cells=X.shape[0],
-            tol=self.tol_,
-            max_iter=self.max_iter,
-            column_prior=column_prior,
+            opening=opening,
+            column_prior=column_prior if free.loadings else None,
             report=self._report(X.shape[0]) if self.verbose else None,
+            **options,
         )
-        self._ll = objective.log_likelihood(objective.coupling.expand(outcome.point.x))[0] / X.shape[0]
         self._set_parameters(objective, outcome.point)
         self._set_rows(objective, rows, free, outcome)
         self.w_prior_diagnostics_ = self._prior_diagnostics(prior_name, outcome.columns)
@@ -396,20 +400,71 @@ class NBLNEstimator(
             self.capture_prior_ = _capture.resolve(self.capture_efficiency, X)
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
-    def _start(self, source, X, offsets, free, coupled, previous, rng, total):
+    def _priors(self, source, free, rng):
+        """Priors of the mean and log r, the coupling, and the genes' own priors, as `Objective` takes them."""
+        strength = self.informative_priors_tau, self.informative_priors_n_samples
+        of_log_r = DISPERSION_POOL if self.observation == "nb" else None
+        if self.cascade == "parameter":
+            mean, dispersion = _source.priors(source, free, *strength, rng)
+            return mean, dispersion, Identity(), GenePriors(NOISE_POOL, of_log_r)
+        mean, of_total = _source.marginal_priors(source, self._total, free, *strength, rng)
+        flat, hard = GaussianPrior.flat(source.mean.size), "r" in self.frozen_params_
+        coupling = MarginalCoupling(self._total if hard else None)
+        genes = GenePriors(NOISE_POOL, of_log_r, None if hard else of_total)
+        return mean, flat, coupling, genes
+
+    def _number_of_factors(self, source, X, offsets, previous, rng):
+        """The number of columns at the start, and the `rank_diagnostics_`: None where it is not estimated."""
+        if previous is not None:
+            return previous.loadings.shape[1], getattr(self, "rank_diagnostics_", None)
+        if self.latent_dim != "auto":
+            return min(self.latent_dim, *X.shape), None
+        spectrum = score_spectrum(CSRRows(X), source.mean, source.dispersion, offsets.loc, rng)
+        k = min(spectrum.n_factors, MOST_FACTORS)
+        return k, {
+            "score_eigenvalues": spectrum.eigenvalues,
+            "null_eigenvalues": spectrum.null,
+            "null_threshold": spectrum.threshold,
+            "score_rank": spectrum.n_factors,
+            "column_information": None,
+            "noise_edge": None,
+        }
+
+    def _starts(self, source, X, offsets, k, free, previous, rng):
         """Start coordinates: mean and r of the source, loadings from score moments or the previous fit."""
         log_mean, (n_cells, n_genes) = np.log(source.mean), X.shape
-        log_r = np.full(n_genes, np.inf)
-        if self.observation == "nb":
-            log_r = np.log(source.dispersion)
+        log_r = np.log(source.dispersion)
+        level = self._total(log_r)
+        if self.observation != "nb":
+            log_r = np.full(n_genes, np.inf)
         if previous is not None:
-            start = start_coordinates(log_mean, log_r, previous.loadings, free, coupled, total)
-            return resumed(start, previous, free)
-        batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
-        sums = sum_over_batches(batches, source.params)
-        k = min(self.latent_dim, n_cells, n_genes)
-        loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
-        return start_coordinates(log_mean, log_r, loadings, free, coupled, total)
+            loadings = previous.loadings
+        else:
+            batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
+            sums = sum_over_batches(batches, source.params)
+            loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
+            loadings = pad_columns(loadings, max(k, 1))  # rank 0 is one column of zeros
+        coupled = self.cascade == "marginal"
+        starts = [
+            start_coordinates(log_mean, log_r, loadings, free, coupled, self._total, share)
+            for share in (start_shares(level - np.sum(loadings**2, 1)) if free.dispersion else ONE_START)
+        ]
+        return starts if previous is None else [resumed(starts[0], previous, free)]
+
+    def _opened(self, objective, starts, free, options):
+        """Coordinates after the first sweeps, what is free then, and the `Opening`."""
+        n_cells, n_genes = options["n_cells"], starts[0].mean.size
+        selects = self.latent_dim == "auto" and free.loadings and n_cells >= LEAST_ROWS
+        edges = noise_edges(n_genes, n_cells) if selects else None
+        opening = opened(objective, starts, free, edges=edges, **options)
+        x = opening.x
+        if selects:
+            of_columns = {"column_information": opening.information, "noise_edge": edges[-1]}
+            self.rank_diagnostics_ |= of_columns
+        if not x.loadings.shape[1]:
+            x, free = x._replace(loadings=np.zeros((n_genes, 1))), free._replace(loadings=False)
+            objective.rotate(np.zeros((0, 1)))
+        return x, free, opening
 
     def _report(self, n_cells):
         def report(iteration, point):
@@ -434,7 +489,8 @@ class NBLNEstimator(
         objective.rotate(rotation)
         self.loadings_ = x.loadings @ rotation
         self.components_ = np.ascontiguousarray(compositional(self.loadings_).T)
-        self.latent_dim_ = self._n_features_out = self.components_.shape[0]
+        self._n_features_out = self.components_.shape[0]
+        self.latent_dim_ = self._n_features_out if np.any(self.loadings_) else 0
         self.explained_variance_ = np.sum(self.components_**2, axis=1)
         noise = (1 - 1 / self.noise_variance_.size) * self.noise_variance_.sum()
         total = self.explained_variance_.sum() + noise
@@ -465,10 +521,9 @@ class NBLNEstimator(
         """The coordinates of the fit that `warm_start` continues from, or None."""
         if not self.warm_start or not hasattr(self, "_coordinates"):
             return None
-        previous_shape, shape = (
-            self._coordinates.loadings.shape,
-            (X.shape[1], min(self.latent_dim, *X.shape)),
-        )
+        previous_shape = self._coordinates.loadings.shape
+        k = previous_shape[1] if self.latent_dim == "auto" else min(self.latent_dim, *X.shape)
+        shape = X.shape[1], k
         if previous_shape != shape:
             raise ValueError(
                 f"warm_start=True goes on from a fit of {previous_shape[0]} genes with {previous_shape[1]} "
@@ -478,13 +533,13 @@ class NBLNEstimator(
         return self._coordinates
 
     def _frozen(self):
-        frozen = _source.canonical_freeze(self.informative_priors_freeze)
-        if self.observation == "nb":
-            return frozen
+        names = self.informative_priors_freeze
+        recommended = _RECOMMENDED_FREEZE[self.cascade]
+        frozen = recommended if names is None else _source.canonical_freeze(names)
         # Poisson counts have no dispersion; conditional on row totals there is no capture offset either
-        absent = ("r",) if self.observation == "poisson" else ("r", "eta")
+        absent = {"nb": (), "poisson": ("r",), "multinomial": ("r", "eta")}[self.observation]
         named = [name for name in frozen if name in absent]
-        if named and frozen != _DEFAULT_FREEZE:
+        if named and names is not None:
             raise ValueError(
                 f"informative_priors_freeze={self.informative_priors_freeze!r} freezes {named}, which "
                 f"observation={self.observation!r} does not have. Leave {named} out."

@@ -90,7 +90,7 @@ def standard_deviations(
     n_genes, k = params.loadings.shape
     products, information, rows = gene_score_products(batches, params, scores, free.dispersion)
     mean_sd, log_r_sd = np.zeros(n_genes), np.zeros(n_genes)
-    free_blocks = [free.mean, *[True] * k, free.noise, free.dispersion]
+    free_blocks = [free.mean, *[free.loadings] * k, free.noise, free.dispersion]
     keep = np.flatnonzero(free_blocks)
     precision = np.full((n_genes, k + 3), 1e-6)  # keeps the information matrix regular
     precision[:, 0] += prior_mean

@@ -317,9 +317,10 @@ class Sweeper:
         self._last_step = LAST_STEP
 
     def rotate(self, rotation):
-        """Rotate the scores by the rotation, (k, k), of the loadings."""
-        k = rotation.shape[0]
-        self.scores[:, :k] = self.scores[:, :k] @ rotation
+        """Rotate the scores by the rotation of the loadings, (k, k); one with fewer columns drops the others."""
+        k, kept = rotation.shape
+        scores = pad_columns(self.scores[:, :k] @ rotation, padded_rank(kept))
+        self.scores = np.concatenate([scores, self.scores[:, -1:]], 1)
 
     @float64
     def __call__(self, params):

@@ -156,14 +156,10 @@ def priors(source, free, tau, n_samples, rng):
     """Priors of the mean and log r: the soft priors, with the weak prior of the mean; flat where frozen."""
     flat = GaussianPrior.flat(source.mean.size)
     if not (free.mean or free.dispersion):
-        return Params(flat, None, None, flat)
+        return flat, flat
     soft = soft_priors(source, tau, n_samples, rng)
-    return Params(
-        soft.mean.times(weak_mean_prior(np.log(source.mean))) if free.mean else flat,
-        None,
-        None,
-        soft.dispersion if free.dispersion else flat,
-    )
+    mean = soft.mean.times(weak_mean_prior(np.log(source.mean)))
+    return mean if free.mean else flat, soft.dispersion if free.dispersion else flat
 
 
 def total_overdispersion(source, offsets):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .column_priors import ColumnScales, next_scales
+from .gauge import above_noise, column_information
 from .metric import direction, product
 from .objective import Point
 from .params import Params, moved
@@ -109,7 +110,55 @@ class _Memory:
         return z
 
 
-def ascend(objective, x, free, *, n_cells, tol, max_iter, column_prior=None, report=None):
+class Opening(NamedTuple):
+    """The first sweeps of an ascent."""
+
+    x: Params  # coordinates after them
+    values: list  # the values at the start and after each sweep, nats per cell
+    information: np.ndarray | None = None  # (k,) of the columns, where columns were selected
+
+
+def opened(objective, starts, free, *, n_cells, tol, max_iter, edges=None):
+    """`Opening` of an ascent: the first sweeps from each start, of which the best is kept.
+
+    That is the start from which `PLAIN_SWEEPS` sweeps lead to the highest log-likelihood. The priors do not
+    count: they would decide between a variance in the log-rates and one in the counts.
+
+    Parameters
+    ----------
+    objective, free, n_cells, tol, max_iter
+        As for :func:`ascend`.
+    starts : list of Params
+        Coordinates.
+    edges : ndarray of shape (n_genes,) or None
+        `noise_edges`: columns of the loadings below them are dropped after the sweeps.
+    """
+    climbs = []
+    for x in starts:
+        climb = _Climb(objective, x, free, n_cells, tol)
+        for _ in range(min(PLAIN_SWEEPS, max_iter - 1)):
+            if climb.reason:
+                break
+            climb.sweep()
+        climbs.append(climb)
+    best = max(climbs, key=lambda climb: climb.point.log_likelihood)
+    values = [(best.point.value - sum(best.gains)) / n_cells]
+    for gain in best.gains:
+        values.append(values[-1] + gain / n_cells)
+    if edges is None:
+        return Opening(best.point.x, values)
+    own = objective.coupling.expand(best.point.x)
+    weight = best.point.sums.genes.moments[:, 0] / n_cells
+    contributions, basis = column_information(own.loadings, weight)
+    real = basis[:, above_noise(contributions, edges)]
+    objective.rotate(real)
+    x = best.point.x
+    return Opening(x._replace(loadings=x.loadings @ real), values, contributions.sum(0))
+
+
+def ascend(
+    objective, x, free, *, n_cells, tol, max_iter, opening=None, column_prior=None, report=None
+):
     """Maximize the objective.
 
     Under a prior of the columns of the loadings the sweeps come in stages. Before each stage the loadings are
@@ -131,6 +180,8 @@ def ascend(objective, x, free, *, n_cells, tol, max_iter, column_prior=None, rep
         than `SURE` times that. The tolerance is never below the rounding error of the objective.
     max_iter : int
         Largest number of sweeps.
+    opening : Opening or None
+        The sweeps that led to x, which count.
     column_prior : callable or None
         Update of the scales of the columns, see ``column_priors``; None without a prior.
     report : callable or None
@@ -142,15 +193,19 @@ def ascend(objective, x, free, *, n_cells, tol, max_iter, column_prior=None, rep
         With ``interrupted`` set after a KeyboardInterrupt. One before the end of the first sweep is raised.
     """
     outcome, stages, columns = None, [], None
+    if opening is not None:
+        stages.append(opening.values)
+    done = sum(len(stage) - 1 for stage in stages)
     try:
         while outcome is None or not outcome.reason:
             evaluate, most = objective, max_iter
             if column_prior is not None:
                 x, columns = next_scales(objective, x, column_prior, columns, n_cells)
                 evaluate, most = partial(objective, penalty=columns.penalty), columns.most_sweeps
-            climb = _Climb(evaluate, x, free, n_cells, tol)
+            plain = PLAIN_SWEEPS if outcome is not None or opening is None else 0
+            climb = _Climb(evaluate, x, free, n_cells, tol, plain)
             stages.append([climb.point.value / n_cells])
-            left = max_iter if outcome is None else max_iter - outcome.n_iter
+            left = max_iter - (done if outcome is None else outcome.n_iter)
             for _ in range(min(most, left)):
                 accepted = climb.sweep()
                 stages[-1].append(climb.point.value / n_cells)
@@ -188,10 +243,14 @@ def _ended(climb, columns, no_more, max_iter):
 
 
 class _Climb:
-    """Sweeps under one objective: the current point, the next step, and the gain that it promises."""
+    """Sweeps under one objective: the current point, the next step, and the gain that it promises.
 
-    def __init__(self, evaluate, x, free, n_cells, tol):
+    The first ``plain`` sweeps are not remembered.
+    """
+
+    def __init__(self, evaluate, x, free, n_cells, tol, plain=PLAIN_SWEEPS):
         self.evaluate, self.free, self.n_cells, self.tol = evaluate, free, n_cells, tol
+        self.plain = plain
         self.point = evaluate(x)
         if not np.isfinite(self.point.value):
             raise FloatingPointError(
@@ -225,7 +284,7 @@ class _Climb:
                 f"{self.promised / self.n_cells:.2g} nats per cell)"
             )
             return False
-        if len(self.gains) >= PLAIN_SWEEPS:
+        if len(self.gains) >= self.plain:
             memory.add(
                 _flat(move, free),
                 _flat(point.gradient, free) - _flat(trial.gradient, free),

@@ -27,7 +27,9 @@ class Columns(NamedTuple):
     scores; a rotation has none. In the basis in which H is diagonal every entry has a number of its own.
     (Parameter expansion of the EM algorithm, Liu, Rubin & Wu 1998, takes the same step for another reason.)
     A prior of the columns with precisions P adds ``tr(P S' C S)``, where C are the products of the columns of
-    W_perp. Without a prior a rotation changes nothing, and S is symmetric.
+    W_perp. Without a prior a rotation changes nothing, and S is symmetric. Where a gene's mean or its total
+    overdispersion depends on ``|w_g|^2``, the change ``2 w_g' S w_g`` is observed: that adds
+    ``sum_g a_g (w_g' S w_g)^2`` to the information of complete data and of the counts alike.
     """
 
     loadings: np.ndarray  # (n_genes, k)
@@ -38,6 +40,7 @@ class Columns(NamedTuple):
     complete: tuple  # the same for complete data; never less
     precision: np.ndarray  # (k,) P, of the prior of the columns
     products: np.ndarray  # (k, k) C, of the columns of W_perp
+    lengths: np.ndarray  # (n_genes,) a, information in each gene's |w|^2 / 2
 
     @classmethod
     def at(cls, loadings, weight, n_cells, precision):
@@ -53,7 +56,7 @@ class Columns(NamedTuple):
         products = centred.T @ centred
         products += 1e-12 * np.trace(products) * np.eye(h.size)  # regular, where columns are alike
         natural = np.broadcast_to(np.eye(h.size), (len(loadings), h.size, h.size))
-        columns = cls(loadings, natural, basis, complete, complete, precision, products)
+        columns = cls(loadings, natural, basis, complete, complete, precision, products, np.zeros(len(loadings)))
         return columns.with_observed(2.0 * n_cells * np.outer(reliability, reliability))
 
     def with_observed(self, T):
@@ -72,6 +75,10 @@ class Columns(NamedTuple):
     def has_prior(self):
         """Whether there is a prior of the columns."""
         return bool(np.any(self.precision > 0))
+
+    def with_lengths(self, information):
+        """With more information in each gene's ``|w|^2 / 2``, (n_genes,)."""
+        return self._replace(lengths=self.lengths + information)
 
     def project(self, change):
         """``W' change``, (k, k): the gradient in S of the inner product of ``change`` and ``W S``."""
@@ -93,25 +100,38 @@ class Columns(NamedTuple):
         own, other = information
         X = self.basis.T @ S @ self.basis
         of_cells = own * X + other * X.T
-        return self.basis @ of_cells @ self.basis.T + self.products @ S * self.precision
+        of_prior = self.products @ S * self.precision
+        return self.basis @ of_cells @ self.basis.T + of_prior + self._of_lengths(S)
+
+    def _of_lengths(self, S):
+        W = self.loadings
+        change = np.einsum("gi,gi->g", W @ S, W)
+        return W.T @ ((self.lengths * change)[:, None] * W)
 
     def inverse(self, information, T):
         """S for which :meth:`times` gives T; symmetric without a prior."""
         B, k, (own, other) = self.basis, self.precision.size, information
-        if not self.has_prior:
-            total = own + other
-            total = total + total.T
-            return B @ (B.T @ (T + T.T) @ B / np.where(total > 0, total, np.inf)) @ B.T
-        diagonal = B**2 @ own @ B.T**2
-        diagonal = diagonal + np.outer(np.diag(self.products), self.precision)
+        symmetric = not self.has_prior
+        if symmetric:
+            T = (T + T.T) / 2.0
+            total = (own + other + (own + other).T) / 2.0
+            if not np.any(self.lengths):
+                return B @ (B.T @ T @ B / np.where(total > 0, total, np.inf)) @ B.T
+        of_lengths = (self.loadings**2).T @ (self.lengths[:, None] * self.loadings**2)
+        diagonal = B**2 @ own @ B.T**2 + np.outer(np.diag(self.products), self.precision)
+        diagonal = diagonal + of_lengths
         # no change of a column without information
         inverse = np.divide(1.0, diagonal, out=np.zeros((k, k)), where=diagonal > _NO_INFORMATION)
         if not np.any(inverse * T):
             return np.zeros((k, k))
+
+        def product(s):
+            S = s.reshape(k, k)
+            S = self.times(information, (S + S.T) / 2.0 if symmetric else S)
+            return ((S + S.T) / 2.0 if symmetric else S).ravel()
+
         S, _ = cg(
-            LinearOperator(
-                (k * k, k * k), lambda s: self.times(information, s.reshape(k, k)).ravel()
-            ),
+            LinearOperator((k * k, k * k), product),
             T.ravel(),
             rtol=_CG_TOL,
             maxiter=_CG_ITERATIONS,

@@ -137,7 +137,9 @@ class MarginalCoupling:
         slope = noise + NOISE_UNIT
         information = np.einsum("gi,gij,gj->g", along, A, along)
         information += metric.noise * own**2 + log_r
-        columns = metric.columns._replace(loadings=W, natural=natural).with_observed(np.inf)
+        columns = metric.columns.with_lengths(metric.moments[:, 0] * d_variance**2)
+        if self.total is not None:
+            columns = columns._replace(loadings=W, natural=natural).with_observed(np.inf)
         return metric._replace(
             moments=packed(pulled),
             noise=slope**2 * information,

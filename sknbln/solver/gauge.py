@@ -6,6 +6,8 @@ the loadings less their mean over genes, and these up to a rotation.
 
 import numpy as np
 
+#: fewest rows at which the edge of the noise is known, and its margin
+LEAST_ROWS, EDGE_MARGIN = 200, 1.15
 #: columns with a norm below this fraction of the largest do not count towards the effective rank
 RANK_FRACTION = 0.05
 #: nor do columns with a root mean square below this, nats: the rank is 0 where all columns vanish
@@ -34,3 +36,30 @@ def effective_rank(norms, n_genes):
     """Number of columns whose norm is above 5 % of the largest and above `SMALLEST_LOADING` per gene."""
     least = max(RANK_FRACTION * norms.max(initial=0.0), SMALLEST_LOADING * np.sqrt(n_genes))
     return int(np.sum(norms > least))
+
+
+def noise_edges(n_genes, n_cells):
+    """Largest ``w' B w`` of a column of noise in its s largest genes, for s = 1 to n_genes, with a margin.
+
+    For all genes it is the edge of the Marchenko-Pastur law; in s of them a union bound over the choices of s
+    genes. A factor of a few genes is real far below the edge of all genes.
+    """
+    s = np.arange(1, n_genes + 1)
+    ratio = s * (1.0 + 2.0 * np.log(n_genes / s)) / n_cells
+    return EDGE_MARGIN * (ratio + 2.0 * np.sqrt(ratio))
+
+
+def column_information(loadings, weight):
+    """Contributions of the genes to ``w' B w`` of each column, (n_genes, k), and the columns' basis (k, k).
+
+    B is diag(weight). In the basis ``W_perp' B W_perp`` is diagonal, with descending entries.
+    """
+    centred = compositional(loadings)
+    basis = np.linalg.eigh(centred.T @ (weight[:, None] * centred))[1][:, ::-1]
+    return weight[:, None] * (centred @ basis) ** 2, basis
+
+
+def above_noise(contributions, edges):
+    """Whether each column, with these contributions of the genes, is above the edges of the noise, (k,)."""
+    largest = np.cumsum(-np.sort(-contributions, axis=0), axis=0)
+    return np.any(largest > edges[:, None], axis=0)

@@ -128,7 +128,7 @@ class GenePriors(NamedTuple):
         return total._replace(noise=noise, dispersion=dispersion)
 
     def information(self, own):
-        """Information in d and in log r, and the square root of that in the loadings, which is of rank one."""
+        """Information in d and log r; of that in the loadings, of rank one, the root; in |w|^2 / 2 as ``mean``."""
         root = Params(*map(np.zeros_like, own))
         if self.total is not None:
             root = self.total.root_information(own)
@@ -136,7 +136,11 @@ class GenePriors(NamedTuple):
         if self.noise is not None:
             d = noise_variance(own)
             noise = noise + self.noise.precision(np.log(d)) / d**2
-        return root._replace(noise=noise, dispersion=dispersion + self.dispersion_precision(own))
+        return root._replace(
+            mean=4.0 * root.noise**2,
+            noise=noise,
+            dispersion=dispersion + self.dispersion_precision(own),
+        )
 
     def dispersion_precision(self, own):
         """Precision of the prior of log r, 0 without it."""

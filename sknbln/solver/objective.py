@@ -32,6 +32,7 @@ class Point(NamedTuple):
 
     x: Params
     value: float  # nats
+    log_likelihood: float  # nats
     #: rounding error of the value, nats; a difference of values that is smaller says nothing
     rounding: float
     gradient: Params
@@ -126,12 +127,17 @@ class Objective:
         return ROUNDING * (abs(float(self._sums(own).log_marginal)) + parts)
 
     def rotate(self, rotation):
-        """Rotate the last sums with the loadings, by a rotation (k, k), so that they need no new pass."""
+        """Rotate the last sums with the loadings, by a rotation (k, k), so that they need no new pass.
+
+        A rotation with fewer columns drops the others.
+        """
         self.sweep.rotate(rotation)
-        if self._last_sums is not None:
-            own, sums = self._last_sums
-            own = own._replace(loadings=own.loadings @ rotation)
-            self._last_sums = own, sums._replace(genes=rotated(sums.genes, rotation))
+        if self._last_sums is None or rotation.shape[1] < rotation.shape[0]:
+            self._last_sums = None
+            return
+        own, sums = self._last_sums
+        own = own._replace(loadings=own.loadings @ rotation)
+        self._last_sums = own, sums._replace(genes=rotated(sums.genes, rotation))
 
     def _constants(self, log_r):
         """The two sums of the constants, which do not depend on y, and two derivatives in log r per gene."""
@@ -150,10 +156,11 @@ class Objective:
         """The `Metric` in the coordinates, with the precisions of the priors."""
         sums = self._sums(own)
         genes = sums.genes
+        of_priors = self.gene_priors.information(own)
         columns = Columns.at(own.loadings, genes.moments[:, 0], self.histogram.n_cells, precision)
+        columns = columns.with_lengths(of_priors.mean)
         moments = genes.moments.copy()
         moments[:, _squares(x.loadings.shape[1])] += precision
-        of_priors = self.gene_priors.information(own)
         moments += _packed_square(of_priors.loadings)
         information_log_r = genes.information_log_r - self._constants(own.dispersion)[2]
         information_log_r = information_log_r + of_priors.dispersion
@@ -168,7 +175,8 @@ class Objective:
         """The `Point` at coordinates x, under a `ColumnPenalty` of the loadings if there is one."""
         penalty = NoPenalty() if penalty is None else penalty
         own = self.coupling.expand(x)
-        value, gradient = self.log_likelihood(own)
+        log_likelihood, gradient = self.log_likelihood(own)
+        value = log_likelihood
         gradient_log_r = gradient.dispersion
         of_priors = self.gene_priors.gradient(own)
         gradient = gradient._replace(
@@ -183,6 +191,7 @@ class Objective:
             value
             + self.prior_mean.log_density(x.mean)
             + self.prior_log_r.log_density(x.dispersion),
+            log_likelihood,
             self._rounding(own),
             gradient._replace(
                 mean=gradient.mean + self.prior_mean.gradient(x.mean),

@@ -1,9 +1,10 @@
-r"""Start values of the loadings from the moments of the scores at the independent-gene fit.
+r"""Start values of the loadings from the scores at the independent-gene fit.
 
-With the score ``g_cg = u - (u + r) p`` and the expected information ``i_cg = m r / (m + r)`` at the
-fitted means, and ``q_g = sqrt(mean_c i_cg^2)``, the off-diagonal entries of ``B' B / n`` with
-``B = g / q`` estimate those of ``Sigma``. Its leading eigenpairs, each eigenvalue less its share of the
-noise, are the start of the loadings.
+With the score ``g_cg = u - (u + r) p``, the expected information ``i_cg = m r / (m + r)`` at the fitted means
+and ``I_g = sum_c i_cg``, the genes' matrix ``A = g / sqrt(I)`` has noise of variance ``1/n`` in every entry, and
+a factor with loadings w adds a spike of size ``l = w' diag(I / n) w``. Of a spike the leading eigenvalue is
+``(1 + l)(1 + G/(n l))``, and its eigenvector has the squared cosine ``(1 - G/(n l^2)) / (1 + G/(n l))`` with the
+direction of ``sqrt(I) w`` (Baik, Ben Arous & Peche 2005; Paul 2007). Both are inverted here.
 """
 
 import jax
@@ -12,12 +13,13 @@ import numpy as np
 
 from .channel import channel_terms
 from .mode import location
-from .params import Params, noise_coordinate
+from .params import LOG_DISPERSION_RANGE, NOISE_RANGE, Params, noise_coordinate
 
 # of the randomized eigendecomposition: extra columns, multiple of the number of columns, iterations
 _OVERSAMPLING = 8
 _COLUMN_BUCKET = 4
 _POWER_ITERATIONS = 4
+_ABOVE_EDGE = 0.1  # of an eigenvalue that is not above the edge, relative
 _LARGEST_SD = 2.0  # nats; largest norm of a gene's loadings at the start
 
 
@@ -29,21 +31,30 @@ def _scores_and_information(cells, params):
 
 @jax.jit
 def information_sums(cells, params):
-    """Sums over cells of the expected information and of its square, (n_genes,) each."""
-    _, information = _scores_and_information(cells, params)
-    return jnp.sum(information, 0), jnp.sum(information**2, 0)
+    """Sum over cells of the expected information, (n_genes,)."""
+    return jnp.sum(_scores_and_information(cells, params)[1], 0)
 
 
 @jax.jit
-def score_product(cells, params, q, omega):
-    """``B' B omega`` summed over the batch, (n_genes, n_columns)."""
+def score_product(cells, params, scale, omega):
+    """``A' A omega`` summed over the batch, (n_genes, n_columns), with ``A = g / scale``."""
     gradient, _ = _scores_and_information(cells, params)
-    B = gradient / q[None, :]
-    return B.T @ (B @ omega)
+    A = gradient / scale[None, :]
+    return A.T @ (A @ omega)
+
+
+def spikes(eigenvalues, ratio):
+    """Size of the spikes with these leading eigenvalues, and their squared cosines; ratio is ``G / n``.
+
+    An eigenvalue below the edge of the noise is taken as that of the smallest spike that shows.
+    """
+    excess = np.maximum(eigenvalues - 1.0 - ratio, (2.0 + _ABOVE_EDGE) * np.sqrt(ratio))
+    size = (excess + np.sqrt(excess**2 - 4.0 * ratio)) / 2.0
+    return size, (1.0 - ratio / size**2) / (1.0 + ratio / size)
 
 
 def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
-    """Loadings at the start, (n_genes, k), with columns of descending norm.
+    """Loadings at the start, (n_genes, k), of descending size.
 
     Parameters
     ----------
@@ -56,55 +67,65 @@ def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
     """
     if k == 0:
         return np.zeros((n_genes, 0))
-    total, squares = sum_over_batches(information_sums)
-    q = np.sqrt(np.maximum(squares / n_cells, 1e-12))
-    noise = total / n_cells / q**2
+    information = np.maximum(sum_over_batches(information_sums), 1e-12)
+    scale = np.sqrt(information)
     # rounded up, so that a grid over k shares the compiled products
     columns = min(_COLUMN_BUCKET * -(-k // _COLUMN_BUCKET) + _OVERSAMPLING, n_genes)
     basis = np.linalg.qr(rng.standard_normal((n_genes, columns)))[0]
     for _ in range(_POWER_ITERATIONS):
-        basis = np.linalg.qr(sum_over_batches(score_product, q, basis))[0]
-    small = basis.T @ sum_over_batches(score_product, q, basis) / n_cells
+        basis = np.linalg.qr(sum_over_batches(score_product, scale, basis))[0]
+    small = basis.T @ sum_over_batches(score_product, scale, basis)
     values, vectors = np.linalg.eigh((small + small.T) / 2)
     values, vectors = values[::-1][:k], basis @ vectors[:, ::-1][:, :k]
-    share = (vectors**2).T @ noise
-    size = np.sqrt(np.maximum(values - share, np.maximum(values, 0.0) / 20.0))
-    loadings = vectors * size[None, :]
+    size, cosine = spikes(values, n_genes / n_cells)
+    # a gene with less information than a tenth of the average gets short loadings
+    precision = information + 0.1 * information.mean()
+    loadings = vectors * np.sqrt(size * cosine) * np.sqrt(n_cells * information)[:, None] / precision[:, None]
     norms = np.linalg.norm(loadings, axis=1, keepdims=True)
     return loadings * np.minimum(1.0, _LARGEST_SD / np.maximum(norms, 1e-300))
 
 
-START_NOISE = 0.05  # d of every gene at the start, nats squared
+START_NOISE = 0.05  # d of every gene at the start where r is not free, nats squared
+#: least share of the overdispersion that the loadings leave at the start
+_LEAST_LEFT = 0.1
+#: shares of the overdispersion that start in d. Beyond `SMALL` the likelihood has two maxima for each gene,
+#: with overdispersion in r and in d, and a fit looks at both; below they are nearly the same.
+ONE_START, TWO_STARTS = (0.5,), (0.1, 0.95)
+SMALL = 0.5  # nats squared, median of the genes
 
 
-import os
-def less_overdispersion(log_r, variance, total):
-    """Log r after log-rates of this variance have taken their share of the overdispersion.
+def start_shares(overdispersion):
+    """Shares of the overdispersion, (n_genes,), that are in d at the starts of a fit."""
+    return ONE_START if np.median(overdispersion) <= SMALL else TWO_STARTS
 
-    At least a tenth of the overdispersion is left. This is the start where r is free.
+
+def start_coordinates(log_mean, log_r, loadings, free, coupled, total, share):
+    """Coordinates at the start of a fit.
+
+    Parameters
+    ----------
+    log_mean, log_r : ndarray of shape (n_genes,)
+        Of independent genes; log r is inf for Poisson counts.
+    loadings : ndarray of shape (n_genes, k)
+    free : Params of bool
+    coupled : bool
+        Whether the coordinate of the mean is the marginal log-mean.
+    total : TotalOverdispersion
+    share : float
+        Share of the overdispersion, less that of the loadings, that starts in d; the rest starts in r.
     """
-    level = total(log_r)
-    return total.inverse(np.maximum(level - variance, 0.1 * level))
-
-
-def start_coordinates(log_mean, log_r, loadings, free, coupled, total):
-    """Coordinates at the start of a fit, from log m and log r of independent genes, and loadings."""
+    explained = np.sum(loadings**2, 1)
     d = np.full(log_mean.size, START_NOISE)
-    W2 = np.sum(loadings**2, 1)
-    share = float(os.environ.get("START", "0"))
-    if share:
+    if free.dispersion:
         level = total(log_r)
-        d = np.maximum(share*(level - W2), 0.05)
-    variance = W2 + d
-    if share:
-        log_r = total.inverse(np.maximum((1-share)*(level-W2), .05*level))
-    else:
-        log_r = less_overdispersion(log_r, variance, total) if free.dispersion else log_r
+        rest = np.maximum(level - explained, _LEAST_LEFT * level)
+        d, log_r = share * rest, total.inverse((1.0 - share) * rest)
+    noise = np.clip(noise_coordinate(d), *NOISE_RANGE)
     return Params(
-        log_mean - variance / 2 if free.mean and not coupled else log_mean,
+        log_mean if coupled or not free.mean else log_mean - (explained + d) / 2,
         loadings,
-        noise_coordinate(d),
-        log_r,
+        noise,
+        np.clip(log_r, *LOG_DISPERSION_RANGE) if free.dispersion else log_r,
     )
 
 

@@ -546,12 +546,13 @@ class NBLNEstimator(
     def _units(self):
         """Size of a standardized score of 1 in the units of `whiten`, and which components are zero.
 
-        Zero means zero up to rounding, as the last of `n_genes` components is.
+        Zero means up to rounding, as the last of `n_genes` components is.
         """
         norms = np.linalg.norm(self.components_, axis=1)
         rounding = np.finfo(float).eps * max(self.components_.shape)
         is_zero = norms <= rounding * norms.max()
-        return np.ones_like(norms) if self.whiten else norms, is_zero
+        units = np.ones_like(norms) if self.whiten else np.where(is_zero, 0.0, norms)
+        return units, is_zero
 
     def transform(self, X):
         r"""Principal coordinates of the rows: posterior means of the factor scores in the units of `whiten`.

@@ -113,6 +113,7 @@ def test_the_last_of_as_many_components_as_genes_is_zero():
     assert norms(model)[-1] < 1e-12
     Z = model.transform(X)
     assert_array_equal(Z[:, -1], 0.0)
+    assert_array_equal(model.posterior_scores(X)[1][:, -1], 0.0)
     far = Z + [0.0, 0.0, 0.0, 1.0]
     assert_array_equal(model.inverse_transform(far), model.inverse_transform(Z))
 

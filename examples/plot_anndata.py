@@ -72,10 +72,10 @@ for place in ("obs", "var", "obsm", "varm", "uns", "layers"):
 #     sc.tl.leiden(adata)
 #     sc.pl.umap(adata, color=["cell_type", "leiden", "capture_probability"])
 #
-# Components are ordered by explained variance, as principal components are. Unlike the scores of
-# principal components, these scores are standardized, so a neighbour graph gives every component
-# the same weight. To weight components by what they explain, multiply.
-adata.obsm["X_nbln_weighted"] = adata.obsm["X_nbln"] * np.sqrt(model.explained_variance_)
+# As with principal components, the columns are ordered by explained variance, and a neighbour graph
+# weights each by what it explains: ``transform`` returns principal coordinates of the log-rates, in
+# nats. ``whiten=True`` would give standardized scores, in which weak components, mostly noise, count as
+# much as the leading ones.
 EmbeddingDisplay.from_estimator(model, counts, groups=adata.obs["cell_type"])
 plt.show()
 

@@ -64,8 +64,8 @@ for name, embedding in contenders.items():
 # no better: CD4+ and CD8+ T cells are hard to tell apart by the 300 most abundant genes. The
 # model adds a likelihood, uncertainties, and correlations that do not come from counting noise.
 #
-# The picture shows the four leading factors, for training and held-out cells.
-scores = model.transform(X)
+# The picture shows the four leading components, for training and held-out cells.
+coordinates = model.transform(X)
 held_out = np.isin(np.arange(len(labels)), test)
 palette = ["#0072B2", "#E69F00", "#009E73", "#CC79A7"]  # safe for the colour-blind
 figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
@@ -74,8 +74,8 @@ for ax, (first, second) in zip(axes, [(0, 1), (2, 3)], strict=True):
         for marker, rows, what in (("o", ~held_out, "training"), ("^", held_out, "held out")):
             chosen = rows & (labels == name)
             ax.scatter(
-                scores[chosen, first],
-                scores[chosen, second],
+                coordinates[chosen, first],
+                coordinates[chosen, second],
                 s=22 if marker == "^" else 12,
                 marker=marker,
                 color=colour,
@@ -83,9 +83,9 @@ for ax, (first, second) in zip(axes, [(0, 1), (2, 3)], strict=True):
                 linewidths=0,
                 label=f"{name.replace('_', ' ')}, {what}",
             )
-    ax.set(xlabel=f"factor {first + 1}", ylabel=f"factor {second + 1}")
+    ax.set(xlabel=f"component {first + 1}, nats", ylabel=f"component {second + 1}, nats")
     ax.spines[["top", "right"]].set_visible(False)
-figure.suptitle("Immune cells: factor scores of the NBLN model")
+figure.suptitle("Immune cells: principal coordinates of the NBLN model")
 axes[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
 target = Path("quickstart.png")
 figure.savefig(target, dpi=150)

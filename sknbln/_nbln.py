@@ -12,7 +12,7 @@ from sklearn.base import (
 )
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_array, check_is_fitted
 
 from . import _capture, _fit_warnings, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
@@ -103,6 +103,10 @@ class NBLNEstimator(
     capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
         Capture prior of the held-out score, and of offsets that are not frozen: see `NBVCPEstimator`.
         ``"auto"`` takes the source's. None means no capture model: eta = 0.
+    whiten : bool, default=False
+        Units of `transform`, `posterior_scores` and `inverse_transform`. False: nats, each score times the
+        norm of its component, so that distances between rows are distances of log-rates. True: standardized
+        scores, with variance 1 in the model. It has no part in the fit.
     max_iter : int, default=200
         Maximum number of sweeps over the data.
     tol : float or None, default=None
@@ -227,6 +231,7 @@ class NBLNEstimator(
         "observation": [StrOptions({"nb", "poisson", "multinomial"})],
         "loadings_prior": [StrOptions(set(column_priors.TYPES)), dict],
         "capture_efficiency": NBVCPEstimator._parameter_constraints["capture_efficiency"],
+        "whiten": ["boolean"],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
         "tol": [Interval(Real, 0, None, closed="left"), None],
         "batch_size": [Interval(Integral, 1, None, closed="left"), None],
@@ -248,6 +253,7 @@ class NBLNEstimator(
         observation="nb",
         loadings_prior="none",
         capture_efficiency="auto",
+        whiten=False,
         max_iter=200,
         tol=None,
         batch_size=None,
@@ -265,6 +271,7 @@ class NBLNEstimator(
         self.observation = observation
         self.loadings_prior = loadings_prior
         self.capture_efficiency = capture_efficiency
+        self.whiten = whiten
         self.max_iter = max_iter
         self.tol = tol
         self.batch_size = batch_size
@@ -591,8 +598,23 @@ class NBLNEstimator(
         batches = RowBatches(X, *self._row_capture(X), batch_size=self.batch_size)
         return solve_rows(batches, self._params())
 
+    def _units(self):
+        """Size of a standardized score of 1 in the units of `whiten`, and which components are zero.
+
+        Zero means up to rounding, as the last of `n_genes` components is.
+        """
+        norms = np.linalg.norm(self.components_, axis=1)
+        rounding = np.finfo(float).eps * max(self.components_.shape)
+        is_zero = norms <= rounding * norms.max()
+        units = np.ones_like(norms) if self.whiten else np.where(is_zero, 0.0, norms)
+        return units, is_zero
+
     def transform(self, X):
-        """Posterior mean of the factor scores, in the basis of `components_`.
+        r"""Principal coordinates of the rows: posterior means of the factor scores in the units of `whiten`.
+
+        .. math:: Z_{ck} = \lVert W_{\perp k} \rVert \, \mathrm E[z_{ck} \mid u_c]
+
+        in nats, with ``W_perp_k`` the rows of `components_`; without the norms if ``whiten=True``.
 
         Parameters
         ----------
@@ -602,13 +624,52 @@ class NBLNEstimator(
         Returns
         -------
         ndarray of shape (n_cells, latent_dim)
-            Scores; their prior is standard normal.
+            Principal coordinates. Those of a component that is zero are 0.
         """
         check_is_fitted(self)
-        return self._solve(self._validated(X, self._offset_prior())).scores
+        return self._embedded(self._solve(self._validated(X, self._offset_prior())).scores)
+
+    def _embedded(self, scores):
+        """Standardized scores in the units of `whiten`."""
+        units, is_zero = self._units()
+        return np.where(is_zero, 0.0, scores * units)
+
+    def inverse_transform(self, Z):
+        r"""Log-rates at full capture of rows with these principal coordinates.
+
+        .. math:: \mu + W z_c, \qquad z_{ck} = Z_{ck} / \lVert W_{\perp k} \rVert
+
+        or ``z = Z`` if ``whiten=True``. The noise of single genes, of variance d, is left out.
+
+        Parameters
+        ----------
+        Z : array-like of shape (n_rows, latent_dim)
+            Principal coordinates, in the units that :meth:`transform` returns. Those of a component that is
+            zero are ignored.
+
+        Returns
+        -------
+        ndarray of shape (n_rows, n_genes)
+            Log-rates, nats.
+
+        Raises
+        ------
+        ValueError
+            If Z does not have a column per component, or has values that are not finite.
+        """
+        check_is_fitted(self)
+        Z = check_array(Z, dtype=np.float64, input_name="Z")
+        if Z.shape[1] != self.latent_dim_:
+            raise ValueError(
+                f"Z has {Z.shape[1]} columns, expected {self.latent_dim_}: one per component, as transform "
+                "returns them."
+            )
+        units, is_zero = self._units()
+        scores = np.divide(Z, units, out=np.zeros_like(Z), where=~is_zero)
+        return self.mean_ + scores @ self.loadings_.T
 
     def posterior_scores(self, X):
-        """Posterior mean and covariance of the factor scores.
+        """Posterior mean and covariance of the principal coordinates, in the units of `whiten`.
 
         Parameters
         ----------
@@ -621,11 +682,12 @@ class NBLNEstimator(
             Posterior means, as returned by :meth:`transform`.
         covariance : ndarray of shape (n_cells, latent_dim, latent_dim)
             Posterior covariances given the model's parameters; a capture offset that is not frozen is
-            integrated out.
+            integrated out. In nats squared; of standardized scores if ``whiten=True``.
         """
         check_is_fitted(self)
         posterior = self._solve(self._validated(X, self._offset_prior()))
-        return posterior.scores, posterior.score_covariance
+        units, _ = self._units()
+        return self._embedded(posterior.scores), posterior.score_covariance * np.outer(units, units)
 
     # ------------------------------------------------------------------ posterior
 
@@ -636,10 +698,10 @@ class NBLNEstimator(
         -------
         dict
             ``"r"`` (n_genes,) unless the channel has no dispersion; ``"mu"`` (n_genes,) log-rates; ``"eta"``
-            (n_cells,) capture offsets and ``"z"`` (n_cells, latent_dim) scores of the training rows. Frozen
-            parameters have the source's posterior (under ``cascade="marginal"`` transformed by the
-            coupling). Free parameters have a Gaussian (log-normal for r) from the curvature of the profiled
-            objective.
+            (n_cells,) capture offsets and ``"z"`` (n_cells, latent_dim) standardized scores of the training
+            rows, whatever `whiten` is. Frozen parameters have the source's posterior (under
+            ``cascade="marginal"`` transformed by the coupling). Free parameters have a Gaussian (log-normal
+            for r) from the curvature of the profiled objective.
         """
         check_is_fitted(self)
         guide, rows, sd = self._source.guide, self._rows, self._standard_deviation

@@ -171,7 +171,7 @@ class RowPosterior(NamedTuple):
     """Gaussian posterior of the scores and the capture offset of each row, given the parameters."""
 
     log_marginal: np.ndarray  # (n_rows,) log-likelihood, without the constants of the counts
-    scores: np.ndarray  # (n_rows, k)
+    scores: np.ndarray  # (n_rows, k), standardized: their prior is standard normal
     score_covariance: np.ndarray  # (n_rows, k, k)
     offset: np.ndarray  # (n_rows,) mode before truncation at 0
     offset_variance: np.ndarray  # (n_rows,)

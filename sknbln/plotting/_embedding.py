@@ -1,4 +1,4 @@
-"""Scatter of two factor scores."""
+"""Scatter of cells over two components."""
 
 import numpy as np
 import pandas as pd
@@ -33,12 +33,13 @@ class EmbeddingDisplay:
     Parameters
     ----------
     embedding : ndarray of shape (n_cells, 2)
-        Factor scores; a priori standard normal.
+        Two columns of ``transform(X)``: principal coordinates in nats, or standardized scores where the
+        estimator has ``whiten=True``.
     groups : array-like of shape (n_cells,) or None, default=None
         Groups (text, categories, truth values, or whole numbers with at most 20 distinct values), drawn by
         colour and marker, or a number per cell, drawn by colour. Missing values are drawn in grey.
     covariance : ndarray of shape (n_cells, 2, 2) or None, default=None
-        Posterior covariances of the scores.
+        Posterior covariances of the embedding, in its units squared.
     axis_labels : tuple of str, default=("component 1", "component 2")
         Labels of the axes.
 
@@ -132,16 +133,18 @@ class EmbeddingDisplay:
         pair = _two_components(components, estimator.latent_dim_)
         covariance = None
         if ellipses:
-            scores, covariance = estimator.posterior_scores(X)
+            embedding, covariance = estimator.posterior_scores(X)
             covariance = covariance[:, pair][:, :, pair]
         else:
-            scores = estimator.transform(X)
+            embedding = estimator.transform(X)
+        unit = "standardized" if estimator.whiten else "nats"
         share = estimator.explained_variance_ratio_[pair]
         labels = (
-            f"component {i + 1} ({s:.1%} of variance)" for i, s in zip(pair, share, strict=True)
+            f"component {i + 1}, {unit} ({s:.1%} of variance)"
+            for i, s in zip(pair, share, strict=True)
         )
         display = cls(
-            scores[:, pair], groups=groups, covariance=covariance, axis_labels=tuple(labels)
+            embedding[:, pair], groups=groups, covariance=covariance, axis_labels=tuple(labels)
         )
         return display.plot(ellipses=ellipses, point_size=point_size, cmap=cmap, ax=ax)
 
@@ -154,7 +157,7 @@ class EmbeddingDisplay:
             Where to draw; None for a new figure.
         ellipses : bool or int, default=False
             Number of cells, at even steps through the rows, with a region that holds 90 % of the posterior
-            of the two scores; True for 100.
+            of the two coordinates; True for 100.
         point_size : float or None, default=None
             Area of a point in points squared; None for one that suits the number of cells.
         cmap : str or matplotlib Colormap, default="viridis"

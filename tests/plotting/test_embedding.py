@@ -1,5 +1,7 @@
 """Cells in the space of the factors."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,9 +16,20 @@ def test_embedding_draws_the_scores(model, counts):
     scores = model.transform(counts)[:, [2, 0]]
     np.testing.assert_array_equal(display.scatters_[0].get_offsets(), scores)
     share = model.explained_variance_ratio_
-    assert display.ax_.get_xlabel() == f"component 3 ({share[2]:.1%} of variance)"
-    assert display.ax_.get_ylabel() == f"component 1 ({share[0]:.1%} of variance)"
+    assert display.ax_.get_xlabel() == f"component 3, nats ({share[2]:.1%} of variance)"
+    assert display.ax_.get_ylabel() == f"component 1, nats ({share[0]:.1%} of variance)"
     assert display.legend_ is None and display.ax_.get_legend() is None
+
+
+def test_embedding_of_standardized_scores_says_so(model, counts):
+    whitened = copy.copy(model).set_params(whiten=True)
+    display = EmbeddingDisplay.from_estimator(whitened, counts, ellipses=5)
+    share = model.explained_variance_ratio_[0]
+    assert display.ax_.get_xlabel() == f"component 1, standardized ({share:.1%} of variance)"
+    norms = np.linalg.norm(model.components_, axis=1)[:2]
+    in_nats = EmbeddingDisplay.from_estimator(model, counts, ellipses=5)
+    np.testing.assert_allclose(display.embedding * norms, in_nats.embedding)
+    np.testing.assert_allclose(display.covariance * np.outer(norms, norms), in_nats.covariance)
 
 
 @pytest.mark.parametrize("components", [(0, 3), (0, 0), (0,), (0.0, 1.0), "01", (-1, 0)])

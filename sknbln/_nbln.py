@@ -33,7 +33,7 @@ from .solver.gauge import (
     noise_edges,
     singular_basis,
 )
-from .solver.gene_priors import DISPERSION_POOL, NOISE_POOL, GenePriors
+from .solver.gene_priors import NOISE_POOL, GenePriors, SplitPrior
 from .solver.objective import Objective
 from .solver.params import GaussianPrior, Params, in_model_units, noise_variance
 from .solver.start import (
@@ -347,13 +347,12 @@ class NBLNEstimator(
         rows = RowBatches(
             X, *self._row_capture(X, np.log(source.mean), offsets), batch_size=self.batch_size
         )
-        objective = Objective(
-            Sweeper(rows, starts[0].loadings.shape[1], self.tol_), CountHistogram(X), *priors
-        )
+        sweeper, histogram = Sweeper(rows, starts[0][1].loadings.shape[1], self.tol_), CountHistogram(X)
+        candidates = [(Objective(sweeper, histogram, *self._priors_at(priors, centre)), x) for centre, x in starts]
         options = dict(n_cells=X.shape[0], tol=self.tol_, max_iter=self.max_iter)
-        x, opening = starts[0], None
+        (objective, x), opening = candidates[0], None
         if previous is None and (self.latent_dim == "auto" or len(starts) > 1):
-            x, free, opening = self._opened(objective, starts, free._replace(loadings=k > 0), options)
+            objective, x, free, opening = self._opened(candidates, free._replace(loadings=k > 0), options)
         outcome = ascend(
             objective,
             x,
@@ -410,7 +409,7 @@ class NBLNEstimator(
     def _priors(self, source, free, rng):
         """Priors of the mean and log r, the coupling, and the genes' own priors, as `Objective` takes them."""
         strength = self.informative_priors_tau, self.informative_priors_n_samples
-        of_log_r = DISPERSION_POOL if self.observation == "nb" else None
+        of_log_r = SplitPrior(self._total, 0.0) if self.observation == "nb" else None
         if self.cascade == "parameter":
             mean, dispersion = _source.priors(source, free, *strength, rng)
             return mean, dispersion, Identity(), GenePriors(NOISE_POOL, of_log_r)
@@ -419,6 +418,11 @@ class NBLNEstimator(
         coupling = MarginalCoupling(self._total if hard else None)
         genes = GenePriors(NOISE_POOL, of_log_r, None if hard else of_total)
         return mean, flat, coupling, genes
+
+    def _priors_at(self, priors, centre):
+        *others, genes = priors
+        if genes.split is not None: genes = genes._replace(split=genes.split._replace(centre=centre))
+        return *others, genes
 
     def _number_of_factors(self, source, X, offsets, previous, rng):
         """The number of columns at the start, and the `rank_diagnostics_`: None where it is not estimated."""
@@ -453,25 +457,25 @@ class NBLNEstimator(
             loadings = pad_columns(loadings, max(k, 1))  # rank 0 is one column of zeros
         coupled = self.cascade == "marginal"
         starts = [
-            start_coordinates(log_mean, log_r, loadings, free, coupled, self._total, share)
+            ({.1:-2.,.5:0.,.95:5.}[share], start_coordinates(log_mean, log_r, loadings, free, coupled, self._total, share))
             for share in (start_shares(level - np.sum(loadings**2, 1)) if free.dispersion else ONE_START)
         ]
-        return starts if previous is None else [resumed(starts[0], previous, free)]
+        return starts if previous is None else [(0.0,resumed(starts[0][1], previous, free))]
 
-    def _opened(self, objective, starts, free, options):
+    def _opened(self, candidates, free, options):
         """Coordinates after the first sweeps, what is free then, and the `Opening`."""
-        n_cells, n_genes = options["n_cells"], starts[0].mean.size
+        n_cells, n_genes = options["n_cells"], candidates[0][1].mean.size
         selects = self.latent_dim == "auto" and free.loadings and n_cells >= LEAST_ROWS
         edges = noise_edges(n_genes, n_cells) if selects else None
-        opening = opened(objective, starts, free, edges=edges, **options)
-        x = opening.x
+        opening = opened(candidates, free, edges=edges, **options)
+        objective, x = opening.objective, opening.x
         if selects:
             of_columns = {"column_information": opening.information, "noise_edge": edges[-1]}
             self.rank_diagnostics_ |= of_columns
         if not x.loadings.shape[1]:
             x, free = x._replace(loadings=np.zeros((n_genes, 1))), free._replace(loadings=False)
             objective.rotate(np.zeros((0, 1)))
-        return x, free, opening
+        return objective, x, free, opening
 
     def _report(self, n_cells):
         def report(iteration, point):

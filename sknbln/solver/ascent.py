@@ -13,7 +13,7 @@ import numpy as np
 from .column_priors import ColumnScales, next_scales
 from .gauge import above_noise, column_information
 from .metric import direction, product
-from .objective import Point
+from .objective import Objective, Point
 from .params import Params, moved
 
 PLAIN_SWEEPS = (
@@ -113,12 +113,13 @@ class _Memory:
 class Opening(NamedTuple):
     """The first sweeps of an ascent."""
 
+    objective: Objective
     x: Params  # coordinates after them
     values: list  # the values at the start and after each sweep, nats per cell
     information: np.ndarray | None = None  # (k,) of the columns, where columns were selected
 
 
-def opened(objective, starts, free, *, n_cells, tol, max_iter, edges=None):
+def opened(candidates, free, *, n_cells, tol, max_iter, edges=None):
     """`Opening` of an ascent: the first sweeps from each start, of which the best is kept.
 
     That is the start from which `PLAIN_SWEEPS` sweeps lead to the highest log-likelihood. The priors do not
@@ -126,34 +127,38 @@ def opened(objective, starts, free, *, n_cells, tol, max_iter, edges=None):
 
     Parameters
     ----------
-    objective, free, n_cells, tol, max_iter
+    candidates : list of tuple (Objective, Params)
+        Objectives and their start coordinates.
+    free, n_cells, tol, max_iter
         As for :func:`ascend`.
-    starts : list of Params
-        Coordinates.
     edges : ndarray of shape (n_genes,) or None
         `noise_edges`: columns of the loadings below them are dropped after the sweeps.
     """
+    import os
     climbs = []
-    for x in starts:
+    for objective, x in candidates:
         climb = _Climb(objective, x, free, n_cells, tol)
-        for _ in range(min(PLAIN_SWEEPS, max_iter - 1)):
+        for _ in range(min(PLAIN_SWEEPS if len(candidates)==1 else int(os.environ.get("LOOK",12)), max_iter - 1)):
             if climb.reason:
                 break
             climb.sweep()
         climbs.append(climb)
+    import os
+    if os.environ.get("SHOW"): print("   candidates", [round(c.point.log_likelihood/n_cells,2) for c in climbs])
     best = max(climbs, key=lambda climb: climb.point.log_likelihood)
+    objective = best.evaluate
     values = [(best.point.value - sum(best.gains)) / n_cells]
     for gain in best.gains:
         values.append(values[-1] + gain / n_cells)
     if edges is None:
-        return Opening(best.point.x, values)
+        return Opening(objective, best.point.x, values)
     own = objective.coupling.expand(best.point.x)
     weight = best.point.sums.genes.moments[:, 0] / n_cells
     contributions, basis = column_information(own.loadings, weight)
     real = basis[:, above_noise(contributions, edges)]
     objective.rotate(real)
     x = best.point.x
-    return Opening(x._replace(loadings=x.loadings @ real), values, contributions.sum(0))
+    return Opening(objective, x._replace(loadings=x.loadings @ real), values, contributions.sum(0))
 
 
 def ascend(

@@ -63,7 +63,8 @@ class Pool(NamedTuple):
 #: of log d and of log r. The centres' priors span what counts can show; widths of half a nat let genes differ
 #: by a factor of e either way.
 NOISE_POOL = Pool(np.log(0.1), 3.0, 0.5)
-DISPERSION_POOL = Pool(2.0, 3.0, 0.5)
+#: width of the prior of the split
+SPLIT_WIDTH = 1.0
 
 
 class OverdispersionPrior(NamedTuple):
@@ -98,21 +99,43 @@ class OverdispersionPrior(NamedTuple):
         )
 
 
+class SplitPrior(NamedTuple):
+    """Normal prior of ``log d - log T(r)``: how a gene's overdispersion is split between d and r."""
+
+    total: TotalOverdispersion
+    centre: float
+
+    def _value(self, own):
+        T = self.total(own.dispersion)
+        return np.log(noise_variance(own)) - np.log(T) - self.centre, self.total.slope(own.dispersion) / T
+
+    def log_density(self, own):
+        """Log-density at coordinates of the model's own parameters, nats, up to constants."""
+        return -0.5 * float(np.sum(self._value(own)[0] ** 2)) / SPLIT_WIDTH**2
+
+    def gradient(self, own):
+        """Its gradient in d and in log r."""
+        value, slope = self._value(own)
+        pull = value / SPLIT_WIDTH**2
+        return -pull / noise_variance(own), pull * slope
+
+    def information(self, own):
+        """Information in d and in log r."""
+        slope = self._value(own)[1]
+        return (SPLIT_WIDTH * noise_variance(own)) ** -2.0, (slope / SPLIT_WIDTH) ** 2
+
+
 class GenePriors(NamedTuple):
     """The priors that the genes of a model have; by default none."""
 
     noise: Pool | None = None  # of log d
-    dispersion: Pool | None = None  # of log r
+    split: SplitPrior | None = None
     total: OverdispersionPrior | None = None
 
     def log_density(self, own):
         """Log-density at coordinates of the model's own parameters, nats, up to constants."""
-        value = 0.0 if self.total is None else self.total.log_density(own)
-        if self.noise is not None:
-            value += self.noise.log_density(np.log(noise_variance(own)))
-        if self.dispersion is not None:
-            value += self.dispersion.log_density(own.dispersion)
-        return value
+        value = 0.0 if self.noise is None else self.noise.log_density(np.log(noise_variance(own)))
+        return value + sum(p.log_density(own) for p in (self.split, self.total) if p is not None)
 
     def gradient(self, own):
         """Its gradient in (mu, W, d, log r)."""
@@ -123,8 +146,9 @@ class GenePriors(NamedTuple):
         if self.noise is not None:
             d = noise_variance(own)
             noise = noise + self.noise.gradient(np.log(d)) / d
-        if self.dispersion is not None:
-            dispersion = dispersion + self.dispersion.gradient(own.dispersion)
+        if self.split is not None:
+            of_noise, of_dispersion = self.split.gradient(own)
+            noise, dispersion = noise + of_noise, dispersion + of_dispersion
         return total._replace(noise=noise, dispersion=dispersion)
 
     def information(self, own):
@@ -136,12 +160,11 @@ class GenePriors(NamedTuple):
         if self.noise is not None:
             d = noise_variance(own)
             noise = noise + self.noise.precision(np.log(d)) / d**2
-        return root._replace(
-            mean=4.0 * root.noise**2,
-            noise=noise,
-            dispersion=dispersion + self.dispersion_precision(own),
-        )
+        if self.split is not None:
+            of_noise, of_dispersion = self.split.information(own)
+            noise, dispersion = noise + of_noise, dispersion + of_dispersion
+        return root._replace(mean=4.0 * root.noise**2, noise=noise, dispersion=dispersion)
 
     def dispersion_precision(self, own):
         """Precision of the prior of log r, 0 without it."""
-        return 0.0 if self.dispersion is None else self.dispersion.precision(own.dispersion)
+        return 0.0 if self.split is None else self.split.information(own)[1]

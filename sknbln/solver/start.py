@@ -119,7 +119,7 @@ def start_coordinates(log_mean, log_r, loadings, free, coupled, total, share):
     if free.dispersion:
         level = total(log_r)
         rest = np.maximum(level - explained, _LEAST_LEFT * level)
-        d, log_r = share * rest, total.inverse((1.0 - share) * rest)
+        d, log_r = np.minimum(share * rest, 3*np.log1p(share*rest)), total.inverse((1.0 - share) * rest)
     noise = np.clip(noise_coordinate(d), *NOISE_RANGE)
     return Params(
         log_mean if coupled or not free.mean else log_mean - (explained + d) / 2,

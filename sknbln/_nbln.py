@@ -14,17 +14,16 @@ from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.validation import check_array, check_is_fitted
 
-from . import _capture, _fit_warnings, _posterior, _source
+from . import _capture, _fit_warnings, _opening, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
 from ._counts import CountHistogram, checked_n_samples, validate_counts
 from ._covariance import CovarianceMixin
 from ._nbvcp import NBVCPEstimator
-from ._rows import CSRRows, RowBatches, Sweeper, pad_columns, solve_rows, sum_over_batches
-from ._spectrum import MOST_FACTORS, score_spectrum
+from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
 from .solver import column_priors
-from .solver.ascent import ascend, opened
+from .solver.ascent import ascend
 from .solver.coupling import Identity, MarginalCoupling
 from .solver.gauge import (
     LEAST_ROWS,
@@ -33,16 +32,10 @@ from .solver.gauge import (
     noise_edges,
     singular_basis,
 )
-from .solver.gene_priors import NOISE_POOL, GenePriors, SplitPrior
+from .solver.gene_priors import EVEN, NOISE_POOL, GenePriors, SplitPrior
 from .solver.objective import Objective
 from .solver.params import GaussianPrior, Params, in_model_units, noise_variance
-from .solver.start import (
-    ONE_START,
-    loadings_from_scores,
-    resumed,
-    start_coordinates,
-    start_shares,
-)
+from .solver.start import resumed
 
 #: what each cascade freezes by default
 _RECOMMENDED_FREEZE = {"marginal": ("eta",), "parameter": ("r", "eta")}
@@ -52,7 +45,7 @@ def _default_tol(column_prior, coupled_r):
     """Tolerance of a fit whose `tol` is None: smaller where late sweeps still matter."""
     if column_prior is not None:
         return 1e-6
-    return 1e-5 if coupled_r else 1e-4
+    return 1e-5 if coupled_r else 3e-5
 
 
 class NBLNEstimator(
@@ -341,27 +334,41 @@ class NBLNEstimator(
         self._library_size = _capture.library_sizes(X)
 
         self._total = _source.total_overdispersion(source, offsets)
+        k, self.rank_diagnostics_ = self._number_of_factors(X, source, offsets, previous, rng)
         priors = self._priors(source, free, rng)
-        k, self.rank_diagnostics_ = self._number_of_factors(source, X, offsets, previous, rng)
-        starts = self._starts(source, X, offsets, k, free, previous, rng)
+        if previous is None:
+            loadings = _opening.start_loadings(X, source, offsets, k, self.batch_size, rng)
+        else:
+            loadings = previous.loadings
         rows = RowBatches(
             X, *self._row_capture(X, np.log(source.mean), offsets), batch_size=self.batch_size
         )
-        sweeper, histogram = Sweeper(rows, starts[0][1].loadings.shape[1], self.tol_), CountHistogram(X)
-        candidates = [(Objective(sweeper, histogram, *self._priors_at(priors, centre)), x) for centre, x in starts]
-        options = dict(n_cells=X.shape[0], tol=self.tol_, max_iter=self.max_iter)
-        (objective, x), opening = candidates[0], None
-        if previous is None and (self.latent_dim == "auto" or len(starts) > 1):
-            objective, x, free, opening = self._opened(candidates, free._replace(loadings=k > 0), options)
-        outcome = ascend(
-            objective,
-            x,
+        sweeper = Sweeper(rows, loadings.shape[1], self.tol_)
+        candidates = _opening.candidates(
+            Objective(sweeper, CountHistogram(X), *priors),
+            source,
+            self._total,
+            loadings,
             free,
-            opening=opening,
-            column_prior=column_prior if free.loadings else None,
-            report=self._report(X.shape[0]) if self.verbose else None,
-            **options,
+            self.observation,
         )
+        if previous is not None:
+            candidates = [(candidates[0][0], resumed(candidates[0][1], previous, free))]
+        selects = self._selects and previous is None and k > 0 and X.shape[0] >= LEAST_ROWS
+        outcome = ascend(
+            candidates,
+            free._replace(loadings=k > 0),
+            n_cells=X.shape[0],
+            tol=self.tol_,
+            max_iter=self.max_iter,
+            edges=noise_edges(X.shape[1], X.shape[0]) if selects else None,
+            column_prior=column_prior,
+            report=self._report(X.shape[0]) if self.verbose else None,
+        )
+        if selects and outcome.information is not None:
+            edge = noise_edges(X.shape[1], X.shape[0])[-1]
+            self.rank_diagnostics_ |= dict(column_information=outcome.information, noise_edge=edge)
+        objective = outcome.objective
         self._set_parameters(objective, outcome.point)
         self._set_rows(objective, rows, free, outcome)
         self.w_prior_diagnostics_ = self._prior_diagnostics(prior_name, outcome.columns)
@@ -406,76 +413,32 @@ class NBLNEstimator(
             self.capture_prior_ = _capture.resolve(self.capture_efficiency, X)
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
+    @property
+    def _selects(self):
+        """Whether the fit finds the number of factors, or drops columns that are not real."""
+        return self.latent_dim == "auto"
+
+    def _number_of_factors(self, X, source, offsets, previous, rng):
+        """Number of factors at the start, and the `rank_diagnostics_`."""
+        if previous is not None:
+            return previous.loadings.shape[1], getattr(self, "rank_diagnostics_", None)
+        most = min(X.shape)
+        if not self._selects:
+            return min(self.latent_dim, most), None
+        found, diagnostics = _opening.number_of_factors(X, source, offsets, rng)
+        return min(found, most), diagnostics
+
     def _priors(self, source, free, rng):
         """Priors of the mean and log r, the coupling, and the genes' own priors, as `Objective` takes them."""
         strength = self.informative_priors_tau, self.informative_priors_n_samples
-        of_log_r = SplitPrior(self._total, 0.0) if self.observation == "nb" else None
         if self.cascade == "parameter":
             mean, dispersion = _source.priors(source, free, *strength, rng)
-            return mean, dispersion, Identity(), GenePriors(NOISE_POOL, of_log_r)
+            return mean, dispersion, Identity(), GenePriors(NOISE_POOL)
         mean, of_total = _source.marginal_priors(source, self._total, free, *strength, rng)
         flat, hard = GaussianPrior.flat(source.mean.size), "r" in self.frozen_params_
         coupling = MarginalCoupling(self._total if hard else None)
-        genes = GenePriors(NOISE_POOL, of_log_r, None if hard else of_total)
-        return mean, flat, coupling, genes
-
-    def _priors_at(self, priors, centre):
-        *others, genes = priors
-        if genes.split is not None: genes = genes._replace(split=genes.split._replace(centre=centre))
-        return *others, genes
-
-    def _number_of_factors(self, source, X, offsets, previous, rng):
-        """The number of columns at the start, and the `rank_diagnostics_`: None where it is not estimated."""
-        if previous is not None:
-            return previous.loadings.shape[1], getattr(self, "rank_diagnostics_", None)
-        if self.latent_dim != "auto":
-            return min(self.latent_dim, *X.shape), None
-        spectrum = score_spectrum(CSRRows(X), source.mean, source.dispersion, offsets.loc, rng)
-        k = min(spectrum.n_factors, MOST_FACTORS)
-        return k, {
-            "score_eigenvalues": spectrum.eigenvalues,
-            "null_eigenvalues": spectrum.null,
-            "null_threshold": spectrum.threshold,
-            "score_rank": spectrum.n_factors,
-            "column_information": None,
-            "noise_edge": None,
-        }
-
-    def _starts(self, source, X, offsets, k, free, previous, rng):
-        """Start coordinates: mean and r of the source, loadings from score moments or the previous fit."""
-        log_mean, (n_cells, n_genes) = np.log(source.mean), X.shape
-        log_r = np.log(source.dispersion)
-        level = self._total(log_r)
-        if self.observation != "nb":
-            log_r = np.full(n_genes, np.inf)
-        if previous is not None:
-            loadings = previous.loadings
-        else:
-            batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=self.batch_size)
-            sums = sum_over_batches(batches, source.params)
-            loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
-            loadings = pad_columns(loadings, max(k, 1))  # rank 0 is one column of zeros
-        coupled = self.cascade == "marginal"
-        starts = [
-            ({.1:-2.,.5:0.,.95:5.}[share], start_coordinates(log_mean, log_r, loadings, free, coupled, self._total, share))
-            for share in (start_shares(level - np.sum(loadings**2, 1)) if free.dispersion else ONE_START)
-        ]
-        return starts if previous is None else [(0.0,resumed(starts[0][1], previous, free))]
-
-    def _opened(self, candidates, free, options):
-        """Coordinates after the first sweeps, what is free then, and the `Opening`."""
-        n_cells, n_genes = options["n_cells"], candidates[0][1].mean.size
-        selects = self.latent_dim == "auto" and free.loadings and n_cells >= LEAST_ROWS
-        edges = noise_edges(n_genes, n_cells) if selects else None
-        opening = opened(candidates, free, edges=edges, **options)
-        objective, x = opening.objective, opening.x
-        if selects:
-            of_columns = {"column_information": opening.information, "noise_edge": edges[-1]}
-            self.rank_diagnostics_ |= of_columns
-        if not x.loadings.shape[1]:
-            x, free = x._replace(loadings=np.zeros((n_genes, 1))), free._replace(loadings=False)
-            objective.rotate(np.zeros((0, 1)))
-        return objective, x, free, opening
+        split = SplitPrior(self._total, EVEN) if self.observation == "nb" else None
+        return mean, flat, coupling, GenePriors(NOISE_POOL, split, None if hard else of_total)
 
     def _report(self, n_cells):
         def report(iteration, point):
@@ -520,8 +483,10 @@ class NBLNEstimator(
             in_model_units(params),
             free,
             objective.prior_mean.precision,
-            objective.prior_log_r.precision + objective.gene_priors.dispersion_precision(
-                objective.coupling.expand(outcome.point.x)),
+            objective.prior_log_r.precision
+            + objective.gene_priors.dispersion_precision(
+                objective.coupling.expand(outcome.point.x)
+            ),
             precision,
         )
         self.components_standard_error_ = np.ascontiguousarray(self._standard_deviation.loadings.T)

@@ -275,8 +275,7 @@ class NBVCPEstimator(
         for _ in range(_PIN_ROUNDS):
             sweeper = Sweeper(RowBatches(X, offset, scale, batch_size=self.batch_size), 0)
             outcome = ascend(
-                Objective(sweeper, histogram, *priors),
-                x,
+                [(Objective(sweeper, histogram, *priors), x)],
                 Params(mean=True, loadings=False, noise=False, dispersion=True),
                 n_cells=n_cells,
                 tol=_MAP_TOL,

@@ -120,7 +120,7 @@ def standard_deviations(
     # sampling variance is 1/2n in the length of a column and 1/4n between each pair of columns.
     squares = params.loadings**2
     shared = (squares + squares.sum(1, keepdims=True)) / (4 * batches.n_cells)
-    loadings_sd = np.sqrt(sd[:, 1 : k + 1] ** 2 + shared)
+    loadings_sd = np.sqrt(sd[:, 1 : k + 1] ** 2 + shared) * np.any(params.loadings, axis=0)
     return Params(mean_sd, loadings_sd, sd[:, k + 1], log_r_sd), rows
 
 

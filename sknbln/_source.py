@@ -10,7 +10,7 @@ from sklearn.utils.validation import check_is_fitted, check_memory
 
 from ._nbvcp_posterior import SourceModel
 from .solver.gene_priors import OverdispersionPrior
-from .solver.objective import weak_mean_prior
+from .solver.objective import weak_dispersion_prior, weak_mean_prior
 from .solver.overdispersion import TotalOverdispersion
 from .solver.params import GaussianPrior, Params
 
@@ -159,7 +159,8 @@ def priors(source, free, tau, n_samples, rng):
         return flat, flat
     soft = soft_priors(source, tau, n_samples, rng)
     mean = soft.mean.times(weak_mean_prior(np.log(source.mean)))
-    return mean if free.mean else flat, soft.dispersion if free.dispersion else flat
+    dispersion = soft.dispersion.times(weak_dispersion_prior(source.mean.size))
+    return mean if free.mean else flat, dispersion if free.dispersion else flat
 
 
 def total_overdispersion(source, offsets):

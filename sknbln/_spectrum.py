@@ -24,7 +24,7 @@ MOST_ROWS, MOST_ENTRIES = 20_000, 2**24
 MOST_FACTORS = 50
 N_PERMUTATIONS = 8
 #: a factor's eigenvalue is above the mean of the permutations' largest by this many standard deviations
-DEVIATIONS = 3.0
+DEVIATIONS = 2.5
 #: a gene has counts in at least this many rows; in half of fewer rows
 LEAST_ROWS = 10
 _TOLERANCE = 1e-3  # of the largest eigenvalue of a permutation, relative

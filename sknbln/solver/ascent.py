@@ -19,6 +19,8 @@ from .params import Params, moved
 PLAIN_SWEEPS = (
     4  # sweeps that are not remembered: first steps say little of the curvature at the maximum
 )
+#: sweeps from each of several starts before one is chosen
+LOOK_SWEEPS = 12
 MEMORY = 8  # largest number of pairs
 MAX_CUTS = 12  # trials of a step
 MEMORY_CUTS = 2  # trials of a quasi-Newton step
@@ -31,6 +33,7 @@ SURE = 0.5  # most sweeps gain between half and twice their promise
 class Outcome(NamedTuple):
     """The ascent after its last sweep."""
 
+    objective: Objective  # the candidate that was kept
     point: Point
     stages: list  # for each stage, the values at its start and after each sweep, nats per cell
     gain: float  # of the last sweep, nats per cell
@@ -38,6 +41,7 @@ class Outcome(NamedTuple):
     converged: bool
     reason: str  # why the ascent ended; "" where it goes on
     columns: ColumnScales | None  # None without a prior of the loadings
+    information: np.ndarray | None  # (k,) of the columns when they were selected, descending
     interrupted: bool = False  # by Ctrl-C
 
     @property
@@ -110,71 +114,21 @@ class _Memory:
         return z
 
 
-class Opening(NamedTuple):
-    """The first sweeps of an ascent."""
-
-    objective: Objective
-    x: Params  # coordinates after them
-    values: list  # the values at the start and after each sweep, nats per cell
-    information: np.ndarray | None = None  # (k,) of the columns, where columns were selected
-
-
-def opened(candidates, free, *, n_cells, tol, max_iter, edges=None):
-    """`Opening` of an ascent: the first sweeps from each start, of which the best is kept.
-
-    That is the start from which `PLAIN_SWEEPS` sweeps lead to the highest log-likelihood. The priors do not
-    count: they would decide between a variance in the log-rates and one in the counts.
-
-    Parameters
-    ----------
-    candidates : list of tuple (Objective, Params)
-        Objectives and their start coordinates.
-    free, n_cells, tol, max_iter
-        As for :func:`ascend`.
-    edges : ndarray of shape (n_genes,) or None
-        `noise_edges`: columns of the loadings below them are dropped after the sweeps.
-    """
-    import os
-    climbs = []
-    for objective, x in candidates:
-        climb = _Climb(objective, x, free, n_cells, tol)
-        for _ in range(min(PLAIN_SWEEPS if len(candidates)==1 else int(os.environ.get("LOOK",12)), max_iter - 1)):
-            if climb.reason:
-                break
-            climb.sweep()
-        climbs.append(climb)
-    import os
-    if os.environ.get("SHOW"): print("   candidates", [round(c.point.log_likelihood/n_cells,2) for c in climbs])
-    best = max(climbs, key=lambda climb: climb.point.log_likelihood)
-    objective = best.evaluate
-    values = [(best.point.value - sum(best.gains)) / n_cells]
-    for gain in best.gains:
-        values.append(values[-1] + gain / n_cells)
-    if edges is None:
-        return Opening(objective, best.point.x, values)
-    own = objective.coupling.expand(best.point.x)
-    weight = best.point.sums.genes.moments[:, 0] / n_cells
-    contributions, basis = column_information(own.loadings, weight)
-    real = basis[:, above_noise(contributions, edges)]
-    objective.rotate(real)
-    x = best.point.x
-    return Opening(objective, x._replace(loadings=x.loadings @ real), values, contributions.sum(0))
-
-
-def ascend(
-    objective, x, free, *, n_cells, tol, max_iter, opening=None, column_prior=None, report=None
-):
+def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior=None, report=None):
     """Maximize the objective.
+
+    The ascent opens with a few sweeps where there is something to decide. Of several candidates that with the
+    highest log-likelihood after `LOOK_SWEEPS` is kept: the priors do not count, which would decide between
+    overdispersion in d and in r. Columns of the loadings that are noise are dropped after `PLAIN_SWEEPS`.
 
     Under a prior of the columns of the loadings the sweeps come in stages. Before each stage the loadings are
     rotated to their singular basis, and the scales of the columns are updated there.
 
     Parameters
     ----------
-    objective : callable
-        Maps coordinates, and the penalty of the loadings if there is one, to a `Point`.
-    x : Params
-        Coordinates of the start.
+    candidates : list of tuple (Objective, Params)
+        Objectives, and coordinates of the start under each. An objective maps coordinates, and the penalty of
+        the loadings if there is one, to a `Point`.
     free : Params of bool
         Which blocks are estimated.
     n_cells : int
@@ -185,8 +139,8 @@ def ascend(
         than `SURE` times that. The tolerance is never below the rounding error of the objective.
     max_iter : int
         Largest number of sweeps.
-    opening : Opening or None
-        The sweeps that led to x, which count.
+    edges : ndarray of shape (n_genes,) or None
+        See ``gauge.noise_edges``: columns of the loadings below them are dropped. None keeps all columns.
     column_prior : callable or None
         Update of the scales of the columns, see ``column_priors``; None without a prior.
     report : callable or None
@@ -197,41 +151,77 @@ def ascend(
     Outcome
         With ``interrupted`` set after a KeyboardInterrupt. One before the end of the first sweep is raised.
     """
-    outcome, stages, columns = None, [], None
-    if opening is not None:
-        stages.append(opening.values)
-    done = sum(len(stage) - 1 for stage in stages)
+    outcome, stages, columns, information = None, [], None, None
+    (objective, x), plain = candidates[0], PLAIN_SWEEPS
+
+    def note(climb, accepted, ended):
+        nonlocal outcome
+        outcome = Outcome(
+            objective,
+            climb.point,
+            [*stages, [value / n_cells for value in climb.values]],
+            climb.gain / n_cells,
+            climb.promised / n_cells,
+            *ended,
+            columns,
+            information,
+        )
+        if accepted and report is not None:
+            report(outcome.n_iter, climb.point)
+
     try:
+        if len(candidates) > 1 or edges is not None:
+            looks = []
+            for objective, x in candidates:
+                climb = _Climb(objective, x, free, n_cells, tol)
+                most = PLAIN_SWEEPS if len(candidates) == 1 else LOOK_SWEEPS
+                for _ in range(min(most, max_iter - 1)):
+                    if not climb.reason:
+                        note(climb, climb.sweep(), (False, ""))
+                looks.append((climb.point.log_likelihood, objective, climb))
+            _, objective, climb = max(looks, key=lambda look: look[0])
+            x, plain = climb.point.x, 0
+            stages.append([value / n_cells for value in climb.values])
+            if edges is not None:
+                x, free, information = _real_columns(objective, climb.point, free, edges, n_cells)
+        has_columns, done = column_prior is not None and free.loadings, 0
+        outcome = None if outcome is None else outcome._replace(reason="")
         while outcome is None or not outcome.reason:
             evaluate, most = objective, max_iter
-            if column_prior is not None:
+            if has_columns:
                 x, columns = next_scales(objective, x, column_prior, columns, n_cells)
                 evaluate, most = partial(objective, penalty=columns.penalty), columns.most_sweeps
-            plain = PLAIN_SWEEPS if outcome is not None or opening is None else 0
-            climb = _Climb(evaluate, x, free, n_cells, tol, plain)
-            stages.append([climb.point.value / n_cells])
-            left = max_iter - (done if outcome is None else outcome.n_iter)
-            for _ in range(min(most, left)):
+            climb, plain = _Climb(evaluate, x, free, n_cells, tol, plain), PLAIN_SWEEPS
+            left = max_iter - sum(len(stage) - 1 for stage in stages)
+            for done in range(1, min(most, left) + 1):
                 accepted = climb.sweep()
-                stages[-1].append(climb.point.value / n_cells)
-                outcome = Outcome(
-                    climb.point,
-                    [list(stage) for stage in stages],
-                    climb.gain / n_cells,
-                    climb.promised / n_cells,
-                    *_ended(climb, columns, len(stages[-1]) - 1 == left, max_iter),
-                    columns,
-                )
-                if accepted and report is not None:
-                    report(outcome.n_iter, climb.point)
+                note(climb, accepted, _ended(climb, columns, done == left, max_iter))
                 if climb.reason:
                     break
+            stages.append([value / n_cells for value in climb.values])
             x = climb.point.x
     except KeyboardInterrupt:
         if outcome is None:
             raise
         outcome = outcome._replace(converged=False, reason="it was interrupted", interrupted=True)
     return outcome
+
+
+def _real_columns(objective, point, free, edges, n_cells):
+    """Coordinates without the columns of noise, what is free then, and the columns' information.
+
+    Without real columns one of zeros is left, which is not free.
+    """
+    weight = point.sums.genes.moments[:, 0] / n_cells
+    loadings = objective.coupling.expand(point.x).loadings
+    contributions, basis = column_information(loadings, weight)
+    real = above_noise(contributions, edges)
+    rotation = basis[:, real]
+    if not real.any():
+        rotation, free = np.zeros((real.size, 1)), free._replace(loadings=False)
+    objective.rotate(rotation)
+    x = point.x._replace(loadings=point.x.loadings @ rotation)
+    return x, free, contributions.sum(0)
 
 
 def _ended(climb, columns, no_more, max_iter):
@@ -262,6 +252,7 @@ class _Climb:
                 f"The objective at the start is {self.point.value}, not a finite number."
             )
         self.memory, self.small, self.gains = _Memory(), 0, []
+        self.values = [self.point.value]  # at the start and after each sweep, nats
         self.converged, self.reason = False, ""
         self.step, self.promised = _next_step(self.point, self.memory, free)
 
@@ -283,6 +274,7 @@ class _Climb:
         least = max(least, point.rounding)
         if trial is None:
             self.gains.append(0.0)
+            self.values.append(point.value)
             self.converged = self.promised < least
             self.reason = (
                 "no damped step raises the objective (the full one promised "
@@ -296,6 +288,7 @@ class _Climb:
                 _flat(product(point.gradient, point.metric, move, free), free),
             )
         self.gains.append(trial.value - point.value)
+        self.values.append(trial.value)
         self.point = trial
         self.step, self.promised = _next_step(trial, memory, free)
         self.small = self.small + 1 if self.gain < least else 0

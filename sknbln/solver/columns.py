@@ -56,7 +56,16 @@ class Columns(NamedTuple):
         products = centred.T @ centred
         products += 1e-12 * np.trace(products) * np.eye(h.size)  # regular, where columns are alike
         natural = np.broadcast_to(np.eye(h.size), (len(loadings), h.size, h.size))
-        columns = cls(loadings, natural, basis, complete, complete, precision, products, np.zeros(len(loadings)))
+        columns = cls(
+            loadings,
+            natural,
+            basis,
+            complete,
+            complete,
+            precision,
+            products,
+            np.zeros(len(loadings)),
+        )
         return columns.with_observed(2.0 * n_cells * np.outer(reliability, reliability))
 
     def with_observed(self, T):

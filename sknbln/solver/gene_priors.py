@@ -1,14 +1,15 @@
 r"""Priors of the genes' noise variances, dispersions and total overdispersions, in the model's own units.
 
-*Noise variances and dispersions* are pooled over the genes: ``log d ~ N(c, s^2)`` and ``log r ~ N(c', s'^2)``,
-whose centres and widths are estimated from the genes, with `NOISE_POOL` and `DISPERSION_POOL` as priors of the
-centres and least widths. A single gene hardly tells a variance of its log-rate from overdispersion of its
-counts; many genes together do better, and none is led to d = 0.
+*Noise variance*: ``log d ~ N(c, s^2)``, where centre and width are estimated from the genes, so that genes with
+few counts take the d of the others. They are at their maximum for any parameters: derivatives in them vanish,
+and the log-density is one smooth function of the parameters (empirical Bayes).
+
+*Split*: ``log d - log T(r) ~ N(c, 1)``. The counts of one gene hardly tell a variance of its log-rate from the
+overdispersion of its counts, and Laplace's method is a little too fond of the former. An even split, c = 0, keeps
+both where they can be. Where overdispersion is large the two differ, and c is one of two values between which
+the likelihood decides.
 
 *Total overdispersion*: ``log(Sigma_gg + T_g(r_g)) ~ N(l_g, s_g^2)``, see `overdispersion`.
-
-Centres and widths are at their maximum for any parameters, so that derivatives in them vanish, and the
-log-density is one smooth function of the parameters (empirical Bayes).
 """
 
 from typing import NamedTuple
@@ -45,9 +46,8 @@ class Pool(NamedTuple):
         """Log-density of the numbers and the centre, nats, up to constants."""
         centre, width = self.centre_and_width(x)
         of_centre = ((centre - self.loc) / self.scale) ** 2
-        return (
-            -0.5 * (float(np.sum((x - centre) ** 2)) / width**2 + of_centre)
-            - x.size * np.log(width)
+        return -0.5 * (float(np.sum((x - centre) ** 2)) / width**2 + of_centre) - x.size * np.log(
+            width
         )
 
     def gradient(self, x):
@@ -60,8 +60,7 @@ class Pool(NamedTuple):
         return self.centre_and_width(x)[1] ** -2.0
 
 
-#: of log d and of log r. The centres' priors span what counts can show; widths of half a nat let genes differ
-#: by a factor of e either way.
+#: of log d. The centre's prior spans what counts can show.
 NOISE_POOL = Pool(np.log(0.1), 3.0, 0.5)
 #: width of the prior of the split
 SPLIT_WIDTH = 1.0
@@ -99,6 +98,10 @@ class OverdispersionPrior(NamedTuple):
         )
 
 
+#: centres of the split: even, nearly all overdispersion in r (gamma), nearly all in d (log-normal)
+EVEN, NEARLY_ALL_IN_R, NEARLY_ALL_IN_NOISE = 0.0, -2.0, 5.0
+
+
 class SplitPrior(NamedTuple):
     """Normal prior of ``log d - log T(r)``: how a gene's overdispersion is split between d and r."""
 
@@ -107,7 +110,9 @@ class SplitPrior(NamedTuple):
 
     def _value(self, own):
         T = self.total(own.dispersion)
-        return np.log(noise_variance(own)) - np.log(T) - self.centre, self.total.slope(own.dispersion) / T
+        return np.log(noise_variance(own)) - np.log(T) - self.centre, self.total.slope(
+            own.dispersion
+        ) / T
 
     def log_density(self, own):
         """Log-density at coordinates of the model's own parameters, nats, up to constants."""

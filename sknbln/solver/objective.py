@@ -1,14 +1,15 @@
 """The log-posterior of the globals as a function of the coordinates in which it is maximized."""
 
+import copy
 from typing import NamedTuple
 
 import numpy as np
 
 from .columns import Columns
 from .coupling import Identity
+from .gene_priors import GenePriors
 from .lowrank import triangle
 from .marginal import BatchSums, rotated
-from .gene_priors import GenePriors
 from .metric import Metric
 from .params import GaussianPrior, Params, in_model_units
 
@@ -18,6 +19,12 @@ LOG_MEAN_PRIOR_SCALE = 4.0
 LOG_DISPERSION_PRIOR = (2.0, 1.0)
 #: relative rounding error of a sum over all counts: a few units in the last place of its terms
 ROUNDING = 1e-15
+
+
+def weak_dispersion_prior(n_genes):
+    """Prior of log r that keeps genes with little information finite."""
+    loc, scale = LOG_DISPERSION_PRIOR
+    return GaussianPrior(np.full(n_genes, loc), np.full(n_genes, scale**-2.0))
 
 
 def weak_mean_prior(level):
@@ -102,6 +109,15 @@ class Objective:
         self.prior_log_r: GaussianPrior = prior_log_r
         self.coupling = coupling if coupling is not None else Identity()
         self.gene_priors = GenePriors() if gene_priors is None else gene_priors
+
+    def with_split(self, centre):
+        """The same objective with another centre of the prior of the split, where it has one."""
+        if self.gene_priors.split is None:
+            return self
+        other = copy.copy(self)
+        split = self.gene_priors.split._replace(centre=centre)
+        other.gene_priors = self.gene_priors._replace(split=split)
+        return other
 
     def _sums(self, own):
         """Sums over the cells at coordinates of the model's own parameters."""

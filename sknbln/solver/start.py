@@ -10,6 +10,7 @@ direction of ``sqrt(I) w`` (Baik, Ben Arous & Peche 2005; Paul 2007). Both are i
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from .channel import channel_terms
 from .mode import location
@@ -80,52 +81,54 @@ def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
     size, cosine = spikes(values, n_genes / n_cells)
     # a gene with less information than a tenth of the average gets short loadings
     precision = information + 0.1 * information.mean()
-    loadings = vectors * np.sqrt(size * cosine) * np.sqrt(n_cells * information)[:, None] / precision[:, None]
+    loadings = (
+        vectors
+        * np.sqrt(size * cosine)
+        * np.sqrt(n_cells * information)[:, None]
+        / precision[:, None]
+    )
     norms = np.linalg.norm(loadings, axis=1, keepdims=True)
     return loadings * np.minimum(1.0, _LARGEST_SD / np.maximum(norms, 1e-300))
 
 
-START_NOISE = 0.05  # d of every gene at the start where r is not free, nats squared
+START_NOISE = 0.05  # d of every gene at the start where r is frozen, nats squared
 #: least share of the overdispersion that the loadings leave at the start
 _LEAST_LEFT = 0.1
-#: shares of the overdispersion that start in d. Beyond `SMALL` the likelihood has two maxima for each gene,
-#: with overdispersion in r and in d, and a fit looks at both; below they are nearly the same.
-ONE_START, TWO_STARTS = (0.5,), (0.1, 0.95)
-SMALL = 0.5  # nats squared, median of the genes
+#: d at the start is at most this times log(1 + overdispersion): T(r) of a log-normal count is far above its d
+_LARGEST_NOISE = 3.0
 
 
-def start_shares(overdispersion):
-    """Shares of the overdispersion, (n_genes,), that are in d at the starts of a fit."""
-    return ONE_START if np.median(overdispersion) <= SMALL else TWO_STARTS
-
-
-def start_coordinates(log_mean, log_r, loadings, free, coupled, total, share):
+def start_coordinates(log_mean, log_r, loadings, free, coupled, total, split):
     """Coordinates at the start of a fit.
 
     Parameters
     ----------
     log_mean, log_r : ndarray of shape (n_genes,)
-        Of independent genes; log r is inf for Poisson counts.
+        Of independent genes.
     loadings : ndarray of shape (n_genes, k)
     free : Params of bool
     coupled : bool
         Whether the coordinate of the mean is the marginal log-mean.
     total : TotalOverdispersion
-    share : float
-        Share of the overdispersion, less that of the loadings, that starts in d; the rest starts in r.
+    split : float or None
+        ``log d - log T(r)`` at the start, of the overdispersion that the loadings leave; inf for Poisson
+        counts, without dispersion. None where the dispersion is frozen.
     """
     explained = np.sum(loadings**2, 1)
     d = np.full(log_mean.size, START_NOISE)
-    if free.dispersion:
+    if split is not None:
         level = total(log_r)
         rest = np.maximum(level - explained, _LEAST_LEFT * level)
-        d, log_r = np.minimum(share * rest, 3*np.log1p(share*rest)), total.inverse((1.0 - share) * rest)
-    noise = np.clip(noise_coordinate(d), *NOISE_RANGE)
+        share = expit(split)
+        d = np.minimum(share * rest, _LARGEST_NOISE * np.log1p(share * rest))
+        log_r = np.full_like(log_r, np.inf)
+        if share < 1.0:
+            log_r = np.clip(total.inverse((1.0 - share) * rest), *LOG_DISPERSION_RANGE)
     return Params(
         log_mean if coupled or not free.mean else log_mean - (explained + d) / 2,
         loadings,
-        noise,
-        np.clip(log_r, *LOG_DISPERSION_RANGE) if free.dispersion else log_r,
+        np.clip(noise_coordinate(d), *NOISE_RANGE),
+        log_r,
     )
 
 

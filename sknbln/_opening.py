@@ -1,0 +1,60 @@
+"""How an NBLN fit begins: the number of factors, the start coordinates, the first sweeps."""
+
+import numpy as np
+
+from ._rows import CSRRows, RowBatches, pad_columns, sum_over_batches
+from ._spectrum import MOST_FACTORS, score_spectrum
+from .solver.coupling import MarginalCoupling
+from .solver.gene_priors import EVEN, NEARLY_ALL_IN_NOISE, NEARLY_ALL_IN_R
+from .solver.start import loadings_from_scores, start_coordinates
+
+#: a median over genes of the overdispersion that the loadings leave, nats squared. Above it gamma and
+#: log-normal overdispersion differ, and a fit looks at both; below it they are nearly the same.
+SMALL_OVERDISPERSION = 0.5
+
+
+def number_of_factors(X, source, offsets, rng):
+    """Number of factors in the spectrum of the scores, at most `MOST_FACTORS`, and the spectrum as a dict."""
+    spectrum = score_spectrum(CSRRows(X), source.mean, source.dispersion, offsets.loc, rng)
+    return min(spectrum.n_factors, MOST_FACTORS), {
+        "score_eigenvalues": spectrum.eigenvalues,
+        "null_eigenvalues": spectrum.null,
+        "null_threshold": spectrum.threshold,
+        "score_rank": spectrum.n_factors,
+        "column_information": None,
+        "noise_edge": None,
+    }
+
+
+def start_loadings(X, source, offsets, k, batch_size, rng):
+    """Loadings at the start, (n_genes, k), from the moments of the scores; one column of zeros for k = 0."""
+    n_cells, n_genes = X.shape
+    batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=batch_size)
+    sums = sum_over_batches(batches, source.params)
+    loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
+    return pad_columns(loadings, max(k, 1))
+
+
+def candidates(objective, source, total, loadings, free, channel):
+    """Objectives and start coordinates that a fit looks at: one, or two where overdispersion is large.
+
+    Where the dispersion is free, the prior of its split between d and r is centred at an even split; where
+    overdispersion is large, at nearly all in r (gamma), or at nearly all in d (log-normal).
+    """
+    log_mean, log_r = np.log(source.mean), np.log(source.dispersion)
+    left = total(log_r) - np.sum(loadings**2, 1)
+    splits = (None,)
+    if channel != "nb":
+        splits = (np.inf,)
+    elif free.dispersion:
+        splits = (EVEN,)
+        if objective.gene_priors.split is not None and np.median(left) > SMALL_OVERDISPERSION:
+            splits = NEARLY_ALL_IN_R, NEARLY_ALL_IN_NOISE
+    coupled = isinstance(objective.coupling, MarginalCoupling)
+    return [
+        (
+            objective if split is None else objective.with_split(split),
+            start_coordinates(log_mean, log_r, loadings, free, coupled, total, split),
+        )
+        for split in splits
+    ]

@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from ._counts import user_stacklevel
+from ._spectrum import MOST_FACTORS
 from .solver.ascent import magnitude
 
 #: largest plausible variance of a log-rate, nats squared: one standard deviation is a factor of exp(7) in
@@ -18,8 +19,6 @@ NEARLY_ALL = 0.95
 #: ... and the slope of the log-likelihood is at least this, nats per cell and unit of log r
 LEAST_SLOPE = 1.0
 _MOST_NAMES = 10
-#: loadings priors that select the number of real columns
-_CHOOSES_RANK = ("ard", "horseshoe_columnwise", "neg_columnwise")
 
 
 def say(model, outcome, rows):
@@ -33,12 +32,15 @@ def say(model, outcome, rows):
     names = getattr(model, "feature_names_in_", np.arange(n_genes))
     variance = np.sum(model.loadings_**2, 1) + model.noise_variance_
     _warn(heavy_tails(variance, names))
+    if model.latent_dim == "auto":
+        _warn(no_factor(model.latent_dim_))
+        _warn(more_factors_than_looked_for(model.rank_diagnostics_))
     if not model.converged_:
         return  # the checks below hold at a maximum only
     rank = model.w_prior_diagnostics_["effective_rank"]
     _warn(scores_off_scale(rows.scores[:, :rank], rows.score_covariance[:, :rank, :rank]))
-    if model.w_prior_diagnostics_["strategy_type"] in _CHOOSES_RANK:
-        _warn(rank_is_a_bound(rank, model.latent_dim_, min(n_cells, n_genes)))
+    if model.latent_dim != "auto" and model.rank_diagnostics_ is not None:
+        _warn(rank_is_a_bound(rank, model.latent_dim_, model.rank_diagnostics_["score_rank"]))
     if "r" in model.frozen_params_ and model.cascade == "parameter":
         _warn(dispersion_counted_twice(model.dispersion_gradient_, n_cells))
 
@@ -103,13 +105,35 @@ def scores_off_scale(scores, covariance):
     )
 
 
-def rank_is_a_bound(rank, latent_dim, most):
-    """All columns are real, so that the rank may be larger than latent_dim."""
-    if rank < latent_dim or latent_dim >= most:
+def no_factor(latent_dim):
+    """The number of factors was looked for, and there is none."""
+    if latent_dim:
         return None
     return (
-        f"All {latent_dim} columns of the loadings are real: effective_rank is bounded by latent_dim and not "
-        "found by the loadings_prior. Fit again with a larger latent_dim."
+        'latent_dim="auto" found no factor: the counts are those of genes that vary independently. '
+        "components_ is one row of zeros, and transform gives one column of zeros. Look at "
+        "rank_diagnostics_, or set latent_dim to a number."
+    )
+
+
+def more_factors_than_looked_for(diagnostics):
+    """The scores show more factors than a fit looks for by itself."""
+    if diagnostics is None or diagnostics["score_rank"] <= MOST_FACTORS:
+        return None
+    return (
+        f'The scores show more than {MOST_FACTORS} factors, the most that latent_dim="auto" takes. Set '
+        "latent_dim to a larger number to fit more."
+    )
+
+
+def rank_is_a_bound(rank, latent_dim, score_rank):
+    """All columns are real, and the scores show more factors."""
+    if rank < latent_dim or score_rank <= latent_dim:
+        return None
+    return (
+        f"All {latent_dim} columns of the loadings are real, and the scores show {score_rank} factors: "
+        "effective_rank is bounded by latent_dim and not found by the loadings_prior. Fit again with a "
+        'larger latent_dim, or with latent_dim="auto".'
     )
 
 

@@ -62,27 +62,31 @@ class NBLNEstimator(
 
     Parameters
     ----------
-    latent_dim : int, default=8
-        Number of factors k, the columns of W.
+    latent_dim : int or "auto", default="auto"
+        Number of factors k, the columns of W. ``"auto"`` finds it before the fit, at most 50: by parallel
+        analysis of the scores at the source's fit [1]_ and, with 200 rows or more, by dropping after a few
+        sweeps the columns that noise explains. See `rank_diagnostics_`.
     informative_prior_estimator : NBVCPEstimator or None, default=None
         The source of the cascade. A fitted one is used as it is; an unfitted one is cloned and fitted
         on the same rows; ``sklearn.frozen.FrozenEstimator(fitted)`` is used as it is under
         cross-validation too. None fits an `NBVCPEstimator` with the same `capture_efficiency`,
         `batch_size` and seed.
-    informative_priors_freeze : tuple or list of str, default=("r", "eta")
+    informative_priors_freeze : tuple or list of str, or None, default=None
         Parameters that are held at the source's values: ``"r"`` (or ``"dispersion"``), ``"mu"``
         (``"expression"``, ``"mean_expression"``), ``"eta"`` (``"capture_efficiency"``). What is not frozen
-        is refined under a Gaussian prior from the source's posterior.
+        is refined under a Gaussian prior from the source's posterior. None takes what the cascade
+        recommends: ``("eta",)`` for ``"marginal"``, ``("r", "eta")`` for ``"parameter"``.
     informative_priors_tau : float, default=1.0
-        Factor that multiplies the standard deviations of those priors, at least 1e-4 (to fix a parameter,
-        freeze it). ``inf`` removes the priors; the capture offset keeps its capture prior.
+        Factor that multiplies the source's standard deviations in those priors, at least 1e-4 (to fix a
+        parameter, freeze it). ``inf`` removes the priors; the capture offset keeps its capture prior.
     informative_priors_n_samples : int, default=1000
         Number of posterior draws of the source from which the moments of those priors are computed.
-    cascade : {"parameter", "marginal"}, default="parameter"
-        Meaning of the source's r and mu. ``"parameter"``: they are the r and mu of this model. The
-        overdispersion of the data is then counted twice, in r and in Sigma. ``"marginal"``: they are each
-        gene's marginal mean and, where r is frozen, its marginal overdispersion, of which Sigma explains a
-        part: ``mu = log m - Sigma_gg/2``, ``1/r = (1 + 1/r_source) exp(-Sigma_gg) - 1``.
+    cascade : {"marginal", "parameter"}, default="marginal"
+        Meaning of the source's m and r. ``"marginal"``: they describe each gene's marginal mean,
+        ``log m = mu + Sigma_gg/2``, and total overdispersion, ``T(r_source) = Sigma_gg + T(r)``, with the
+        function T of the Notes. What is not frozen has these as priors; frozen, they hold exactly.
+        ``"parameter"``: they are the mu and r of this model. Frozen, the overdispersion of the data is then
+        counted twice, in r and in Sigma.
     observation : {"nb", "poisson", "multinomial"}, default="nb"
         The count channel. ``"poisson"`` is the Poisson log-normal model (r = inf); ``"multinomial"`` the
         logistic-normal multinomial: Poisson with a flat prior on the capture offset; its score is
@@ -105,8 +109,8 @@ class NBLNEstimator(
     tol : float or None, default=None
         Relative tolerance of the log-posterior. The fit stops when the predicted gain of the next sweep
         (half the slope along its step) is less than half this fraction of the log-posterior's magnitude, or
-        when two sweeps in a row raised it by less than this fraction. None takes 1e-4; 1e-5 with
-        ``cascade="marginal"``, whose late sweeps still raise held-out scores; and 1e-6 with a
+        when two sweeps in a row raised it by less than this fraction. None takes 3e-5; 1e-5 where r is
+        frozen under ``cascade="marginal"``, whose late sweeps still raise held-out scores; and 1e-6 with a
         `loadings_prior`, under which the lengths of columns converge slowly: standard errors of a fit that
         stopped early are too small.
     batch_size : int or None, default=None
@@ -156,7 +160,15 @@ class NBLNEstimator(
     informative_prior_estimator_ : NBVCPEstimator
         The fitted source.
     latent_dim_ : int
-        Number of factors of the fit: `latent_dim`, at most min(n_cells, n_genes).
+        Number of factors of the fit: `latent_dim`, at most min(n_cells, n_genes), or the number found. 0
+        where none was found: then `components_` is one row of zeros, and `transform` one column of zeros.
+    rank_diagnostics_ : dict or None
+        How the number of factors was found; None where it was given. ``score_eigenvalues``, the leading
+        eigenvalues of the scores at the source's fit; ``null_eigenvalues``, the largest of each permutation
+        of them; ``null_threshold``, above which a factor is; ``score_rank``, the number of factors by it;
+        ``column_information``, ``w' B w`` of the columns after a few sweeps, with B the genes' information
+        per cell, and ``noise_edge``, the largest of noise spread over all genes; None with fewer than 200
+        rows.
     dispersion_gradient_ : ndarray of shape (n_genes,)
         Derivative of the marginal log-likelihood with respect to log r at the fit. Where r is frozen at the
         source's value (``cascade="parameter"``), a large positive sum means that the data favour less
@@ -193,20 +205,35 @@ class NBLNEstimator(
 
     Notes
     -----
-    Weak priors keep the estimates finite for genes with very few counts: ``log r ~ N(2, 1)``, mu normal
-    around the genes' average with standard deviation 4 (each where it is not frozen), and
-    ``d ~ Exponential(rate 2)``.
+    What the source says of the means and the total overdispersions has standard deviations of `tau` times
+    the source's posterior and 0.1 nats, which the coupling itself is wrong by. There
+
+    .. math:: T(r) = 2 w (\log r - \psi(r)) + (1 - w) \log(1 + 1/r), \qquad w = m / (m + r_{source})
+
+    with m the gene's mean count: the likelihood of a gene with many counts matches the mean of log counts,
+    that of one with few factorial moments.
+
+    Weak priors keep the estimates finite for genes with few counts: mu is normal around the genes' average
+    with standard deviation 4; log d is normal with a centre and a width, 0.5 at least, that are estimated
+    from the genes. Under ``cascade="marginal"`` overdispersion that the factors leave is split between d and
+    T(r), ``log(d / T(r)) ~ N(c, 1)``: evenly, c = 0; where its median is above 0.5 the fit looks at nearly
+    all in r and nearly all in d, and keeps the more likely. Under ``"parameter"``, ``log r ~ N(2, 1)``.
 
     The log-rates are integrated out by Laplace's method. The parameters maximize the resulting marginal
     likelihood by its exact gradient, preconditioned by the least squares of each gene on the scores.
     A sweep costs about ``n_cells n_genes latent_dim^2`` operations; memory is one batch of rows.
+
+    References
+    ----------
+    .. [1] Horn, J. L. (1965). A rationale and test for the number of factors in factor analysis.
+       Psychometrika 30, 179-185.
 
     Examples
     --------
     >>> from sknbln import NBLNEstimator
     >>> from sknbln.datasets import make_nbln_counts
     >>> sim = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0)
-    >>> model = NBLNEstimator(latent_dim=2, cascade="marginal", random_state=0).fit(sim.data)
+    >>> model = NBLNEstimator(random_state=0).fit(sim.data)
     >>> model.transform(sim.data).shape
     (150, 2)
     >>> model.components_.shape
@@ -312,10 +339,11 @@ class NBLNEstimator(
             If `max_iter` sweeps did not meet `tol`, or if the modes of some cells did not converge.
         UserWarning
             If counts are fractional, do not look like counts, or are all zero; if rows have more counts than
-            the M0 of the source's capture prior; if a gene's log-rate has a variance above 50 nats squared.
+            the M0 of the source's capture prior; if ``latent_dim="auto"`` finds no factor, or more than 50;
+            if a gene's log-rate has a variance above 50 nats squared.
             After convergence also if the scores of a real column have a mean square outside 0.5 to 2, if a
-            `loadings_prior` that selects the rank kept all `latent_dim` columns, and if freezing r at the
-            source's value counts overdispersion twice.
+            `loadings_prior` that selects the rank kept all `latent_dim` columns where the scores show more
+            factors, and if freezing r at the source's value counts overdispersion twice.
         """
         self.frozen_params_ = frozen = self._frozen()
         prior_name, column_prior = column_priors.named(self.loadings_prior)
@@ -354,7 +382,7 @@ class NBLNEstimator(
         )
         if previous is not None:
             candidates = [(candidates[0][0], resumed(candidates[0][1], previous, free))]
-        selects = self._selects and previous is None and k > 0 and X.shape[0] >= LEAST_ROWS
+        selects = self._selects() and previous is None and k > 0 and X.shape[0] >= LEAST_ROWS
         outcome = ascend(
             candidates,
             free._replace(loadings=k > 0),
@@ -368,6 +396,8 @@ class NBLNEstimator(
         if selects and outcome.information is not None:
             edge = noise_edges(X.shape[1], X.shape[0])[-1]
             self.rank_diagnostics_ |= dict(column_information=outcome.information, noise_edge=edge)
+        if self.latent_dim != "auto":  # columns that are not real are zero
+            outcome = outcome.with_columns(min(self.latent_dim, *X.shape))
         objective = outcome.objective
         self._set_parameters(objective, outcome.point)
         self._set_rows(objective, rows, free, outcome)
@@ -413,23 +443,23 @@ class NBLNEstimator(
             self.capture_prior_ = _capture.resolve(self.capture_efficiency, X)
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
-    @property
     def _selects(self):
-        """Whether the fit finds the number of factors, or drops columns that are not real."""
-        return self.latent_dim == "auto"
+        """Whether the fit finds the number of factors, or how many of the given number are real."""
+        name, _ = column_priors.named(self.loadings_prior)
+        return self.latent_dim == "auto" or name in column_priors.CHOOSE_RANK
 
     def _number_of_factors(self, X, source, offsets, previous, rng):
         """Number of factors at the start, and the `rank_diagnostics_`."""
         if previous is not None:
             return previous.loadings.shape[1], getattr(self, "rank_diagnostics_", None)
-        most = min(X.shape)
-        if not self._selects:
-            return min(self.latent_dim, most), None
+        most = min(X.shape) if self.latent_dim == "auto" else min(self.latent_dim, *X.shape)
+        if not self._selects():
+            return most, None
         found, diagnostics = _opening.number_of_factors(X, source, offsets, rng)
         return min(found, most), diagnostics
 
     def _priors(self, source, free, rng):
-        """Priors of the mean and log r, the coupling, and the genes' own priors, as `Objective` takes them."""
+        """Priors of mean and log r, the coupling, and the genes' own priors, as `Objective` takes them."""
         strength = self.informative_priors_tau, self.informative_priors_n_samples
         if self.cascade == "parameter":
             mean, dispersion = _source.priors(source, free, *strength, rng)
@@ -464,7 +494,9 @@ class NBLNEstimator(
         self.loadings_ = x.loadings @ rotation
         self.components_ = np.ascontiguousarray(compositional(self.loadings_).T)
         self._n_features_out = self.components_.shape[0]
-        self.latent_dim_ = self._n_features_out if np.any(self.loadings_) else 0
+        self.latent_dim_ = self._n_features_out
+        if self.latent_dim == "auto" and not np.any(self.loadings_):
+            self.latent_dim_ = 0
         self.explained_variance_ = np.sum(self.components_**2, axis=1)
         noise = (1 - 1 / self.noise_variance_.size) * self.noise_variance_.sum()
         total = self.explained_variance_.sum() + noise
@@ -473,7 +505,10 @@ class NBLNEstimator(
 
     def _set_rows(self, objective, rows, free, outcome):
         """Set the posterior of the training rows and the standard errors, by one more pass over the rows."""
-        precision = 0.0 if outcome.columns is None else outcome.columns.penalty.precision
+        k, precision = self.loadings_.shape[1], 0.0
+        if outcome.columns is not None:
+            precision = outcome.columns.penalty.precision
+            precision = np.pad(precision, (0, k - precision.size), constant_values=1.0)
         params = objective.coupling.expand(outcome.point.x)._replace(
             mean=self.mean_, loadings=self.loadings_
         )
@@ -531,7 +566,8 @@ class NBLNEstimator(
             "effective_rank": effective_rank(norms, n_genes),
         }
         if columns is not None:
-            diagnostics["sigma_k"] = np.sqrt(columns.variance)
+            scales = np.sqrt(columns.variance)
+            diagnostics["sigma_k"] = np.pad(scales, (0, norms.size - scales.size))
             diagnostics["scale_effective_rank"] = effective_rank(diagnostics["sigma_k"], 1)
             if columns.tau is not None:
                 diagnostics["tau"] = columns.tau

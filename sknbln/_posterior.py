@@ -31,8 +31,8 @@ from .solver.params import Params
 class CoupledDispersion(Transform):
     """Transform of the source's (marginal) dispersion to the dispersion of the model.
 
-    ``variance`` is ``S = |w|^2 + d`` of each gene, in the coordinates of the ascent, (n_genes,); ``total`` the
-    genes' `TotalOverdispersion`.
+    ``variance`` is ``S = |w|^2 + d`` of each gene, in the coordinates of the ascent, (n_genes,); ``total`` is
+    their `TotalOverdispersion`.
     """
 
     domain = dist.constraints.positive
@@ -125,7 +125,7 @@ def standard_deviations(
 
 
 def source_dispersion(guide, coupling=None):
-    """Distribution of a frozen r, from the source's guide, transformed by a `CoupledDispersion` if there is one."""
+    """Distribution of a frozen r, from the source's guide; transformed by the `CoupledDispersion`, if any."""
     r = dist.LogNormal(guide.log_dispersion[0], guide.log_dispersion_scale)
     return r if coupling is None else dist.TransformedDistribution(r, coupling)
 

@@ -317,7 +317,7 @@ class Sweeper:
         self._last_step = LAST_STEP
 
     def rotate(self, rotation):
-        """Rotate the scores by the rotation of the loadings, (k, k); one with fewer columns drops the others."""
+        """Rotate the scores by that of the loadings, (k, k); one with fewer columns drops the others."""
         k, kept = rotation.shape
         scores = pad_columns(self.scores[:, :k] @ rotation, padded_rank(kept))
         self.scores = np.concatenate([scores, self.scores[:, -1:]], 1)

@@ -6,8 +6,8 @@ With fitted means ``m = m_g exp(-eta_c)``, the score and the expected informatio
 
 From the scores is subtracted what the fit of each row's level and each gene's mean takes. Under independence
 the eigenvalues of the genes' correlation matrix of g are noise. Their null distribution comes from permuting
-the standardized scores ``g / sqrt(i)`` of every gene over the rows, each gene by itself (Horn 1965). That keeps
-each gene's own distribution, zero inflation and outliers included.
+the standardized scores ``g / sqrt(i)`` of every gene over the rows, each gene by itself (Horn 1965). That
+keeps each gene's own distribution, zero inflation and outliers included.
 
 Genes with counts in next to no rows are left out: their few counts lie in the deepest rows, which no
 permutation keeps.
@@ -61,7 +61,7 @@ def _eigenvalues(A, k):
 
 
 def _standardize(g, i):
-    """Subtract from scores what rows' levels and genes' means take, and scale genes to unit length; in place."""
+    """Subtract what rows' levels and genes' means take from scores, and scale genes to length 1; in place."""
     g -= i * (g.sum(1) / np.maximum(i.sum(1), 1e-30))[:, None]
     g -= i * (g.sum(0) / np.maximum(i.sum(0), 1e-30))
     norms = np.linalg.norm(g, axis=0)

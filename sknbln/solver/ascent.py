@@ -49,6 +49,15 @@ class Outcome(NamedTuple):
         """Values at the start and after each sweep, nats per cell."""
         return self.stages[0] + [value for stage in self.stages[1:] for value in stage[1:]]
 
+    def with_columns(self, k):
+        """With columns of zeros up to k, where there are fewer."""
+        x, missing = self.point.x, k - self.point.x.loadings.shape[1]
+        if not missing:
+            return self
+        self.objective.rotate(np.eye(k - missing, k))
+        x = x._replace(loadings=np.pad(x.loadings, ((0, 0), (0, missing))))
+        return self._replace(point=self.point._replace(x=x))
+
     @property
     def n_iter(self):
         """Number of sweeps."""

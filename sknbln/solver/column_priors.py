@@ -202,6 +202,8 @@ TYPES = {
     "neg_columnwise": normal_exponential_gamma,
     "ard": ard,
 }
+#: priors under which columns of noise vanish
+CHOOSE_RANK = ("ard", "horseshoe_columnwise", "neg_columnwise")
 #: range of the hyper-parameters of a loadings prior; their squares stay far from overflow
 HYPER_PARAMETER_RANGE = (1e-8, 1e8)
 

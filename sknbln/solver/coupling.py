@@ -6,7 +6,7 @@ log-mean ``M`` and, where it is frozen, its *marginal* dispersion; the covarianc
 .. math:: \mu = M - \Sigma_{gg}/2, \qquad T(r) = T(r_m) - \Sigma_{gg}
 
 with the overdispersion T of `overdispersion`. ``T > 0`` needs ``Sigma_gg`` below ``t = T(r_m)``. Therefore a
-gene with coordinates (w, d) and ``S = |w|^2 + d`` has loadings ``sqrt(c) w`` and noise variance ``c d``, where
+gene with coordinates (w, d) and ``S = |w|^2 + d`` has loadings ``sqrt(c) w`` and noise variance ``c d``,
 
 .. math:: \Sigma_{gg} = c S = t (1 - e^{-S/t}), \qquad T(r) = t e^{-S/t}
 
@@ -22,7 +22,7 @@ from .params import NOISE_UNIT, Params, noise_coordinate, noise_variance
 
 
 def remaining_level(t, S, xp=np):
-    """Overdispersion ``t exp(-S / t)`` that is left to the model's dispersion; the rest of t is ``Sigma_gg``."""
+    """Overdispersion ``t exp(-S / t)`` that is left to the dispersion; the rest of t is ``Sigma_gg``."""
     return t * xp.exp(-S / t)
 
 

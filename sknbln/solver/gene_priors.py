@@ -1,13 +1,13 @@
 r"""Priors of the genes' noise variances, dispersions and total overdispersions, in the model's own units.
 
-*Noise variance*: ``log d ~ N(c, s^2)``, where centre and width are estimated from the genes, so that genes with
-few counts take the d of the others. They are at their maximum for any parameters: derivatives in them vanish,
-and the log-density is one smooth function of the parameters (empirical Bayes).
+*Noise variance*: ``log d ~ N(c, s^2)``, where centre and width are estimated from the genes, so that genes
+with few counts take the d of the others. They are at their maximum for any parameters: derivatives in them
+vanish, and the log-density is one smooth function of the parameters (empirical Bayes).
 
-*Split*: ``log d - log T(r) ~ N(c, 1)``. The counts of one gene hardly tell a variance of its log-rate from the
-overdispersion of its counts, and Laplace's method is a little too fond of the former. An even split, c = 0, keeps
-both where they can be. Where overdispersion is large the two differ, and c is one of two values between which
-the likelihood decides.
+*Split*: ``log d - log T(r) ~ N(c, 1)``. The counts of one gene hardly tell a variance of its log-rate from
+the overdispersion of its counts, and Laplace's method favours the former a little. An even split, c = 0, holds
+the balance. Where overdispersion is large the two differ, and c is one of two values, between which the
+likelihood decides.
 
 *Total overdispersion*: ``log(Sigma_gg + T_g(r_g)) ~ N(l_g, s_g^2)``, see `overdispersion`.
 """

@@ -148,7 +148,7 @@ class Objective:
         A rotation with fewer columns drops the others.
         """
         self.sweep.rotate(rotation)
-        if self._last_sums is None or rotation.shape[1] < rotation.shape[0]:
+        if self._last_sums is None or rotation.shape[1] != rotation.shape[0]:
             self._last_sums = None
             return
         own, sums = self._last_sums

@@ -44,7 +44,6 @@ def latent_dim(text):
     return text if text == "auto" else int(text)
 
 
-
 def run(name, dims, settings, simulator):
     """Print the table of one data set."""
     data = simulated(name, simulator)

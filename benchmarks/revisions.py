@@ -1,7 +1,7 @@
 """Two git revisions of sknbln side by side on the same rows of simulated sets.
 
     python benchmarks/revisions.py main worktree 500x200 1000x500 [--rounds 3] [--cores 1] [--json FILE]
-        [--settings default refined ard] [--simulator simulate.py]
+        [--settings default k ard] [--simulator simulate.py]
 
 ``worktree`` is the package as it lies in this directory's checkout, uncommitted changes too; anything
 else that git knows is written to a temporary directory. The revisions alternate, each time in a

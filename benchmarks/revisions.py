@@ -101,7 +101,7 @@ def main():
     parser.add_argument("second", help="git revision, or `worktree`")
     parser.add_argument("sets", nargs="+", help="CELLSxGENES, 80 %% of the cells are fitted")
     parser.add_argument("--latent-dim", type=int, default=8)
-    parser.add_argument("--settings", nargs="+", choices=OURS, default=["default"])
+    parser.add_argument("--settings", nargs="+", choices=OURS, default=["k"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, help="default: all that this process may use")
     parser.add_argument("--simulator", help="file of another simulator, as in recovery.py")

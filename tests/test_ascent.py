@@ -26,13 +26,14 @@ from sknbln.solver.params import (
 
 from .reference import small
 from .reference.ascent import BLOCKS, K, N, problem
+from .reference.coupling import total
 from .reference.csr import csr
 
 ALL = Params(True, True, True, True)
 
 
-def run(evaluate, start, free=ALL, *, tol=1e-6, max_iter=100, report=None):
-    return ascend(evaluate, start, free, n_cells=N, tol=tol, max_iter=max_iter, report=report)
+def run(evaluate, start, free=ALL, *, tol=1e-6, max_iter=100, **options):
+    return ascend([(evaluate, start)], free, n_cells=N, tol=tol, max_iter=max_iter, **options)
 
 
 def largest_gradient(point, free=ALL):
@@ -44,7 +45,7 @@ def largest_gradient(point, free=ALL):
 @pytest.mark.parametrize("seed", range(4))
 def test_monotone_from_bad_starts(seed, coupled):
     free = ALL if not coupled else Params(True, True, True, False)
-    evaluate, start = problem(seed, MarginalCoupling(True) if coupled else None)
+    evaluate, start = problem(seed, MarginalCoupling(total()) if coupled else None)
     start = start._replace(dispersion=np.minimum(start.dispersion, 0.0)) if coupled else start
     outcome = run(evaluate, start, free, max_iter=500)
     history = np.array(outcome.history)
@@ -242,6 +243,7 @@ def scaled(evaluate, factor, constant=0.0):
             observed=tuple(factor * a for a in columns.observed),
             complete=tuple(factor * a for a in columns.complete),
             precision=factor * columns.precision,
+            lengths=factor * columns.lengths,
         )
         parts = {n: factor * a for n, a in point.metric._asdict().items() if n != "columns"}
         return point._replace(

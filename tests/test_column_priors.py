@@ -317,7 +317,7 @@ def test_stages_without_any_move_end_the_fit_and_warn(rank_three, monkeypatch, p
     assert model.objective_history_.size == model.n_iter_ + 1
 
 
-@pytest.mark.parametrize("coupling", [None, MarginalCoupling(True)])
+@pytest.mark.parametrize("coupling", [None, MarginalCoupling(total())])
 def test_penalized_objective_has_the_exact_gradient(coupling):
     evaluate, x = problem(16, coupling)
     rng = np.random.default_rng(0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 
 from sknbln.solver.column_priors import ColumnPenalty
 from sknbln.solver.columns import Columns

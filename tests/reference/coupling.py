@@ -48,7 +48,7 @@ def expand_gene(mean, loadings, log_noise, log_r, weight):
 
 
 def gradient_gene(weights, x, weight):
-    """Gradient in the coordinates (mean, loadings, noise) of ``sum(weights * expand_gene(x))``, by differences.
+    """Gradient in (mean, loadings, noise) of ``sum(weights * expand_gene(x))``, by differences.
 
     ``weights`` and ``x`` are four arrays each, (mean, loadings, noise, log_r).
     """

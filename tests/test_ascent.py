@@ -6,12 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import optimize
+from scipy.stats import ortho_group
 
 from sknbln._counts import CountHistogram
 from sknbln._rows import RowBatches, Sweeper
+from sknbln.datasets import make_nbln_counts
 from sknbln.solver import ascent
 from sknbln.solver.ascent import ascend
 from sknbln.solver.coupling import MarginalCoupling
+from sknbln.solver.gauge import noise_edges
 from sknbln.solver.metric import product
 from sknbln.solver.objective import Objective
 from sknbln.solver.params import (
@@ -26,13 +29,14 @@ from sknbln.solver.params import (
 
 from .reference import small
 from .reference.ascent import BLOCKS, K, N, problem
+from .reference.coupling import total
 from .reference.csr import csr
 
 ALL = Params(True, True, True, True)
 
 
-def run(evaluate, start, free=ALL, *, tol=1e-6, max_iter=100, report=None):
-    return ascend(evaluate, start, free, n_cells=N, tol=tol, max_iter=max_iter, report=report)
+def run(evaluate, start, free=ALL, *, tol=1e-6, max_iter=100, **options):
+    return ascend([(evaluate, start)], free, n_cells=N, tol=tol, max_iter=max_iter, **options)
 
 
 def largest_gradient(point, free=ALL):
@@ -44,7 +48,7 @@ def largest_gradient(point, free=ALL):
 @pytest.mark.parametrize("seed", range(4))
 def test_monotone_from_bad_starts(seed, coupled):
     free = ALL if not coupled else Params(True, True, True, False)
-    evaluate, start = problem(seed, MarginalCoupling(True) if coupled else None)
+    evaluate, start = problem(seed, MarginalCoupling(total()) if coupled else None)
     start = start._replace(dispersion=np.minimum(start.dispersion, 0.0)) if coupled else start
     outcome = run(evaluate, start, free, max_iter=500)
     history = np.array(outcome.history)
@@ -242,6 +246,7 @@ def scaled(evaluate, factor, constant=0.0):
             observed=tuple(factor * a for a in columns.observed),
             complete=tuple(factor * a for a in columns.complete),
             precision=factor * columns.precision,
+            lengths=factor * columns.lengths,
         )
         parts = {n: factor * a for n, a in point.metric._asdict().items() if n != "columns"}
         return point._replace(
@@ -261,10 +266,10 @@ def test_tol_is_a_fraction_of_the_objectives_magnitude():
     assert plain.converged and large.converged
     assert plain.n_iter == large.n_iter < 100
     assert_allclose(large.history, 1000.0 * np.array(plain.history), rtol=1e-6)
-    gains, magnitude = np.diff(large.history), np.abs(large.history[:-1])
-    assert gains[-1] < 1e-4 * magnitude[-1]
-    assert gains[-1] > 1e-4  # with an absolute tolerance it would have gone on
-    assert not np.any((gains[:-2] < 1e-4 * magnitude[:-2]) & (gains[1:-1] < 1e-4 * magnitude[1:-1]))
+    assert "the next sweep promises less" in large.reason
+    assert large.promised < 0.5 * 1e-4 * abs(large.history[-2])
+    # with an absolute tolerance it would have gone on
+    assert large.promised > 0.5 * 1e-4 and np.diff(large.history)[-1] > 1e-4
 
 
 def test_tol_is_of_one_nat_where_the_objective_is_about_zero():
@@ -375,6 +380,131 @@ def test_unconverged_cells_of_the_last_point_are_kept():
 
     outcome = run(unconverged, start, max_iter=1)
     assert outcome.point.sums.n_unconverged == 3
+
+
+# ------------------------------------------------------------------ the opening
+
+
+def test_of_several_candidates_the_most_likely_is_kept():
+    """The log-likelihood after the first sweeps decides: neither the start's, nor that of the priors."""
+    evaluate, start = problem(8)
+
+    def held(x):
+        """Under a prior that moves the means from where the counts want them; its density is high."""
+        point = evaluate(x)
+        pull = -1e3 * (x.mean - start.mean)
+        value = point.value + 1e6 + 0.5 * np.sum(pull * (x.mean - start.mean))
+        moments = point.metric.moments.copy()
+        moments[:, 0] += 1e3
+        return point._replace(
+            value=value,
+            gradient=point.gradient._replace(mean=point.gradient.mean + pull),
+            metric=point.metric._replace(moments=moments),
+        )
+
+    alone = run(evaluate, start, tol=1e-7, max_iter=200)
+    near = alone.point.x
+    assert evaluate(near).log_likelihood > evaluate(start).log_likelihood + 10
+    for candidates in ([(held, near), (evaluate, start)], [(evaluate, start), (held, near)]):
+        seen = []
+        outcome = ascend(
+            candidates,
+            ALL,
+            n_cells=N,
+            tol=1e-7,
+            max_iter=200,
+            report=lambda i, p, seen=seen: seen.append(p),
+        )
+        assert outcome.objective is evaluate
+        assert outcome.converged
+        assert_allclose(outcome.point.value, alone.point.value, atol=1e-3)
+        # the sweeps of the other do not count, though they are reported
+        assert len(outcome.stages[0]) == ascent.LOOK_SWEEPS + 1
+        assert_allclose(outcome.history[0] * N, evaluate(start).value, rtol=1e-10)
+        assert np.all(np.diff(outcome.history) >= -1e-9)
+        assert len(seen) > outcome.n_iter
+
+
+def test_the_opening_leaves_one_of_few_sweeps():
+    evaluate, start = problem(8)
+    outcome = ascend([(evaluate, start)] * 2, ALL, n_cells=N, tol=0.0, max_iter=5)
+    assert [len(stage) - 1 for stage in outcome.stages] == [4, 1]
+    assert outcome.reason == "max_iter=5 sweeps were done" and not outcome.converged
+    (only,) = ascend([(evaluate, start)] * 2, ALL, n_cells=N, tol=0.0, max_iter=1).stages[1:]
+    assert len(only) == 2
+
+
+@pytest.fixture(scope="module")
+def two_factors():
+    """Objective of counts with two factors, and start coordinates with four columns."""
+    sim = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=3)
+    X = csr(sim.data.toarray())
+    flat = GaussianPrior.flat(24)
+    rng = np.random.default_rng(0)
+    variance = np.sum(sim.loadings**2, 1) + sim.noise_variance
+    start = Params(
+        np.log(X.toarray().mean(0) + 0.1) + sim.capture_offset.mean() - variance / 2,
+        np.c_[sim.loadings, 0.1 * rng.standard_normal((24, 2))]
+        @ ortho_group.rvs(4, random_state=0),
+        noise_coordinate(sim.noise_variance),
+        np.log(sim.dispersion),
+    )
+
+    def objective():
+        rows = RowBatches(X, sim.capture_offset, np.zeros(150))
+        return Objective(Sweeper(rows, 4), CountHistogram(X), flat, flat)
+
+    return objective, start
+
+
+HELD_DISPERSION = Params(True, True, True, False)
+
+
+def select(objective, start, edges, **options):
+    options = {"tol": 1e-5, "max_iter": 100} | options
+    return ascend([(objective, start)], HELD_DISPERSION, n_cells=150, edges=edges, **options)
+
+
+def test_columns_of_noise_are_dropped_after_the_first_sweeps(two_factors):
+    objective, start = two_factors
+    function, edges = objective(), noise_edges(24, 150)
+    outcome = select(function, start, edges)
+    assert outcome.converged
+    assert outcome.point.x.loadings.shape == (24, 2)
+    assert len(outcome.stages[0]) == ascent.PLAIN_SWEEPS + 1
+    assert outcome.information.shape == (4,)
+    assert np.all(np.diff(outcome.information) < 0)
+    assert outcome.information[1] > edges[-1] > outcome.information[2]
+    # what is left is the optimum of the smaller problem
+    fresh = objective()
+    fresh.rotate(np.eye(4, 2))
+    alone = ascend([(fresh, outcome.point.x)], HELD_DISPERSION, n_cells=150, tol=1e-7, max_iter=100)
+    assert 0 <= alone.point.value - outcome.point.value < 150 * 1e-2
+    # and columns of zeros do not change it
+    padded = outcome.with_columns(4)
+    assert outcome.with_columns(2) is outcome
+    assert_array_equal(padded.point.x.loadings[:, 2:], 0.0)
+    assert_array_equal(padded.point.x.loadings[:, :2], outcome.point.x.loadings)
+    assert_allclose(function(padded.point.x).value, outcome.point.value, rtol=1e-10)
+
+
+def test_without_real_columns_the_genes_are_independent(two_factors):
+    objective, start = two_factors
+    outcome = select(objective(), start, np.full(24, np.inf))
+    assert outcome.converged
+    assert_array_equal(outcome.point.x.loadings, np.zeros((24, 1)))
+    assert outcome.information.shape == (4,)
+    # at the optimum of what is left
+    gradient = outcome.point.gradient
+    assert np.abs(gradient.mean).max() < 5.0
+    assert np.abs(gradient.loadings).max() == 0.0
+
+
+def test_without_edges_all_columns_are_kept(two_factors):
+    objective, start = two_factors
+    outcome = select(objective(), start, None, max_iter=2)
+    assert outcome.point.x.loadings.shape == (24, 4)
+    assert outcome.information is None and len(outcome.stages) == 1
 
 
 # ------------------------------------------------------------------ the steps

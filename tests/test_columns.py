@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_allclose
 
 from sknbln.solver.column_priors import ColumnPenalty
 from sknbln.solver.columns import Columns
@@ -10,6 +10,7 @@ from sknbln.solver.coupling import MarginalCoupling
 
 from .reference import small
 from .reference.ascent import K, problem
+from .reference.coupling import total
 
 
 def columns_at(loadings, precision=0.0, n_cells=50):
@@ -126,15 +127,49 @@ def test_column_step_climbs():
     assert_allclose(total, columns.lift(newton), rtol=1e-10)
 
 
-@pytest.mark.parametrize("dispersion", [True, False])
-def test_coupled_loadings_take_the_regressions_step(dispersion):
-    """Their common change also moves means and dispersions, which its information leaves out."""
-    evaluate, start = problem(15, MarginalCoupling(dispersion))
+@pytest.mark.parametrize("precision", [0.0, np.array([0.5, 2.0, 1e6])])
+def test_inverse_with_information_in_the_lengths(precision):
+    """Without a prior the change is symmetric: the counts hold no information in a rotation."""
+    rng = np.random.default_rng(13)
+    columns, weight = columns_at(rng.standard_normal((60, 3)), precision)
+    columns = columns.with_lengths(weight).with_lengths(rng.uniform(0.0, 100.0, 60))
+    S = rng.standard_normal((3, 3))
+    if not columns.has_prior:
+        S = S + S.T
+    for information in (columns.observed, columns.complete):
+        T = columns.times(information, S)
+        back = columns.inverse(information, T)
+        assert_allclose(back, S, rtol=1e-5, atol=1e-6)
+        if not columns.has_prior:  # what a rotation would gain is left out
+            turn = np.array([[0.0, 1.0, -2.0], [-1.0, 0.0, 0.5], [2.0, -0.5, 0.0]])
+            assert_allclose(columns.inverse(information, T + turn), S, rtol=1e-5, atol=1e-6)
+
+
+def test_information_in_the_lengths_is_that_of_each_gene():
+    """``sum_g a_g (w_g' S w_g)^2``, in complete data and in the counts alike; it adds up."""
+    rng = np.random.default_rng(14)
+    W, a = rng.standard_normal((12, 3)), rng.uniform(0.0, 5.0, 12)
+    columns, _ = columns_at(W)
+    S = rng.standard_normal((3, 3))
+    longer = columns.with_lengths(a / 4).with_lengths(3 * a / 4)
+    # the change of |w|^2 / 2
+    h = 1e-6
+    change = (np.sum((W + h * W @ S) ** 2, 1) - np.sum((W - h * W @ S) ** 2, 1)) / (4 * h)
+    for name in ("observed", "complete"):
+        found, before = (np.sum(S * c.times(getattr(c, name), S)) for c in (longer, columns))
+        assert_allclose(found - before, np.sum(a * change**2), rtol=1e-7)
+
+
+def test_coupled_dispersions_take_the_regressions_step():
+    """A common change of all loadings also moves the dispersions, of which the information says nothing."""
+    evaluate, start = problem(15, MarginalCoupling(total()))
     x = start._replace(loadings=3.0 * start.loadings)
     point = evaluate(x)
-    assert_array_equal(point.metric.columns.step(point.gradient.loadings), 0.0)
     free = problem(15)[0](x)
-    assert np.any(free.metric.columns.step(free.gradient.loadings) != 0)
+    assert np.abs(free.metric.columns.step(free.gradient.loadings)).max() > 0.1
+    step = point.metric.columns.step(point.gradient.loadings)
+    # two solutions of the same system by conjugate gradients
+    assert_allclose(step, 0.0, atol=1e-9)
     # under a prior, which determines rotations, only the step of a rotation is longer
     penalty = ColumnPenalty(np.array([1.0, 50.0]), np.zeros(K), np.zeros(small.N_GENES))
     columns = evaluate(x, penalty).metric.columns
@@ -148,3 +183,20 @@ def test_coupled_loadings_take_the_regressions_step(dispersion):
         information(columns.observed, lengths), information(columns.complete, lengths), rtol=1e-10
     )
     assert information(columns.observed, turn) < information(columns.complete, turn)
+
+
+def test_coupled_means_hold_the_lengths_of_the_columns():
+    """A longer column moves the means: the step of lengths is shorter than with means of their own."""
+    evaluate, start = problem(15, MarginalCoupling())
+    x = start._replace(loadings=3.0 * start.loadings)
+    columns = evaluate(x).metric.columns
+    assert np.all(columns.lengths > 0)
+    for j in range(K):
+        S = np.zeros((K, K))
+        S[j, j] = 1.0
+        change = columns.lift(S)
+        ours, alone = (
+            np.sum(c.step(change) * change)
+            for c in (columns, columns._replace(lengths=np.zeros(small.N_GENES)))
+        )
+        assert 0 <= ours < 0.5 * alone

@@ -9,9 +9,10 @@ from sknbln._rows import RowBatches, Sweeper
 from sknbln.solver.channel import log_rising
 from sknbln.solver.column_priors import ColumnPenalty
 from sknbln.solver.coupling import Identity, MarginalCoupling
+from sknbln.solver.gene_priors import EVEN, GenePriors, OverdispersionPrior, Pool, SplitPrior
+from sknbln.solver.metric import least_squares_matrix
 from sknbln.solver.objective import Objective
 from sknbln.solver.params import (
-    NOISE_RATE,
     NOISE_UNIT,
     GaussianPrior,
     Params,
@@ -21,22 +22,27 @@ from sknbln.solver.params import (
 )
 
 from .reference import direct, small
+from .reference.coupling import total
 from .reference.csr import csr
 
 K = 3
-COUPLINGS = [Identity(), MarginalCoupling(True), MarginalCoupling(False)]
+COUPLINGS = [Identity(), MarginalCoupling(total()), MarginalCoupling()]
 IDS = ["identity", "coupled", "mean-coupled"]
 BLOCKS = Params._fields
 
 
 def priors(rng):
-    """Two priors that leave some genes without a prior, and a weak prior."""
+    """Two priors of coordinates that leave some genes without a prior, and priors of the genes."""
     G = small.N_GENES
     precision = rng.uniform(0.5, 4.0, G) * (np.arange(G) % 3 > 0)
     return (
         GaussianPrior(rng.uniform(0, 3, G), precision),
         GaussianPrior(rng.uniform(0, 2, G), precision[::-1].copy()),
-        GaussianPrior(np.full(G, 2.0), np.full(G, 1.0)),
+        GenePriors(
+            Pool(-1.0, 2.0, 0.3),
+            SplitPrior(total(), EVEN),
+            OverdispersionPrior(total(), GaussianPrior(rng.uniform(-2, 1, G), precision)),
+        ),
     )
 
 
@@ -46,11 +52,8 @@ def objective(coupling, seed=0):
     rng = np.random.default_rng(seed)
     X = csr(cells.counts)
     sweeper = Sweeper(RowBatches(X, cells.offset, cells.scale), K)
-    mean_prior, log_r_prior, weak = priors(rng)
-    function = Objective(
-        sweeper, CountHistogram(X), mean_prior, log_r_prior, coupling=coupling, weak_log_r=weak
-    )
-    # marginal overdispersion of at least 0.6, so that a variance of up to log(1.6) has room
+    function = Objective(sweeper, CountHistogram(X), *priors(rng)[:2], coupling, priors(rng)[2])
+    # marginal overdispersion of at least 0.5, so that the variance has room
     log_r = np.minimum(np.log(r), 0.5)
     x = Params(params.mean, params.loadings[:, :K], noise_coordinate(params.noise), log_r)
     return function, x
@@ -70,10 +73,9 @@ def test_value_is_the_dense_twins_plus_priors(coupling):
     for prior, at in (  # normal
         (function.prior_mean, x.mean),
         (function.prior_log_r, x.dispersion),
-        (function.weak_log_r, params.dispersion),
     ):
         expected -= 0.5 * np.sum(prior.precision * (at - prior.loc) ** 2)
-    expected -= NOISE_RATE * np.sum(noise_variance(params))  # exponential
+    expected += function.gene_priors.log_density(params)  # see test_gene_priors.py
     point = function(x)
     assert_allclose(point.value, expected, rtol=0, atol=1e-8)
     assert_allclose(point.gradient_log_r, function.log_likelihood(params)[1].dispersion, rtol=1e-8)
@@ -95,7 +97,7 @@ def test_gradient_is_the_difference_quotient(coupling, block):
     if (
         block == "dispersion"
         and isinstance(coupling, MarginalCoupling)
-        and coupling.couple_dispersion
+        and coupling.total is not None
     ):
         assert_array_equal(grad - function.prior_log_r.gradient(x.dispersion), 0.0)
         return  # the marginal overdispersion is frozen: its gradient is that of its prior
@@ -115,7 +117,8 @@ def test_gradient_is_the_difference_quotient(coupling, block):
 def test_poisson_and_no_noise_are_frozen_values():
     """``log r = inf`` and ``d = 0`` give finite values and gradients."""
     function, x = objective(Identity())
-    function.prior_log_r = function.weak_log_r = GaussianPrior.flat(small.N_GENES)
+    function.prior_log_r = GaussianPrior.flat(small.N_GENES)
+    function.gene_priors = GenePriors()
     x = x._replace(dispersion=np.full(small.N_GENES, np.inf), noise=np.zeros(small.N_GENES))
     assert_array_equal(noise_variance(x), 0.0)
     point = function(x)
@@ -138,23 +141,25 @@ def test_preconditioner_is_the_sums_and_the_priors_curvatures():
     sums = point.sums
     metric, genes, d = point.metric, point.sums.genes, noise_variance(x)
     second = function.histogram.constant_derivatives(np.exp(x.dispersion))[1]
-    prior, weak = function.prior_mean.precision, function.weak_log_r.precision
+    prior, of_genes = function.prior_mean.precision, function.gene_priors.information(x)
     assert_allclose(
         metric.dispersion,
-        genes.information_log_r - second + function.prior_log_r.precision + weak,
+        genes.information_log_r - second + function.prior_log_r.precision + of_genes.dispersion,
         rtol=1e-8,
     )
     slope = d + NOISE_UNIT  # of d in its coordinate
-    assert_allclose(
-        metric.noise,
-        slope**2 * genes.information_noise + NOISE_RATE * slope,
-        rtol=1e-8,
-    )
+    assert_allclose(metric.noise, slope**2 * (genes.information_noise + of_genes.noise), rtol=1e-8)
+    assert_array_equal(metric.columns.lengths, of_genes.mean)
+    of_genes = of_genes.loadings[:, :, None] * of_genes.loadings[:, None, :]
+    assert np.all(np.trace(of_genes, axis1=1, axis2=2)[function.prior_mean.precision > 0] > 0)
     assert_allclose(metric.shift, sums.information_shift + prior.sum(), rtol=1e-8)
     assert_allclose(metric.moments[:, 0], genes.moments[:, 0] + prior, rtol=1e-8)
-    assert_allclose(metric.moments[:, 1:], genes.moments[:, 1:], rtol=1e-8, atol=1e-8)
+    found, of_counts = (least_squares_matrix(m, K) for m in (metric.moments, genes.moments))
+    assert_allclose(found[:, 1:, 1:] - of_counts[:, 1:, 1:], of_genes, rtol=1e-8, atol=1e-8)
+    assert_allclose(found[:, 0, 1:], of_counts[:, 0, 1:], rtol=1e-8)
     # the sums are those of the likelihood alone, without priors
-    assert_allclose(point.sums.genes.moments, genes.moments, rtol=1e-8, atol=1e-8)
+    alone = function.sweep(in_model_units(x)).genes
+    assert_allclose(genes.moments, alone.moments, rtol=1e-7, atol=1e-8)
     assert np.all(metric.noise > 0) and sums.information_shift > 0
 
 
@@ -244,3 +249,34 @@ def test_a_rotation_needs_no_new_pass(monkeypatch):
     at_the_mode = function.sweep.scores[:, :K].copy()
     function.sweep(in_model_units(turned))
     assert_allclose(function.sweep.scores[:, :K], at_the_mode, atol=1e-8)
+
+
+def test_a_rotation_to_fewer_columns_drops_the_others():
+    """The scores of the columns that stay are kept as a start; the sums are those of a new pass."""
+    function, x = objective(Identity())
+    function(x)
+    scores = function.sweep.scores.copy()
+    rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((K, K)))[0][:, : K - 1]
+    fewer = x._replace(loadings=x.loadings @ rotation)
+    function.rotate(rotation)
+    assert_allclose(function.sweep.scores[:, : K - 1], scores[:, :K] @ rotation, rtol=1e-12)
+    assert_array_equal(function.sweep.scores[:, K - 1 : -1], 0.0)
+    assert_array_equal(function.sweep.scores[:, -1], scores[:, -1])  # of the capture offset
+    fresh = objective(Identity())[0]
+    fresh.rotate(np.eye(K, K - 1))
+    assert_allclose(function(fewer).value, fresh(fewer).value, rtol=1e-11)
+
+
+def test_another_centre_of_the_split_shares_the_counts():
+    function, x = objective(Identity())
+    other = function.with_split(3.0)
+    assert function.gene_priors.split.centre == EVEN and other.gene_priors.split.centre == 3.0
+    assert other.gene_priors.noise is function.gene_priors.noise
+    assert other.sweep is function.sweep
+    found, before = other(x), function(x)
+    assert_allclose(found.log_likelihood, before.log_likelihood, rtol=1e-11)
+    difference = other.gene_priors.log_density(x) - function.gene_priors.log_density(x)
+    assert_allclose(found.value - before.value, difference, rtol=1e-9)
+    # without the prior there is nothing to centre
+    function.gene_priors = function.gene_priors._replace(split=None)
+    assert function.with_split(3.0) is function

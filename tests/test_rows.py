@@ -236,11 +236,10 @@ def test_rows_do_not_depend_on_the_start():
 def test_sum_over_batches_is_the_loop():
     X, offset, scale, _, params = rows()
     summed = sum_over_batches(RowBatches(X, offset, scale, batch_size=8), params)
-    total, squares = summed(information_sums)
+    total = summed(information_sums)
     m = np.exp(params.mean - offset[:, None])
     information = m / (1 + params.dispersion * m)
     assert_allclose(total, information.sum(0), rtol=1e-12)
-    assert_allclose(squares, (information**2).sum(0), rtol=1e-12)
 
 
 @pytest.mark.parametrize("free_dispersion", [True, False])

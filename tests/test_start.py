@@ -10,29 +10,41 @@ from scipy.linalg import subspace_angles
 from sknbln._rows import RowBatches, sum_over_batches
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver import start as start_module
-from sknbln.solver.params import Params
-from sknbln.solver.start import less_overdispersion, loadings_from_scores
+from sknbln.solver.params import Params, noise_coordinate, noise_variance
+from sknbln.solver.start import (
+    START_NOISE,
+    loadings_from_scores,
+    resumed,
+    spikes,
+    start_coordinates,
+)
 
 from .reference import small
+from .reference.coupling import total
 from .reference.csr import csr
 
 K = 3
 
 
-def dense(counts, offset, log_mean, r, k):
-    """Loadings from the dense ``B' B / n``: eigenpairs, less the noise's share of each."""
+def moments(counts, offset, log_mean, r):
+    """The dense scores over their standard deviation, (n_cells, n_genes), and the genes' information."""
     m = np.exp(log_mean - offset[:, None])
     poisson = np.isinf(r)
     size = np.where(poisson, 1.0, r)
     p = np.where(poisson, 0.0, m / (m + size))
     g = np.where(poisson, counts - m, counts - (counts + size) * p)
-    information = np.where(poisson, m, m * size / (m + size))
-    q = np.sqrt(np.mean(information**2, 0))
-    B = g / q
-    values, vectors = np.linalg.eigh(B.T @ B / len(counts))
-    values, vectors = values[::-1][:k], vectors[:, ::-1][:, :k]
-    share = (vectors**2).T @ (information.mean(0) / q**2)
-    return vectors * np.sqrt(np.maximum(values - share, values / 20))
+    information = np.where(poisson, m, m * size / (m + size)).sum(0)
+    return g / np.sqrt(information), information
+
+
+def dense(counts, offset, log_mean, r, k):
+    """Loadings from the dense ``A' A``: eigenpairs, each with the size and the cosine of a spike."""
+    A, information = moments(counts, offset, log_mean, r)
+    values, vectors = np.linalg.eigh(A.T @ A)
+    size, cosine = spikes(values[::-1][:k], counts.shape[1] / len(counts))
+    scaled = vectors[:, ::-1][:, :k] * np.sqrt(size * cosine)
+    precision = information + 0.1 * information.mean()
+    return scaled * (np.sqrt(len(counts) * information) / precision)[:, None]
 
 
 def small_data(poisson=False):
@@ -63,7 +75,6 @@ def test_equals_a_dense_eigendecomposition(poisson, monkeypatch):
     # the sign of an eigenvector is arbitrary
     assert_allclose(found @ found.T, expected @ expected.T, rtol=1e-8, atol=1e-10)
     assert_allclose(np.abs(found), np.abs(expected), rtol=1e-6, atol=1e-8)
-    assert np.all(np.diff(np.linalg.norm(expected, axis=0)) < 0)
 
 
 def test_large_loadings_are_cut_at_the_start(monkeypatch):
@@ -86,9 +97,6 @@ def test_batches_and_seeds_do_not_matter():
     whole = loadings(double, log_mean, r, K, batch_size=16)
     parts = loadings(double, log_mean, r, K, batch_size=8, seed=1)
     assert_allclose(parts @ parts.T, whole @ whole.T, rtol=1e-9, atol=1e-10)
-    # twice the same cells have the same moments
-    once = loadings(cells, log_mean, r, K)
-    assert_allclose(whole @ whole.T, once @ once.T, rtol=1e-9, atol=1e-10)
 
 
 def test_no_latent_dimension():
@@ -136,33 +144,109 @@ def test_recovers_the_span_of_the_factors():
     assert 2 / 3 < (estimate @ truth) / (truth @ truth) < 4 / 3
 
 
-# ------------------------------------------------------------------ where a free dispersion starts
-
-LOG_R = np.log(np.array([1e-4, 0.1, 1.0, 10.0, 1e4]))
+# ------------------------------------------------------------------ spikes above noise
 
 
-def test_without_variance_the_dispersion_does_not_change():
-    # phi is computed from 1 + phi: a rounding error of 1 / phi
-    assert_allclose(less_overdispersion(LOG_R, np.zeros(5)), LOG_R, rtol=0, atol=1e-11)
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0.01, 30.0), st.floats(1.2, 50.0))
+def test_a_spike_is_what_its_eigenvalue_came_from(ratio, above):
+    """Baik, Ben Arous & Peche's eigenvalue and Paul's cosine of a spike of a given size, and back."""
+    size = above * np.sqrt(ratio)
+    found, cosine = spikes(np.array([(1 + size) * (1 + ratio / size)]), ratio)
+    if size + ratio / size > (2.0 + start_module._ABOVE_EDGE) * np.sqrt(ratio):
+        assert_allclose(found, size, rtol=1e-6)
+        assert_allclose(cosine, (1 - ratio / size**2) / (1 + ratio / size), rtol=1e-6)
 
 
-def test_a_large_variance_leaves_a_tenth_of_the_overdispersion():
-    variance = np.log1p(np.exp(-LOG_R))  # all of it
-    for factor in (1.0, 2.0, 1e3):
-        found = less_overdispersion(LOG_R, factor * variance)
-        assert_allclose(found, LOG_R + np.log(10.0), rtol=0, atol=1e-12)
+def test_an_eigenvalue_of_noise_is_the_smallest_spike_that_shows():
+    edge = (1 + np.sqrt(0.5)) ** 2
+    size, cosine = spikes(np.array([edge, 0.5 * edge, 0.0, -1.0]), 0.5)
+    assert_allclose(size, size[0])
+    assert np.sqrt(0.5) < size[0] < 2 * np.sqrt(0.5)
+    assert np.all((cosine > 0) & (cosine < 0.5))
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.floats(-9.0, 9.0), st.floats(0.0, 20.0), st.floats(0.0, 1.0))
-def test_marginal_overdispersion_is_kept_down_to_a_tenth(log_r, variance, more):
-    """``(1 + phi) exp(variance)`` does not change; more variance never leaves more overdispersion."""
-    log_r, variance = np.array([log_r]), np.array([variance])
-    found = less_overdispersion(log_r, variance)
-    before, left = np.exp(-log_r), np.exp(-found)
-    assert np.all(left >= 0.1 * before * (1 - 1e-12))
-    if left > 0.1001 * before:
-        assert_allclose((1 + left) * np.exp(variance), 1 + before, rtol=1e-12)
-    else:
-        assert np.all((1 + 0.1001 * before) * np.exp(variance) >= 1 + before)
-    assert np.all(less_overdispersion(log_r, variance + more) >= found)
+def test_spikes_of_a_gaussian_sample():
+    """An eigenvalue and an eigenvector of 2,000 rows of 500 columns with one spike, over ten seeds."""
+    n, G, true = 2000, 500, 1.2
+    sizes, cosines = [], []
+    for seed in range(10):
+        A = np.random.default_rng(seed).standard_normal((n, G)) / np.sqrt(n)
+        A[:, 0] *= np.sqrt(1 + true)
+        values, vectors = np.linalg.eigh(A.T @ A)
+        size, cosine = spikes(values[-1:], G / n)
+        sizes.append(size[0])
+        cosines.append((cosine[0], vectors[0, -1] ** 2))
+    assert_allclose(np.mean(sizes), true, rtol=0.04)
+    assert_allclose(*np.mean(cosines, 0), atol=0.02)
+
+
+# ------------------------------------------------------------------ the coordinates
+
+G = small.N_GENES
+FREE = Params(True, True, True, True)
+LOG_MEAN, LOG_R = np.linspace(-3.0, 5.0, G), np.linspace(-3.0, 5.0, G)[::-1].copy()
+
+
+def start(split, W=None, free=FREE, coupled=True):
+    W = np.zeros((G, K)) if W is None else W
+    return start_coordinates(LOG_MEAN, LOG_R, W, free, coupled, total(), split)
+
+
+@pytest.mark.parametrize("split", [-2.0, 0.0])
+def test_overdispersion_that_the_loadings_leave_is_split_between_d_and_r(split):
+    W = np.random.default_rng(0).standard_normal((G, K)) * 0.3
+    x = start(split, W)
+    assert x.loadings is W
+    T = total()
+    level, explained = T(LOG_R), np.sum(W**2, 1)
+    left = np.maximum(level - explained, 0.1 * level)
+    some, most = explained < 0.9 * level, explained > 0.9 * level
+    assert some.any() and most.any()
+    share = 1 / (1 + np.exp(-split))
+    assert_allclose(T(x.dispersion), (1 - share) * left, rtol=1e-9)
+    # T of a log-normal count is far above its d, where that is large
+    d, log_normal = noise_variance(x), 3.0 * np.log1p(share * left)
+    assert_allclose(d, np.minimum(share * left, log_normal), rtol=1e-9)
+    assert np.any(d < 0.99 * share * left) or split < 0
+    assert np.any(d > 0.99 * share * left)
+
+
+def test_counts_without_dispersion_have_all_overdispersion_in_d():
+    x = start(np.inf)
+    assert_array_equal(x.dispersion, np.inf)
+    level = total()(LOG_R)
+    assert_allclose(noise_variance(x), np.minimum(level, 3.0 * np.log1p(level)), rtol=1e-9)
+
+
+def test_a_frozen_dispersion_is_kept():
+    x = start(None)
+    assert x.dispersion is LOG_R
+    assert_allclose(noise_variance(x), START_NOISE)
+
+
+def test_the_mean_is_the_marginal_one_where_it_is_a_coordinate_or_frozen():
+    W = np.random.default_rng(0).standard_normal((G, K))
+    assert start(0.0, W).mean is LOG_MEAN
+    assert start(0.0, W, FREE._replace(mean=False), coupled=False).mean is LOG_MEAN
+    x = start(0.0, W, coupled=False)
+    assert_allclose(x.mean + (np.sum(W**2, 1) + noise_variance(x)) / 2, LOG_MEAN, atol=1e-12)
+
+
+def test_a_warm_start_takes_what_is_free():
+    rng = np.random.default_rng(0)
+    previous = Params(
+        rng.standard_normal(G),
+        rng.standard_normal((G, K)),
+        noise_coordinate(np.full(G, 0.3)),
+        np.where(np.arange(G) % 2, np.inf, 0.5),
+    )
+    fresh = start(0.0)
+    x = resumed(fresh, previous, FREE)
+    assert x.mean is previous.mean and x.noise is previous.noise
+    assert x.loadings is fresh.loadings
+    expected = np.where(np.isfinite(previous.dispersion), previous.dispersion, fresh.dispersion)
+    assert_array_equal(x.dispersion, expected)
+    held = resumed(fresh, previous, Params(False, True, True, False))
+    assert held.mean is fresh.mean
+    assert_array_equal(held.dispersion, fresh.dispersion)

@@ -131,6 +131,8 @@ class Columns(NamedTuple):
         diagonal = diagonal + of_lengths
         # no change of a column without information
         inverse = np.divide(1.0, diagonal, out=np.zeros((k, k)), where=diagonal > _NO_INFORMATION)
+        if symmetric:  # so that S stays symmetric
+            inverse = (inverse + inverse.T) / 2.0
         if not np.any(inverse * T):
             return np.zeros((k, k))
 

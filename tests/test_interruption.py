@@ -319,8 +319,9 @@ def test_nbvcp_keeps_its_last_step(counts, nbvcp, monkeypatch):
     "options",
     [
         {},
-        {"cascade": "marginal"},
-        {"informative_priors_freeze": ("eta",), "loadings_prior": "gaussian"},
+        {"informative_priors_freeze": ("r", "eta")},
+        {"cascade": "parameter"},
+        {"loadings_prior": "gaussian"},
         {"observation": "poisson"},
     ],
 )
@@ -351,7 +352,7 @@ def test_warm_start_is_off_by_default_and_needs_no_previous_fit(counts, nbvcp):
 
 
 def test_warm_start_takes_other_rows_and_other_parameters(counts, nbvcp):
-    model = estimator(nbvcp, warm_start=True).fit(counts)
+    model = estimator(nbvcp, cascade="parameter", warm_start=True).fit(counts)
     frozen = ("r", "mu", "eta")
     model.set_params(informative_priors_freeze=frozen).fit(counts[::-1])
     assert model.frozen_params_ == frozen

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from _common import unit_scores
 
-REFINED = {"informative_priors_freeze": ("eta",), "informative_priors_tau": np.inf}
-#: parameters of NBLNEstimator by setting
+#: parameters of NBLNEstimator by setting; the number of factors that is given unless they name it
 OURS = {
-    "default": {},
-    "refined": REFINED,
-    "ard": {"loadings_prior": "ard", **REFINED},
+    "default": {"latent_dim": "auto"},
+    "k": {},
+    "ard": {"loadings_prior": "ard"},
 }
 
 
@@ -50,9 +49,8 @@ def fit_ours(X, k, seed, capture_prior, setting):
     start = time.perf_counter()
     source = NBVCPEstimator(capture_efficiency=capture_prior, random_state=seed).fit(X)
     middle = time.perf_counter()
-    model = NBLNEstimator(
-        k, informative_prior_estimator=source, random_state=seed, **OURS[setting]
-    ).fit(X)
+    options = {"latent_dim": k, **OURS[setting]}
+    model = NBLNEstimator(informative_prior_estimator=source, random_state=seed, **options).fit(X)
     numbers = {
         "nbvcp_s": middle - start,
         "nbln_s": time.perf_counter() - middle,

@@ -1,7 +1,7 @@
 """Ours and the peers that are installed, side by side on the same rows of simulated sets.
 
     python benchmarks/compare.py 500x200 1000x500 [--rounds 3] [--cores 1] [--json FILE]
-        [--ours default refined ard] [--peers fastglmpca glmpca] [--simulator simulate.py]
+        [--ours default k ard] [--peers fastglmpca glmpca] [--simulator simulate.py]
 
 The methods alternate, round by round, each time in a process of its own that fits twice, with two
 seeds. README.md in this directory explains the columns.

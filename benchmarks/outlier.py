@@ -26,13 +26,11 @@ from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln.datasets import make_nbln_counts
 
 RANK = 2
-FREE = {"informative_priors_freeze": ("eta",), "informative_priors_tau": np.inf}
 SETTINGS = {
     "default": {},
-    "marginal": {"cascade": "marginal"},
-    "free dispersion": FREE,
-    "ard, free dispersion": {"loadings_prior": "ard", **FREE},
-    "poisson": {"observation": "poisson", "informative_priors_tau": np.inf},
+    "literal": {"cascade": "parameter"},
+    "ard": {"loadings_prior": "ard"},
+    "poisson": {"observation": "poisson"},
     "PCA of log counts": None,
 }
 

@@ -1,6 +1,6 @@
 """Recovery of simulated truth by the settings of the cascade and the priors of the loadings.
 
-    python benchmarks/recovery.py 500x200 1000x500 [--latent-dim 8 16] [--settings ard marginal]
+    python benchmarks/recovery.py 500x200 1000x500 [--latent-dim auto 8] [--settings default ard]
                                   [--simulator simulate.py]
 
 Four factors; 80 % of the rows are fitted, the rest scored. One line per setting:
@@ -26,18 +26,22 @@ from _common import off_diagonals, oracle_score, simulated
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 
-FREE = {"informative_priors_freeze": ("eta",), "informative_priors_tau": np.inf}
 SETTINGS = {
-    "raw (default)": {},
-    "soft": {"informative_priors_freeze": ()},
-    "marginal": {"cascade": "marginal"},
-    "free dispersion": FREE,
-    "poisson": {"observation": "poisson", "informative_priors_tau": np.inf},
-    "ard": {"loadings_prior": "ard", **FREE},
-    "ard, raw": {"loadings_prior": "ard"},
-    "ard, marginal": {"loadings_prior": "ard", "cascade": "marginal"},
-    "horseshoe": {"loadings_prior": "horseshoe_columnwise", **FREE},
+    "default": {},
+    "all soft": {"informative_priors_freeze": ()},
+    "r frozen": {"informative_priors_freeze": ("r", "eta")},
+    "no priors": {"informative_priors_tau": np.inf},
+    "poisson": {"observation": "poisson"},
+    "literal": {"cascade": "parameter"},
+    "literal, all soft": {"cascade": "parameter", "informative_priors_freeze": ()},
+    "ard": {"loadings_prior": "ard"},
+    "horseshoe": {"loadings_prior": "horseshoe_columnwise"},
 }
+
+
+def latent_dim(text):
+    """A number of factors, or "auto"."""
+    return text if text == "auto" else int(text)
 
 
 def run(name, dims, settings, simulator):
@@ -81,7 +85,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "sets", nargs="+", help="CELLSxGENES, with _shallow for a tenth of the depth"
     )
-    parser.add_argument("--latent-dim", type=int, nargs="+", default=[8])
+    parser.add_argument("--latent-dim", type=latent_dim, nargs="+", default=["auto"])
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--simulator")
     given = parser.parse_args()

@@ -1,7 +1,7 @@
 """Two git revisions of sknbln side by side on the same rows of simulated sets.
 
     python benchmarks/revisions.py main worktree 500x200 1000x500 [--rounds 3] [--cores 1] [--json FILE]
-        [--settings default refined ard] [--simulator simulate.py]
+        [--settings default k ard] [--simulator simulate.py]
 
 ``worktree`` is the package as it lies in this directory's checkout, uncommitted changes too; anything
 else that git knows is written to a temporary directory. The revisions alternate, each time in a
@@ -101,7 +101,7 @@ def main():
     parser.add_argument("second", help="git revision, or `worktree`")
     parser.add_argument("sets", nargs="+", help="CELLSxGENES, 80 %% of the cells are fitted")
     parser.add_argument("--latent-dim", type=int, default=8)
-    parser.add_argument("--settings", nargs="+", choices=OURS, default=["default"])
+    parser.add_argument("--settings", nargs="+", choices=OURS, default=["k"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, help="default: all that this process may use")
     parser.add_argument("--simulator", help="file of another simulator, as in recovery.py")

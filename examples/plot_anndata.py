@@ -44,13 +44,7 @@ counts = adata.layers["counts"]
 # (``feature_names_in_``), at the price of a dense copy. With a matrix, the results are in the
 # order of ``adata.var_names``.
 genes = NBVCPEstimator(random_state=0).fit(counts)
-model = NBLNEstimator(
-    latent_dim=8,
-    informative_prior_estimator=genes,
-    informative_priors_freeze=("eta",),
-    informative_priors_tau=np.inf,
-    random_state=0,
-).fit(counts)
+model = NBLNEstimator(informative_prior_estimator=genes, random_state=0).fit(counts)
 
 # %%
 # Store the results. Everything is already a NumPy array.

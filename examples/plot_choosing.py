@@ -26,14 +26,13 @@ folds = KFold(3, shuffle=True, random_state=0)
 # unfitted, so that it is fitted on the training rows of each fold; ``memory`` keeps that fit for
 # all candidates of the fold. A fit stops when its sweeps gain less than the fraction ``tol`` of
 # the log-posterior: 0.06 nats per cell here, where settings differ by whole nats. Two families
-# warn of what the scores will show: the default counts overdispersion twice, and with eight
+# warn of what the scores will show: the literal cascade counts overdispersion twice, and with eight
 # factors all columns are real, so that the rank under ARD is only a bound. These warnings are
 # expected.
-free = {"informative_priors_freeze": [("eta",)], "informative_priors_tau": [np.inf]}
 families = {
-    "default: r and eta frozen": {"latent_dim": [2, 4, 8, 16]},
-    "r free": {"latent_dim": [2, 4, 8, 16], **free},
-    "r free, ARD": {"latent_dim": [8, 16], "loadings_prior": ["ard"], **free},
+    "literal cascade": {"latent_dim": [2, 4, 8, 16], "cascade": ["parameter"]},
+    "default cascade": {"latent_dim": [2, 4, 8, 16]},
+    "default cascade, ARD": {"latent_dim": [8, 16], "loadings_prior": ["ard"]},
 }
 with TemporaryDirectory() as cache, warnings.catch_warnings():
     for expected in ("Overdispersion is counted twice", "All .* columns of the loadings are real"):

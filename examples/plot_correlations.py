@@ -29,15 +29,13 @@ X = cells.data
 train, test = train_test_split(X, random_state=0, stratify=cells.target)
 genes = NBVCPEstimator(random_state=0).fit(train)
 settings = {
-    "literal cascade (default)": {},
-    "r free": {"informative_priors_freeze": ("eta",), "informative_priors_tau": np.inf},
+    "literal cascade": {"cascade": "parameter", "latent_dim": 12},
+    "default": {},
 }
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     models = {
-        name: NBLNEstimator(
-            latent_dim=12, informative_prior_estimator=genes, random_state=0, **options
-        ).fit(train)
+        name: NBLNEstimator(informative_prior_estimator=genes, random_state=0, **options).fit(train)
         for name, options in settings.items()
     }
 # the literal cascade warns of what is wrong with it
@@ -46,7 +44,7 @@ print(*(f"{w.category.__name__}: {w.message}" for w in said), sep="\n")
 # %%
 # Did the fit converge? The objective rises to within the tolerance, and the mode of every
 # training cell was found.
-model = models["r free"]
+model = models["default"]
 ConvergenceDisplay.from_estimator(model)
 plt.show()
 
@@ -119,7 +117,7 @@ refits = []
 for _ in range(5):
     rows = rng.choice(len(train), len(train))
     refit = NBLNEstimator(
-        latent_dim=12, informative_prior_estimator=genes, random_state=0, **settings["r free"]
+        latent_dim=model.latent_dim_, informative_prior_estimator=genes, random_state=0
     ).fit(train.iloc[rows])
     refits.append(refit.get_correlation())
 refits = np.array(refits)

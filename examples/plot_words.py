@@ -84,8 +84,6 @@ with warnings.catch_warnings(record=True) as said:
         name: NBLNEstimator(
             latent_dim=8,
             informative_prior_estimator=independent,
-            informative_priors_freeze=("eta",),
-            informative_priors_tau=np.inf,
             loadings_prior="ard",
             tol=1e-4,  # of the log-posterior: 0.006 nats per document
             random_state=0,

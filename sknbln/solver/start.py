@@ -2,8 +2,8 @@ r"""Start values of the loadings from the scores at the independent-gene fit.
 
 With the score ``g_cg = u - (u + r) p``, the expected information ``i_cg = m r / (m + r)`` at the fitted
 means and ``I_g = sum_c i_cg``, every entry of ``A = g / sqrt(I)`` has noise of variance ``1/n``, and a
-factor with loadings w adds a spike of size ``l = w' diag(I / n) w`` to ``A' A``. The leading eigenvalue of a spike is
-``(1 + l)(1 + G/(n l))``, and the squared cosine between its eigenvector and ``sqrt(I) w`` is
+factor with loadings w adds a spike of size ``l = w' diag(I / n) w`` to ``A' A``. The leading eigenvalue of
+a spike is ``(1 + l)(1 + G/(n l))``, and the squared cosine between its eigenvector and ``sqrt(I) w`` is
 ``(1 - G/(n l^2)) / (1 + G/(n l))`` (Baik, Ben Arous & Peche 2005; Paul 2007). Both are inverted here.
 """
 

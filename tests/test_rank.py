@@ -8,6 +8,7 @@ from scipy.stats import nbinom
 
 from sknbln import NBLNEstimator, NBVCPEstimator, _opening
 from sknbln.datasets import make_nbln_counts
+from sknbln.solver.gene_priors import NEARLY_ALL_IN_NOISE, NEARLY_ALL_IN_R
 
 NO_FACTOR = 'latent_dim="auto" found no factor'
 
@@ -180,4 +181,24 @@ def test_a_fit_that_found_its_factors_continues_with_them(sim, source):
     model.fit(sim.data)
     assert model.latent_dim_ == 2
     assert model.rank_diagnostics_ is first
-    assert model.objective_history_[0] == pytest.approx(value, abs=1e-6)
+    assert model.objective_history_[0] == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("kept", [NEARLY_ALL_IN_R, NEARLY_ALL_IN_NOISE])
+def test_a_fit_of_large_overdispersion_continues_where_it_was(kept):
+    """Of gamma counts the start with overdispersion in r is kept, of log-normal counts that in d."""
+    rng = np.random.default_rng(0)
+    shape = 150, 24
+    rate = rng.gamma(0.3, 1 / 0.3, shape)
+    if kept == NEARLY_ALL_IN_NOISE:
+        rate = np.exp(2.0 * rng.standard_normal(shape))
+    X = rng.poisson(5.0 * rate)
+    source = NBVCPEstimator(capture_efficiency=None, random_state=0).fit(X)
+    model = NBLNEstimator(
+        2, informative_prior_estimator=source, warm_start=True, random_state=0
+    ).fit(X)
+    assert model._split == kept
+    value = model.objective_history_[-1]
+    model.fit(X)
+    assert model._split == kept
+    assert model.objective_history_[0] == pytest.approx(value, rel=1e-9)

@@ -111,7 +111,7 @@ def test_marginal_offsets_are_those_of_the_rows():
 def test_marginal_totals_of_a_fit_vary_as_the_data_s():
     """Offsets by the capture prior around each row's total vary twice: sd .71 where the data have .45."""
     X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=3).data.toarray()
-    model = NBLNEstimator(2, cascade="marginal", random_state=0).fit(X)
+    model = NBLNEstimator(2, random_state=0).fit(X)
     observed = np.log(X.sum(1)).std()
     for given in (None, X):
         draws = model.posterior_predictive(given, level="marginal", n_samples=20, random_state=0)

@@ -671,9 +671,10 @@ class NBLNEstimator(
         """
         check_is_fitted(self)
         Z = check_array(Z, dtype=np.float64, input_name="Z")
-        if Z.shape[1] != len(self.components_):
+        n_components = len(self.components_)
+        if Z.shape[1] != n_components:
             raise ValueError(
-                f"Z has {Z.shape[1]} columns, expected {len(self.components_)}: one per component, as transform "
+                f"Z has {Z.shape[1]} columns, expected {n_components}: one per component, as transform "
                 "returns them."
             )
         units, is_zero = self._units()

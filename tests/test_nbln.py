@@ -312,9 +312,7 @@ def test_coupled_draws_keep_each_draw_s_marginal_moments(small, source):
     total = TotalOverdispersion.at(
         source.mean_ * np.mean(np.exp(-source.capture_offset_)), source.dispersion_
     )
-    np.testing.assert_allclose(
-        variance + total(np.log(ours.r)), total(np.log(theirs.r)), rtol=1e-8
-    )
+    np.testing.assert_allclose(variance + total(np.log(ours.r)), total(np.log(theirs.r)), rtol=1e-8)
 
 
 def test_coupled_dispersion_transform_inverts():

@@ -14,6 +14,7 @@ from sklearn.frozen import FrozenEstimator
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln.datasets import make_nbln_counts
 from sknbln.predictive import (
+from sknbln.solver.overdispersion import TotalOverdispersion
     compositional_samples,
     iter_posterior_predictive,
     posterior_predictive,
@@ -290,6 +291,7 @@ def test_counts_of_a_coupled_model_have_the_marginal_law_of_each_source_s_draw()
     n_samples, n_rows, share = 6, 20_000, np.full(N_GENES, 0.3)
     model = truth.nbln(mean, W, d, r, cascade="marginal", library_size=np.ones(n_rows))
     model._coordinate_variance = share
+    model._total = TotalOverdispersion(np.zeros(N_GENES))  # log(1 + 1/r)
     source, wide = model.informative_prior_estimator_, np.full(N_GENES, 0.8)
     source._guide = source._guide._replace(log_dispersion=(np.log(r), wide))
     model._source = source._posterior()

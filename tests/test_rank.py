@@ -47,9 +47,9 @@ def no_factor(null, null_source):
 
 @pytest.mark.parametrize("cascade", ["marginal", "parameter"])
 def test_the_number_of_factors_is_found(sim, source, cascade):
-    model = NBLNEstimator(
-        informative_prior_estimator=source, cascade=cascade, random_state=0
-    ).fit(sim.data)
+    model = NBLNEstimator(informative_prior_estimator=source, cascade=cascade, random_state=0).fit(
+        sim.data
+    )
     assert model.latent_dim == "auto" and model.latent_dim_ == 2
     assert model.components_.shape == (2, 24)
     assert model.transform(sim.data).shape == (150, 2)
@@ -174,9 +174,9 @@ def test_it_pickles_and_continues(no_factor, null):
 
 
 def test_a_fit_that_found_its_factors_continues_with_them(sim, source):
-    model = NBLNEstimator(
-        informative_prior_estimator=source, warm_start=True, random_state=0
-    ).fit(sim.data)
+    model = NBLNEstimator(informative_prior_estimator=source, warm_start=True, random_state=0).fit(
+        sim.data
+    )
     first, value = model.rank_diagnostics_, model.objective_history_[-1]
     model.fit(sim.data)
     assert model.latent_dim_ == 2

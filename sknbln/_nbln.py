@@ -362,8 +362,10 @@ class NBLNEstimator(
         self._library_size = _capture.library_sizes(X)
 
         self._total = _source.total_overdispersion(source, offsets)
-        k, self.rank_diagnostics_ = self._number_of_factors(X, source, offsets, previous, rng)
+        # before the number of factors is looked for, which takes random numbers too: with the same seed the
+        # priors are the same whether it is given, found or continued
         priors = self._priors(source, free, rng)
+        k, self.rank_diagnostics_ = self._number_of_factors(X, source, offsets, previous, rng)
         if previous is None:
             loadings = _opening.start_loadings(X, source, offsets, k, self.batch_size, rng)
         else:
@@ -381,7 +383,10 @@ class NBLNEstimator(
             self.observation,
         )
         if previous is not None:
-            candidates = [(candidates[0][0], resumed(candidates[0][1], previous, free))]
+            objective, start = candidates[0]
+            if self._split is not None:
+                objective = objective.with_split(self._split)
+            candidates = [(objective, resumed(start, previous, free))]
         selects = self._selects() and previous is None and k > 0 and X.shape[0] >= LEAST_ROWS
         outcome = ascend(
             candidates,
@@ -481,6 +486,8 @@ class NBLNEstimator(
         """Set the fitted parameters; those frozen at the source's values equal them bit for bit."""
         x = objective.coupling.expand(point.x)
         self._coordinates = point.x
+        split = objective.gene_priors.split
+        self._split = None if split is None else split.centre  # of the candidate that was kept
         # the coupling computes Sigma_gg from this variance
         self._coordinate_variance = np.sum(point.x.loadings**2, 1) + noise_variance(point.x)
         literal = self.frozen_params_ if self.cascade == "parameter" else ()
@@ -664,9 +671,10 @@ class NBLNEstimator(
         """
         check_is_fitted(self)
         Z = check_array(Z, dtype=np.float64, input_name="Z")
-        if Z.shape[1] != self.latent_dim_:
+        n_components = len(self.components_)
+        if Z.shape[1] != n_components:
             raise ValueError(
-                f"Z has {Z.shape[1]} columns, expected {self.latent_dim_}: one per component, as transform "
+                f"Z has {Z.shape[1]} columns, expected {n_components}: one per component, as transform "
                 "returns them."
             )
         units, is_zero = self._units()

@@ -22,9 +22,7 @@ def counts():
 @pytest.fixture(scope="module")
 def fitted(counts):
     source = NBVCPEstimator(random_state=0).fit(counts)
-    return NBLNEstimator(
-        K, informative_prior_estimator=source, cascade="marginal", random_state=0
-    ).fit(counts)
+    return NBLNEstimator(K, informative_prior_estimator=source, random_state=0).fit(counts)
 
 
 @pytest.fixture
@@ -109,7 +107,7 @@ def test_a_component_that_is_zero_has_zero_coordinates(model, counts, whiten):
 def test_the_last_of_as_many_components_as_genes_is_zero():
     """W_perp has at most n_genes - 1 dimensions: the norm of the last row is rounding error."""
     X = make_nbln_counts(n_cells=60, n_genes=4, n_factors=2, random_state=3).data
-    model = NBLNEstimator(4, cascade="marginal", random_state=0).fit(X)
+    model = NBLNEstimator(4, random_state=0).fit(X)
     assert norms(model)[-1] < 1e-12
     Z = model.transform(X)
     assert_array_equal(Z[:, -1], 0.0)

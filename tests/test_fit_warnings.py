@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 from sklearn.exceptions import ConvergenceWarning
 
-from sknbln import NBLNEstimator, NBVCPEstimator, _fit_warnings
+from sknbln import NBLNEstimator, NBVCPEstimator, _fit_warnings, _opening
+from sknbln._spectrum import MOST_FACTORS
 from sknbln.datasets import load_immune_cells, make_nbln_counts
 
 FREE = dict(informative_priors_freeze=("eta",), informative_priors_tau=np.inf)
 #: the beginnings of the sentences
-TAILS, SCORES, BOUND, TWICE = (
+TAILS, SCORES, BOUND, TWICE, NO_FACTOR, MANY = (
     "The log-rates of",
     "The mean square of the scores",
     "All . columns of the loadings are real",
     "Overdispersion is counted twice",
+    'latent_dim="auto" found no factor',
+    "The scores show more than",
 )
 
 
@@ -98,27 +101,64 @@ def test_no_larger_rank_is_possible():
     assert _fit_warnings.rank_is_a_bound(7, 8, 9) is None
 
 
+def test_no_factor_is_said():
+    assert _fit_warnings.no_factor(0).startswith(NO_FACTOR)
+    assert _fit_warnings.no_factor(1) is None
+
+
+def test_more_factors_than_a_fit_looks_for_are_said():
+    most = MOST_FACTORS
+    assert f"more than {most} factors" in _fit_warnings.more_factors_than_looked_for(
+        {"score_rank": most + 1}
+    )
+    assert _fit_warnings.more_factors_than_looked_for({"score_rank": most}) is None
+    assert _fit_warnings.more_factors_than_looked_for(None) is None
+
+
 # ------------------------------------------------------------------ in fits
 
 
 @pytest.mark.parametrize("prior", ["ard", "horseshoe_columnwise", "neg_columnwise"])
 def test_a_rank_that_equals_latent_dim_is_said(fitted, prior):
     with pytest.warns(UserWarning, match=BOUND) as caught:
-        model = fitted(loadings_prior=prior, **FREE)
+        model = fitted(1, loadings_prior=prior, **FREE)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    assert model.w_prior_diagnostics_["effective_rank"] == 2 == model.latent_dim_
-    assert fitted(4, loadings_prior=prior, **FREE).w_prior_diagnostics_["effective_rank"] == 2
+    assert "the scores show 2 factors" in str(caught[0].message)
+    assert model.w_prior_diagnostics_["effective_rank"] == 1 == model.latent_dim_
+    for latent_dim in (2, 4):  # silent: the scores show no more
+        model = fitted(latent_dim, loadings_prior=prior, **FREE)
+        assert model.w_prior_diagnostics_["effective_rank"] == 2
+        assert model.latent_dim_ == latent_dim
 
 
 def test_a_literal_freeze_names_the_setting_to_use(fitted):
     with pytest.warns(UserWarning, match=TWICE) as caught:
-        model = fitted()
+        model = fitted(cascade="parameter")
     assert len(caught) == 1
     found = model.get_dispersion_diagnostics()
     assert f"{100 * found['fraction_positive']:.0f} % of the genes" in str(caught[0].message)
-    for setting in (dict(cascade="marginal"), FREE, dict(observation="poisson")):
+    literal = dict(cascade="parameter")
+    for setting in ({}, FREE, dict(literal, **FREE), dict(literal, observation="poisson")):
         fitted(**setting)  # a warning is an error
+
+
+def test_no_factor_is_said_at_fit(sim):
+    X = np.random.default_rng(0).permuted(sim.data.toarray(), axis=0)
+    with pytest.warns(UserWarning, match=NO_FACTOR) as caught:
+        NBLNEstimator(random_state=0).fit(X)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_more_factors_than_a_fit_looks_for_are_said_at_fit(fitted, monkeypatch):
+    monkeypatch.setattr(_fit_warnings, "MOST_FACTORS", 1)  # these data show two
+    monkeypatch.setattr(_opening, "MOST_FACTORS", 1)
+    with pytest.warns(UserWarning, match=MANY) as caught:
+        model = fitted("auto")
+    assert len(caught) == 1
+    assert model.latent_dim_ == 1 and model.rank_diagnostics_["score_rank"] == 2
+    fitted(1)  # silent: a number is taken as it is
 
 
 def test_loadings_that_a_prior_holds_too_short_are_said(fitted):

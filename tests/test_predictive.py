@@ -14,6 +14,7 @@ from sklearn.frozen import FrozenEstimator
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln.datasets import make_nbln_counts
 from sknbln.predictive import (
+from sknbln.solver.overdispersion import TotalOverdispersion
     compositional_samples,
     iter_posterior_predictive,
     posterior_predictive,
@@ -111,7 +112,7 @@ def test_marginal_offsets_are_those_of_the_rows():
 def test_marginal_totals_of_a_fit_vary_as_the_data_s():
     """Offsets by the capture prior around each row's total vary twice: sd .71 where the data have .45."""
     X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=3).data.toarray()
-    model = NBLNEstimator(2, cascade="marginal", random_state=0).fit(X)
+    model = NBLNEstimator(2, random_state=0).fit(X)
     observed = np.log(X.sum(1)).std()
     for given in (None, X):
         draws = model.posterior_predictive(given, level="marginal", n_samples=20, random_state=0)
@@ -290,6 +291,7 @@ def test_counts_of_a_coupled_model_have_the_marginal_law_of_each_source_s_draw()
     n_samples, n_rows, share = 6, 20_000, np.full(N_GENES, 0.3)
     model = truth.nbln(mean, W, d, r, cascade="marginal", library_size=np.ones(n_rows))
     model._coordinate_variance = share
+    model._total = TotalOverdispersion(np.zeros(N_GENES))  # log(1 + 1/r)
     source, wide = model.informative_prior_estimator_, np.full(N_GENES, 0.8)
     source._guide = source._guide._replace(log_dispersion=(np.log(r), wide))
     model._source = source._posterior()

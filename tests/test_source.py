@@ -9,8 +9,11 @@ from sklearn.model_selection import GridSearchCV
 from sknbln import NBLNEstimator, NBVCPEstimator, _capture
 from sknbln._capture import given_source
 from sknbln._counts import validate_counts
-from sknbln._source import canonical_freeze, soft_priors
+from sknbln._source import canonical_freeze, marginal_priors, soft_priors
 from sknbln.datasets import make_nbln_counts
+from sknbln.solver.objective import weak_mean_prior
+from sknbln.solver.overdispersion import TotalOverdispersion
+from sknbln.solver.params import Params
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def test_names_and_aliases(given, canonical):
         (("r", "r"), "the same"),
         (("W",), "'W', which is not a parameter"),
         ((3,), "not a parameter"),
-        (None, "expected a tuple or list"),
+        ({"r"}, "expected a tuple or list"),
     ],
 )
 def test_bad_names_say_what_is_allowed(counts, source, given, found):
@@ -69,29 +72,51 @@ def test_bad_names_say_what_is_allowed(counts, source, given, found):
 
 
 @pytest.mark.parametrize("freeze", [(), ("r",), ("r", "eta"), ("r", "mu", "eta"), ("eta",)])
-def test_frozen_values_are_the_source_s_bit_for_bit(counts, source, freeze):
-    model = fit(counts, source, informative_priors_freeze=list(reversed(freeze)))
+@pytest.mark.parametrize("cascade", ["parameter", "marginal"])
+def test_frozen_values_are_the_source_s_bit_for_bit(counts, source, freeze, cascade):
+    """Under the marginal cascade those of eta; r and mu are coupled."""
+    options = dict(informative_priors_freeze=list(reversed(freeze)), cascade=cascade)
+    model = fit(counts, source, **options)
     assert model.frozen_params_ == freeze
     for name, ours, theirs in (
         ("r", model.dispersion_, source.dispersion_),
         ("mu", model.mean_, np.log(source.mean_)),
         ("eta", model.capture_offset_, source.capture_offset_),
     ):
-        assert np.array_equal(ours, theirs) == (name in freeze), name
+        literal = cascade == "parameter" or name == "eta"
+        assert np.array_equal(ours, theirs) == (name in freeze and literal), name
+
+
+@pytest.mark.parametrize(
+    ("options", "frozen"),
+    [
+        ({}, ("eta",)),
+        ({"cascade": "parameter"}, ("r", "eta")),
+        ({"observation": "poisson"}, ("eta",)),
+        ({"observation": "multinomial"}, ()),
+        ({"informative_priors_freeze": ()}, ()),
+    ],
+    ids=str,
+)
+def test_without_a_freeze_set_the_cascade_recommends_one(counts, source, options, frozen):
+    assert NBLNEstimator().informative_priors_freeze is None
+    assert fit(counts, source, **options).frozen_params_ == frozen
 
 
 def test_marginal_freeze_keeps_the_marginal_moments(counts, source):
-    model = fit(counts, source, informative_priors_freeze=("r", "mu", "eta"), cascade="marginal")
+    model = fit(counts, source, informative_priors_freeze=("r", "mu", "eta"))
     variance = np.diag(model.get_covariance())
     np.testing.assert_allclose(model.mean_ + variance / 2, np.log(source.mean_), rtol=1e-10)
-    np.testing.assert_allclose(
-        (1 + 1 / model.dispersion_) * np.exp(variance), 1 + 1 / source.dispersion_, rtol=1e-8
+    total = TotalOverdispersion.at(
+        source.mean_ * np.mean(np.exp(-source.capture_offset_)), source.dispersion_
     )
-    assert np.all(variance < np.log1p(1 / source.dispersion_))
+    level = total(np.log(source.dispersion_))
+    np.testing.assert_allclose(variance + total(np.log(model.dispersion_)), level, rtol=1e-8)
+    assert np.all(variance < level)
 
 
 def test_marginal_without_r_couples_the_mean_only(counts, source):
-    model = fit(counts, source, informative_priors_freeze=("mu", "eta"), cascade="marginal")
+    model = fit(counts, source, informative_priors_freeze=("mu", "eta"))
     variance = np.diag(model.get_covariance())
     np.testing.assert_allclose(model.mean_ + variance / 2, np.log(source.mean_), rtol=1e-10)
 
@@ -110,9 +135,50 @@ def test_soft_priors_are_the_moments_of_the_draws(source):
         np.testing.assert_allclose(prior.loc, loc, atol=0.08 * scale.max())
 
 
+@pytest.mark.parametrize("tau", [0.0, 2.0, np.inf])
+def test_marginal_priors_have_the_draws_deviations_and_the_coupling_s_error(source, tau):
+    posterior, n = source._posterior(), 4000
+    total = TotalOverdispersion(np.full(posterior.mean.size, 0.3))
+    free = Params(True, True, True, True)
+    args = total, free, tau, n, np.random.RandomState(0)
+    mean, of_total = marginal_priors(posterior, *args)
+    draws = posterior.log_draws(n, np.random.RandomState(0))
+    weak = weak_mean_prior(np.log(posterior.mean)).precision
+    for precision, log in (
+        (mean.precision - weak, draws.mu),
+        (of_total.prior.precision, np.log(total(draws.r))),
+    ):
+        expected = 1 / (tau**2 * log.var(0) + 0.1**2)
+        np.testing.assert_allclose(precision, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(of_total.prior.loc, np.log(total(np.log(posterior.dispersion))))
+    # the model whose r is the source's, without variance of the log-rates, is at the centre
+    zeros = np.zeros((posterior.mean.size, 1))
+    nothing = np.zeros(posterior.mean.size)
+    own = Params(np.log(posterior.mean), zeros, nothing, np.log(posterior.dispersion))
+    np.testing.assert_allclose(of_total.log_density(own), 0.0, atol=1e-6)
+
+
+def test_anchors_hold_the_marginal_moments(counts, source):
+    """The default anchors the marginal mean and the total overdispersion, tau=inf does not."""
+
+    def far(**options):
+        model = fit(counts, source, **options)
+        variance = np.diag(model.get_covariance())
+        mean = model.mean_ + variance / 2 - np.log(source.mean_)
+        V = variance + model._total(np.log(model.dispersion_))
+        overdispersion = np.log(V / model._total(np.log(source.dispersion_)))
+        return np.array([np.sqrt(np.mean(x**2)) for x in (mean, overdispersion)])
+
+    anchored = far(informative_priors_tau=1e-4)
+    assert np.all(anchored < 0.1)  # their standard deviation
+    assert np.all(anchored < far())
+    assert np.all(far() < far(informative_priors_tau=np.inf))
+
+
 def test_small_tau_approaches_the_freeze(counts, source):
-    free = dict(informative_priors_freeze=(), tol=1e-6)
-    frozen = fit(counts, source, informative_priors_freeze=("r", "mu", "eta"), tol=1e-6)
+    literal = dict(cascade="parameter", tol=1e-6)
+    free = dict(informative_priors_freeze=(), **literal)
+    frozen = fit(counts, source, informative_priors_freeze=("r", "mu", "eta"), **literal)
     distances = []
     for tau in (1.0, 1e-1, 1e-3):
         model = fit(counts, source, informative_priors_tau=tau, **free)
@@ -130,10 +196,15 @@ def test_small_tau_approaches_the_freeze(counts, source):
     assert np.all(distances[-1] < 0.1)
 
 
-def test_infinite_tau_is_no_prior(counts, source):
+@pytest.mark.parametrize("cascade", ["parameter", "marginal"])
+def test_infinite_tau_is_no_prior(counts, source, cascade):
     """The prior's centre then has no influence on mu and r."""
     options = dict(
-        informative_priors_freeze=("eta",), informative_priors_tau=np.inf, tol=1e-7, max_iter=2000
+        informative_priors_freeze=("eta",),
+        informative_priors_tau=np.inf,
+        cascade=cascade,
+        tol=1e-7,
+        max_iter=2000,
     )
     model = fit(counts, source, **options)
     import copy
@@ -227,7 +298,7 @@ def test_a_source_of_more_genes_is_cut_by_name(counts):
     whole = NBVCPEstimator(random_state=0).fit(frame(counts, names))
     keep = np.array([5, 3, 11, 0, 20, 8, 9, 1])
     X = frame(counts, names)[names[keep]]
-    model = fit(X, whole)
+    model = fit(X, whole, cascade="parameter")
     np.testing.assert_array_equal(model.dispersion_, whole.dispersion_[keep])
     assert model.informative_prior_estimator_ is whole
     assert model.sample_posterior(5).r.shape == (5, 8)

@@ -24,9 +24,7 @@ def source(counts):
 
 @pytest.fixture(scope="package")
 def model(counts, source):
-    return NBLNEstimator(
-        3, informative_prior_estimator=source, cascade="marginal", random_state=0
-    ).fit(counts)
+    return NBLNEstimator(3, informative_prior_estimator=source, random_state=0).fit(counts)
 
 
 @pytest.fixture(scope="package")

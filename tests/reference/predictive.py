@@ -10,7 +10,7 @@ from sknbln import NBLNEstimator, NBVCPEstimator
 N_GENES, RANK = 8, 2
 LEVELS = ("marginal", "library_anchored", "per_cell")
 STATISTICS = ("mean", "variance", "zero_fraction", "maximum")
-MODELS = ("nbvcp", "default", "free", "coupled", "poisson", "multinomial")
+MODELS = ("nbvcp", "default", "literal", "free", "coupled", "poisson", "multinomial")
 # Largest of some hundred standardized deviations; a normal one exceeds it once in a million.
 Z_MAX = 5.0
 # The seeds are fixed: a correct sampler fails a test of uniformity with this probability.
@@ -53,8 +53,9 @@ def fits():
     variants = {
         "nbvcp": source,
         "default": NBLNEstimator(**options),
+        "literal": NBLNEstimator(cascade="parameter", **options),
         "free": NBLNEstimator(informative_priors_freeze=(), **options),
-        "coupled": NBLNEstimator(cascade="marginal", **options),
+        "coupled": NBLNEstimator(informative_priors_freeze=("r", "eta"), **options),
         "poisson": NBLNEstimator(observation="poisson", **options),
         "multinomial": NBLNEstimator(observation="multinomial", **options),
     }

@@ -48,6 +48,7 @@ def nbln(mean, loadings, noise, r, *, frozen=("r", "mu", "eta"), **params):
     source = {
         name: params.pop(name) for name in ("capture_prior", "library_size") if name in params
     }
+    params = {"cascade": "parameter", **params}  # frozen values are the model's own
     model = NBLNEstimator(latent_dim=max(loadings.shape[1], 1), **params)
     finite = np.where(np.isfinite(r), r, 1.0)
     source = nbvcp(np.exp(mean), finite, **source)

@@ -39,6 +39,9 @@ def test_a_fit_compiles_a_fixed_number_and_another_like_it_nothing(compiled, cou
     others = [
         dict(random_state=7),
         dict(latent_dim=4),
+        dict(latent_dim="auto"),
+        dict(cascade="parameter"),
+        dict(cascade="parameter", informative_priors_freeze=()),
         dict(latent_dim=2, informative_priors_freeze=("eta",), informative_priors_tau=np.inf),
         dict(loadings_prior="ard"),
         dict(loadings_prior={"type": "horseshoe_columnwise", "tau_scale": 0.3}),

@@ -1,4 +1,4 @@
-"""The overdispersion T(r) that a gene's dispersion adds: definition, limits, slope, inverse; NumPy and JAX."""
+"""The overdispersion T(r) that a dispersion adds: definition, limits, slope, inverse; NumPy and JAX."""
 
 import jax
 import jax.numpy as jnp

@@ -122,10 +122,10 @@ def test_a_gene_without_counts_gets_no_loadings():
 
 
 def test_recovers_the_span_of_the_factors():
-    """800 cells, 40 genes, 2 factors: the truth's span within 25 degrees, the size within a third.
+    """800 cells, 40 genes, 2 factors: the truth's span within 15 degrees.
 
-    Over eight seeds the larger angle was 8 to 19 degrees, the correlation of the off-diagonals 0.96 to
-    0.985 and their slope 0.79 to 1.06.
+    Over eight seeds the larger angle was 8 to 13 degrees, the correlation of the off-diagonals 0.97 to 0.985
+    and their slope 0.63 to 0.82: scores are linear in the counts, and are short for factors of this size.
     """
     sim = make_nbln_counts(
         n_cells=800, n_genes=40, n_factors=2, mean_range=(1.0, 30.0), random_state=0
@@ -137,11 +137,11 @@ def test_recovers_the_span_of_the_factors():
     phi = (1 + 1 / sim.dispersion) * np.exp(np.sum(sim.loadings**2, 1) + sim.noise_variance) - 1
     summed = sum_over_batches(batches, independent(log_mean, 1.0 / phi))
     found = loadings_from_scores(summed, *X.shape, 2, np.random.RandomState(0))
-    assert np.degrees(subspace_angles(found, sim.loadings)).max() < 25
+    assert np.degrees(subspace_angles(found, sim.loadings)).max() < 15
     off = ~np.eye(40, dtype=bool)
     estimate, truth = (found @ found.T)[off], (sim.loadings @ sim.loadings.T)[off]
-    assert np.corrcoef(estimate, truth)[0, 1] > 0.94
-    assert 2 / 3 < (estimate @ truth) / (truth @ truth) < 4 / 3
+    assert np.corrcoef(estimate, truth)[0, 1] > 0.96
+    assert 0.6 < (estimate @ truth) / (truth @ truth) < 1.0
 
 
 # ------------------------------------------------------------------ spikes above noise

@@ -14,13 +14,13 @@ from sklearn.frozen import FrozenEstimator
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln.datasets import make_nbln_counts
 from sknbln.predictive import (
-from sknbln.solver.overdispersion import TotalOverdispersion
     compositional_samples,
     iter_posterior_predictive,
     posterior_predictive,
     predictive_check,
     quantile_residuals,
 )
+from sknbln.solver.overdispersion import TotalOverdispersion
 
 from .reference import direct, predictive, truth
 from .reference.predictive import (

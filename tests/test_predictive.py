@@ -270,7 +270,7 @@ def test_every_replicate_takes_frozen_parameters_from_a_draw_of_the_source():
 
 
 def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
-    """Sigma takes each draw's share: (1 + 1/r) exp(Sigma_gg) is the source's 1 + 1/r of that draw."""
+    """Sigma takes each draw's share: Sigma_gg + T(r) is T of the source's r of that draw."""
     _, models = fits
     model = models["coupled"]
     draws = model._posterior_draws(20, None, np.random.RandomState(0), eta=None)

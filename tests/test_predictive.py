@@ -14,13 +14,13 @@ from sklearn.frozen import FrozenEstimator
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln.datasets import make_nbln_counts
 from sknbln.predictive import (
-from sknbln.solver.overdispersion import TotalOverdispersion
     compositional_samples,
     iter_posterior_predictive,
     posterior_predictive,
     predictive_check,
     quantile_residuals,
 )
+from sknbln.solver.overdispersion import TotalOverdispersion
 
 from .reference import direct, predictive, truth
 from .reference.predictive import (
@@ -270,13 +270,16 @@ def test_every_replicate_takes_frozen_parameters_from_a_draw_of_the_source():
 
 
 def test_coupled_draws_keep_the_source_s_marginal_overdispersion(fits):
-    """Sigma takes each draw's share: (1 + 1/r) exp(Sigma_gg) is the source's 1 + 1/r of that draw."""
+    """Sigma takes each draw's share: Sigma_gg + T(r) is T of the source's r of that draw."""
     _, models = fits
     model = models["coupled"]
     draws = model._posterior_draws(20, None, np.random.RandomState(0), eta=None)
     source = model._source.draws(20, np.random.RandomState(0), offsets=False)
     variance = draws.inflation * np.diag(model.get_covariance())
-    np.testing.assert_allclose((1 + 1 / draws.r) * np.exp(variance), 1 + 1 / source.r, rtol=1e-8)
+    total = model._total
+    np.testing.assert_allclose(
+        variance + total(np.log(draws.r)), total(np.log(source.r)), rtol=1e-8
+    )
     # and the marginal mean does not follow the share
     kept = draws.log_mean + variance / 2
     spread = (

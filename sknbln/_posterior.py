@@ -60,8 +60,10 @@ class CoupledDispersion(Transform):
         return (self.variance, self.total), (("variance", "total"), {})
 
     def __eq__(self, other):
-        return isinstance(other, CoupledDispersion) and np.array_equal(
-            self.variance, other.variance
+        return (
+            isinstance(other, CoupledDispersion)
+            and np.array_equal(self.variance, other.variance)
+            and np.array_equal(self.total.weight, other.total.weight)
         )
 
 

@@ -86,9 +86,9 @@ def test_posterior_of_nbvcp_is_calibrated():
 def test_intervals_of_free_mu_and_r_cover(cascade):
     """90 % intervals of four data sets together, without capture: the level of mu is identified.
 
-    Measured: 0.94 and 0.95 of mu, 0.99 of r under both cascades. By the curvature in mu alone mu had 0.69. The
-    intervals of r have no upper bound here: how overdispersion is divided between d and r is the priors' word,
-    which is nearer to this truth than they say. Without them r had 0.88, and half of that with 2,000 cells.
+    Measured: 0.94 and 0.95 of mu, 0.99 of r under both cascades. By the curvature in mu alone mu had 0.69.
+    The intervals of r have no upper bound here: how overdispersion is divided between d and r is the priors'
+    word, which is nearer to this truth than they say. Without them r had 0.88, and half with 2,000 cells.
     """
     inside = {"mu": [], "r": []}
     for seed in range(4):
@@ -171,5 +171,6 @@ def test_score_differences_of_real_rows():
         assert np.max(error[name]) < 0.03
     for one, other in itertools.combinations(models, 2):
         difference = exact[one] - exact[other]
-        assert abs(np.mean(difference)) > 4  # there is something to get right
+        # there is something to get right; the two good models are within a nat of each other
+        assert abs(np.mean(difference)) > 4 or (one, other) == ("default", "poisson")
         assert abs(np.mean(laplace[one] - laplace[other] - difference)) < 0.25

@@ -362,47 +362,7 @@ class NBLNEstimator(
         self._library_size = _capture.library_sizes(X)
 
         self._total = _source.total_overdispersion(source, offsets)
-        # before the number of factors is looked for, which takes random numbers too: with the same seed the
-        # priors are the same whether it is given, found or continued
-        priors = self._priors(source, free, rng)
-        k, self.rank_diagnostics_ = self._number_of_factors(X, source, offsets, previous, rng)
-        if previous is None:
-            loadings = _opening.start_loadings(X, source, offsets, k, self.batch_size, rng)
-        else:
-            loadings = previous.loadings
-        rows = RowBatches(
-            X, *self._row_capture(X, np.log(source.mean), offsets), batch_size=self.batch_size
-        )
-        sweeper = Sweeper(rows, loadings.shape[1], self.tol_)
-        candidates = _opening.candidates(
-            Objective(sweeper, CountHistogram(X), *priors),
-            source,
-            self._total,
-            loadings,
-            free,
-            self.observation,
-        )
-        if previous is not None:
-            objective, start = candidates[0]
-            if self._split is not None:
-                objective = objective.with_split(self._split)
-            candidates = [(objective, resumed(start, previous, free))]
-        selects = self._selects() and previous is None and k > 0 and X.shape[0] >= LEAST_ROWS
-        outcome = ascend(
-            candidates,
-            free._replace(loadings=k > 0),
-            n_cells=X.shape[0],
-            tol=self.tol_,
-            max_iter=self.max_iter,
-            edges=noise_edges(X.shape[1], X.shape[0]) if selects else None,
-            column_prior=column_prior,
-            report=self._report(X.shape[0]) if self.verbose else None,
-        )
-        if selects and outcome.information is not None:
-            edge = noise_edges(X.shape[1], X.shape[0])[-1]
-            self.rank_diagnostics_ |= dict(column_information=outcome.information, noise_edge=edge)
-        if self.latent_dim != "auto":  # columns that are not real are zero
-            outcome = outcome.with_columns(min(self.latent_dim, *X.shape))
+        outcome, rows = self._maximum(X, source, offsets, free, column_prior, previous, rng)
         objective = outcome.objective
         self._set_parameters(objective, outcome.point)
         self._set_rows(objective, rows, free, outcome)
@@ -447,6 +407,51 @@ class NBLNEstimator(
         if not (isinstance(self.capture_efficiency, str) and self.capture_efficiency == "auto"):
             self.capture_prior_ = _capture.resolve(self.capture_efficiency, X)
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
+
+    def _maximum(self, X, source, offsets, free, column_prior, previous, rng):
+        """The `Outcome` of the ascent, and the rows that it was over. Sets `rank_diagnostics_`."""
+        # before the number of factors is looked for, which takes random numbers too: with the same seed the
+        # priors are the same whether it is given, found or continued
+        priors = self._priors(source, free, rng)
+        k, self.rank_diagnostics_ = self._number_of_factors(X, source, offsets, previous, rng)
+        if previous is None:
+            loadings = _opening.start_loadings(X, source, offsets, k, self.batch_size, rng)
+        else:
+            loadings = previous.loadings
+        rows = RowBatches(
+            X, *self._row_capture(X, np.log(source.mean), offsets), batch_size=self.batch_size
+        )
+        sweeper = Sweeper(rows, loadings.shape[1], self.tol_)
+        candidates = _opening.candidates(
+            Objective(sweeper, CountHistogram(X), *priors),
+            source,
+            self._total,
+            loadings,
+            free,
+            self.observation,
+        )
+        if previous is not None:
+            objective, start = candidates[0]
+            if self._split is not None:
+                objective = objective.with_split(self._split)
+            candidates = [(objective, resumed(start, previous, free))]
+        selects = self._selects() and previous is None and k > 0 and X.shape[0] >= LEAST_ROWS
+        outcome = ascend(
+            candidates,
+            free._replace(loadings=k > 0),
+            n_cells=X.shape[0],
+            tol=self.tol_,
+            max_iter=self.max_iter,
+            edges=noise_edges(X.shape[1], X.shape[0]) if selects else None,
+            column_prior=column_prior,
+            report=self._report(X.shape[0]) if self.verbose else None,
+        )
+        if selects and outcome.information is not None:
+            edge = noise_edges(X.shape[1], X.shape[0])[-1]
+            self.rank_diagnostics_ |= dict(column_information=outcome.information, noise_edge=edge)
+        if self.latent_dim != "auto":  # columns that are not real are zero
+            outcome = outcome.with_columns(min(self.latent_dim, *X.shape))
+        return outcome, rows
 
     def _selects(self):
         """Whether the fit finds the number of factors, or how many of the given number are real."""

@@ -18,6 +18,8 @@ MEAN_SQUARE_RANGE = (0.5, 2.0)
 NEARLY_ALL = 0.95
 #: ... and the slope of the log-likelihood is at least this, nats per cell and unit of log r
 LEAST_SLOPE = 1.0
+#: genes for each row above which a loadings prior may outweigh the rows
+MANY_GENES = 5
 _MOST_NAMES = 10
 
 
@@ -41,6 +43,8 @@ def say(model, outcome, rows):
     _warn(scores_off_scale(rows.scores[:, :rank], rows.score_covariance[:, :rank, :rank]))
     if model.latent_dim != "auto" and model.rank_diagnostics_ is not None:
         _warn(rank_is_a_bound(rank, model.latent_dim_, model.rank_diagnostics_["score_rank"]))
+    if outcome.columns is not None and n_genes > MANY_GENES * n_cells:
+        _warn(factors_taken_away(rank, outcome.columns.variance.size))
     if "r" in model.frozen_params_ and model.cascade == "parameter":
         _warn(dispersion_counted_twice(model.dispersion_gradient_, n_cells))
 
@@ -134,6 +138,17 @@ def rank_is_a_bound(rank, latent_dim, score_rank):
         f"All {latent_dim} columns of the loadings are real, and the scores show {score_rank} factors: "
         "effective_rank is bounded by latent_dim and not found by the loadings_prior. Fit again with a "
         'larger latent_dim, or with latent_dim="auto".'
+    )
+
+
+def factors_taken_away(rank, n_factors):
+    """A loadings prior took columns to zero that the scores show, with many more genes than rows."""
+    if rank >= n_factors:
+        return None
+    return (
+        f"The loadings_prior took {n_factors - rank} of {n_factors} columns to zero that the scores show as "
+        "factors. With many more genes than rows a prior of the columns outweighs what the rows say of them: "
+        'take loadings_prior="none".'
     )
 
 

@@ -343,7 +343,8 @@ class NBLNEstimator(
             if a gene's log-rate has a variance above 50 nats squared.
             After convergence also if the scores of a real column have a mean square outside 0.5 to 2, if a
             `loadings_prior` that selects the rank kept all `latent_dim` columns where the scores show more
-            factors, and if freezing r at the source's value counts overdispersion twice.
+            factors, or took some to zero with many more genes than rows, and if freezing r at the source's
+            value counts overdispersion twice.
         """
         self.frozen_params_ = frozen = self._frozen()
         prior_name, column_prior = column_priors.named(self.loadings_prior)

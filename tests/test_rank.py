@@ -200,7 +200,7 @@ def test_a_fit_of_large_overdispersion_continues_where_it_was():
 
 
 def test_a_fit_does_not_lose_to_its_own_poisson_limit():
-    """Log-normal counts with variances of 10 to 20, more than 90 % zeros; the negative binomial holds them."""
+    """Log-normal counts with variances of 10 to 20, more than 90 % zeros: the default contains them."""
     rng = np.random.default_rng(1)
     variance, mean = rng.uniform(10, 20, 24), np.exp(rng.uniform(np.log(0.05), 0.0, 24))
     x = np.log(mean) - variance / 2 + np.sqrt(variance) * rng.standard_normal((450, 24))

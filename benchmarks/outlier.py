@@ -29,6 +29,11 @@ RANK = 2
 SETTINGS = {
     "default": {},
     "literal": {"cascade": "parameter"},
+    "free dispersion": {
+        "cascade": "parameter",
+        "informative_priors_freeze": ("eta",),
+        "informative_priors_tau": np.inf,
+    },
     "ard": {"loadings_prior": "ard"},
     "poisson": {"observation": "poisson"},
     "PCA of log counts": None,

@@ -32,7 +32,13 @@ from .solver.gauge import (
     noise_edges,
     singular_basis,
 )
-from .solver.gene_priors import EVEN, NOISE_POOL, GenePriors, SplitPrior
+from .solver.gene_priors import (
+    EVEN,
+    NOISE_EXPONENTIAL,
+    NOISE_POOL,
+    GenePriors,
+    SplitPrior,
+)
 from .solver.objective import Objective
 from .solver.params import GaussianPrior, Params, in_model_units, noise_variance
 from .solver.start import resumed
@@ -41,11 +47,13 @@ from .solver.start import resumed
 _RECOMMENDED_FREEZE = {"marginal": ("eta",), "parameter": ("r", "eta")}
 
 
-def _default_tol(column_prior, coupled_r):
+def _default_tol(cascade, column_prior, frozen):
     """Tolerance of a fit whose `tol` is None: smaller where late sweeps still matter."""
     if column_prior is not None:
         return 1e-6
-    return 1e-5 if coupled_r else 3e-5
+    if cascade == "parameter":
+        return 1e-4
+    return 1e-5 if "r" in frozen else 3e-5
 
 
 class NBLNEstimator(
@@ -110,9 +118,9 @@ class NBLNEstimator(
         Relative tolerance of the log-posterior. The fit stops when the predicted gain of the next sweep
         (half the slope along its step) is less than half this fraction of the log-posterior's magnitude, or
         when two sweeps in a row raised it by less than this fraction. None takes 3e-5; 1e-5 where r is
-        frozen under ``cascade="marginal"``, whose late sweeps still raise held-out scores; and 1e-6 with a
-        `loadings_prior`, under which the lengths of columns converge slowly: standard errors of a fit that
-        stopped early are too small.
+        frozen under ``cascade="marginal"``, whose late sweeps still raise held-out scores; 1e-4 under
+        ``cascade="parameter"``; and 1e-6 with a `loadings_prior`, under which the lengths of columns converge
+        slowly: standard errors of a fit that stopped early are too small.
     batch_size : int or None, default=None
         Approximate number of rows that are made dense at a time. It changes memory use, not results.
     memory : str, joblib.Memory or None, default=None
@@ -214,10 +222,11 @@ class NBLNEstimator(
     that of one with few factorial moments.
 
     Weak priors keep the estimates finite for genes with few counts: mu is normal around the genes' average
-    with standard deviation 4; log d is normal with a centre and a width, 0.5 at least, that are estimated
-    from the genes. Under ``cascade="marginal"`` overdispersion that the factors leave is split between d and
+    with standard deviation 4. Under ``cascade="marginal"`` log d is normal with a centre and a width, 0.5 at
+    least, that are estimated from the genes; overdispersion that the factors leave is split between d and
     T(r), ``log(d / T(r)) ~ N(c, 1)``: evenly, c = 0; where its median is above 0.5 the fit looks at nearly
-    all in r and nearly all in d, and keeps the more likely. Under ``"parameter"``, ``log r ~ N(2, 1)``.
+    all in r and nearly all in d, and keeps the more likely. Under ``"parameter"``, ``d ~ Exponential(2)`` and
+    ``log r ~ N(2, 1)``.
 
     The log-rates are integrated out by Laplace's method. The parameters maximize the resulting marginal
     likelihood by its exact gradient, preconditioned by the least squares of each gene on the scores.
@@ -348,8 +357,9 @@ class NBLNEstimator(
         """
         self.frozen_params_ = frozen = self._frozen()
         prior_name, column_prior = column_priors.named(self.loadings_prior)
-        coupled_r = self.cascade == "marginal" and "r" in frozen
-        self.tol_ = _default_tol(column_prior, coupled_r) if self.tol is None else self.tol
+        self.tol_ = self.tol
+        if self.tol is None:
+            self.tol_ = _default_tol(self.cascade, column_prior, frozen)
         free = Params(
             mean="mu" not in frozen,
             loadings=True,
@@ -436,20 +446,24 @@ class NBLNEstimator(
             if self._split is not None:
                 objective = objective.with_split(self._split)
             candidates = [(objective, resumed(start, previous, free))]
-        selects = self._selects() and previous is None and k > 0 and X.shape[0] >= LEAST_ROWS
+        edges = None
+        if self._selects() and previous is None and k > 0 and X.shape[0] >= LEAST_ROWS:
+            edges = noise_edges(X.shape[1], X.shape[0])
         outcome = ascend(
             candidates,
             free._replace(loadings=k > 0),
             n_cells=X.shape[0],
             tol=self.tol_,
             max_iter=self.max_iter,
-            edges=noise_edges(X.shape[1], X.shape[0]) if selects else None,
+            edges=edges,
             column_prior=column_prior,
             report=self._report(X.shape[0]) if self.verbose else None,
         )
-        if selects and outcome.information is not None:
-            edge = noise_edges(X.shape[1], X.shape[0])[-1]
-            self.rank_diagnostics_ |= dict(column_information=outcome.information, noise_edge=edge)
+        if outcome.information is not None:
+            self.rank_diagnostics_ |= {
+                "column_information": outcome.information,
+                "noise_edge": edges[-1],
+            }
         if self.latent_dim != "auto":  # columns that are not real are zero
             outcome = outcome.with_columns(min(self.latent_dim, *X.shape))
         return outcome, rows
@@ -474,7 +488,7 @@ class NBLNEstimator(
         strength = self.informative_priors_tau, self.informative_priors_n_samples
         if self.cascade == "parameter":
             mean, dispersion = _source.priors(source, free, *strength, rng)
-            return mean, dispersion, Identity(), GenePriors(NOISE_POOL)
+            return mean, dispersion, Identity(), GenePriors(NOISE_EXPONENTIAL)
         mean, of_total = _source.marginal_priors(source, self._total, free, *strength, rng)
         flat, hard = GaussianPrior.flat(source.mean.size), "r" in self.frozen_params_
         coupling = MarginalCoupling(self._total if hard else None)
@@ -563,7 +577,7 @@ class NBLNEstimator(
         # Poisson counts have no dispersion; conditional on row totals there is no capture offset either
         absent = {"nb": (), "poisson": ("r",), "multinomial": ("r", "eta")}[self.observation]
         named = [name for name in frozen if name in absent]
-        if named and names is not None:
+        if named and frozen != _RECOMMENDED_FREEZE["parameter"] and names is not None:
             raise ValueError(
                 f"informative_priors_freeze={self.informative_priors_freeze!r} freezes {named}, which "
                 f"observation={self.observation!r} does not have. Leave {named} out."

@@ -25,6 +25,7 @@ from scipy.stats import truncnorm
 
 from ._rows import RowBatches, gene_score_products
 from .solver.coupling import marginal_level, remaining_level, remaining_level_slopes
+from .solver.overdispersion import TotalOverdispersion
 from .solver.params import Params
 
 
@@ -39,7 +40,12 @@ class CoupledDispersion(Transform):
     codomain = dist.constraints.positive
 
     def __init__(self, variance, total):
-        self.variance, self.total = variance, total
+        self.variance, self.weight = variance, total.weight
+
+    @property
+    def total(self):
+        """The genes' `TotalOverdispersion`."""
+        return TotalOverdispersion(self.weight)
 
     def __call__(self, r):
         level = remaining_level(self.total(jnp.log(r)), self.variance, jnp)
@@ -57,13 +63,13 @@ class CoupledDispersion(Transform):
 
     def tree_flatten(self):
         """Parameters of the transform as a pytree, the interface that NumPyro requires."""
-        return (self.variance, self.total), (("variance", "total"), {})
+        return (self.variance, self.weight), (("variance", "weight"), {})
 
     def __eq__(self, other):
         return (
             isinstance(other, CoupledDispersion)
             and np.array_equal(self.variance, other.variance)
-            and np.array_equal(self.total.weight, other.total.weight)
+            and np.array_equal(self.weight, other.weight)
         )
 
 

@@ -13,7 +13,7 @@ Genes with counts in next to no rows are left out: their few counts lie in the d
 permutation keeps.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import eigvalsh
@@ -31,7 +31,8 @@ _TOLERANCE = 1e-3  # of the largest eigenvalue of a permutation, relative
 _LARGEST_DIRECT = 100  # larger matrices are decomposed by Lanczos' method
 
 
-class ScoreSpectrum(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ScoreSpectrum:
     """Leading eigenvalues of the scores' correlation matrix, and the largest of permuted scores."""
 
     eigenvalues: np.ndarray  # (n_eigenvalues,), descending

@@ -81,14 +81,10 @@ def test_posterior_of_nbvcp_is_calibrated():
 # ------------------------------------------------------------------ intervals
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("cascade", ["parameter", "marginal"])
-def test_intervals_of_free_mu_and_r_cover(cascade):
-    """90 % intervals of four data sets together, without capture: the level of mu is identified.
+def coverage_of_free_mu_and_r(cascade):
+    """Shares of the true mu and r in 90 % intervals, four data sets together, without capture.
 
-    Measured: 0.94 and 0.95 of mu, 0.99 of r under both cascades. By the curvature in mu alone mu had 0.69.
-    The intervals of r have no upper bound here: how overdispersion is divided between d and r is the priors'
-    word, which is nearer to this truth than they say. Without them r had 0.88, and half with 2,000 cells.
+    Without capture the level of mu is identified.
     """
     inside = {"mu": [], "r": []}
     for seed in range(4):
@@ -107,9 +103,28 @@ def test_intervals_of_free_mu_and_r_cover(cascade):
         for name, truth in (("mu", sim.mean), ("r", sim.dispersion)):
             cdf = np.asarray(found[name].cdf(truth))
             inside[name].append(np.abs(cdf - 0.5) < 0.45)
-    coverage = {name: np.mean(some) for name, some in inside.items()}
-    assert 0.85 < coverage["mu"] < 0.97, coverage
-    assert 0.85 < coverage["r"], coverage
+    return {name: np.mean(some) for name, some in inside.items()}
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_intervals_of_free_mu_and_r_cover():
+    """Measured on eight: 0.88 of mu and 0.88 of r.
+
+    By the curvature in mu alone it was 0.69, and with d at its floor (a third of the genes) taken for known
+    0.83 of r.
+    """
+    coverage = coverage_of_free_mu_and_r("parameter")
+    assert all(0.85 < value < 0.95 for value in coverage.values()), coverage
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_intervals_under_a_split_of_overdispersion_hold_the_truth():
+    """Measured: 0.95 of mu and 0.99 of r.
+
+    How overdispersion is divided between d and r is a prior's word here, nearer to this truth than it says.
+    """
+    coverage = coverage_of_free_mu_and_r("marginal")
+    assert all(0.85 < value for value in coverage.values()), coverage
 
 
 # ------------------------------------------------------------------ scores
@@ -156,7 +171,7 @@ def test_score_differences_of_real_rows():
     for name, options in (
         ("literal", {"cascade": "parameter"}),
         ("default", {}),
-        ("poisson", {"observation": "poisson"}),
+        ("poisson", {"observation": "poisson", "cascade": "parameter"}),
     ):
         twice = pytest.warns(UserWarning, match="Overdispersion is counted twice")
         with twice if name == "literal" else contextlib.nullcontext():
@@ -171,6 +186,5 @@ def test_score_differences_of_real_rows():
         assert np.max(error[name]) < 0.03
     for one, other in itertools.combinations(models, 2):
         difference = exact[one] - exact[other]
-        # there is something to get right; the two good models are within a nat of each other
-        assert abs(np.mean(difference)) > 4 or (one, other) == ("default", "poisson")
+        assert abs(np.mean(difference)) > 4  # there is something to get right
         assert abs(np.mean(laplace[one] - laplace[other] - difference)) < 0.25

@@ -194,7 +194,6 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
             if edges is not None:
                 x, free, information = _real_columns(objective, climb.point, free, edges, n_cells)
         has_columns, done = column_prior is not None and free.loadings, 0
-        outcome = None if outcome is None else outcome._replace(reason="")
         while outcome is None or not outcome.reason:
             evaluate, most = objective, max_iter
             if has_columns:

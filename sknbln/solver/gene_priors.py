@@ -2,7 +2,8 @@ r"""Priors of the genes' noise variances, dispersions and total overdispersions,
 
 *Noise variance*: ``log d ~ N(c, s^2)``, where centre and width are estimated from the genes, so that genes
 with few counts take the d of the others. They are at their maximum for any parameters: derivatives in them
-vanish, and the log-density is one smooth function of the parameters (empirical Bayes).
+vanish, and the log-density is one smooth function of the parameters (empirical Bayes). Under the literal
+cascade ``d ~ Exponential(2)``.
 
 *Split*: ``log d - log T(r) ~ N(c, 1)``. The counts of one gene hardly tell a variance of its log-rate from
 the overdispersion of its counts, and the little that they tell is within the error of Laplace's method. An
@@ -12,17 +13,18 @@ values, between which the likelihood decides.
 *Total overdispersion*: ``log(Sigma_gg + T_g(r_g)) ~ N(l_g, s_g^2)``, see `overdispersion`.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from .overdispersion import TotalOverdispersion
-from .params import GaussianPrior, Params, noise_variance
+from .params import NOISE_UNIT, GaussianPrior, Params, noise_variance
 
 _ROUNDS = 100  # of the iteration for centre and width, at most
 
 
-class Pool(NamedTuple):
+@dataclass(frozen=True)
+class Pool:
     """Normal prior of one number per gene, whose centre and width are estimated from the genes."""
 
     loc: float  # prior of the centre
@@ -60,13 +62,35 @@ class Pool(NamedTuple):
         return self.centre_and_width(x)[1] ** -2.0
 
 
+@dataclass(frozen=True)
+class Exponential:
+    """Exponential prior of a positive number per gene, by its logarithm."""
+
+    rate: float
+
+    def log_density(self, x):
+        """Log-density of the numbers ``exp(x)``, nats, up to constants."""
+        return -self.rate * float(np.sum(np.exp(x)))
+
+    def gradient(self, x):
+        """Its gradient in x."""
+        return -self.rate * np.exp(x)
+
+    def precision(self, x):
+        """Its curvature in the coordinate of a noise variance, in units of x."""
+        return self.rate * np.exp(2.0 * x) / (np.exp(x) + NOISE_UNIT)
+
+
+#: of d where nothing is known of the overdispersion of independent genes: mean 1/2 nat squared
+NOISE_EXPONENTIAL = Exponential(2.0)
 #: of log d. The centre's prior spans what counts can show.
 NOISE_POOL = Pool(np.log(0.1), 3.0, 0.5)
 #: width of the prior of the split
 SPLIT_WIDTH = 1.0
 
 
-class OverdispersionPrior(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class OverdispersionPrior:
     """Normal prior of the log of each gene's total overdispersion ``V = Sigma_gg + T(r)``."""
 
     total: TotalOverdispersion
@@ -102,7 +126,8 @@ class OverdispersionPrior(NamedTuple):
 EVEN, NEARLY_ALL_IN_R, NEARLY_ALL_IN_NOISE = 0.0, -2.0, 5.0
 
 
-class SplitPrior(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SplitPrior:
     """Normal prior of ``log d - log T(r)``: how a gene's overdispersion is split between d and r."""
 
     total: TotalOverdispersion
@@ -130,10 +155,11 @@ class SplitPrior(NamedTuple):
         return (SPLIT_WIDTH * noise_variance(own)) ** -2.0, (slope / SPLIT_WIDTH) ** 2
 
 
-class GenePriors(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class GenePriors:
     """The priors that the genes of a model have; by default none."""
 
-    noise: Pool | None = None  # of log d
+    noise: Pool | Exponential | None = None  # of log d
     split: SplitPrior | None = None
     total: OverdispersionPrior | None = None
 

@@ -1,6 +1,7 @@
 """The log-posterior of the globals as a function of the coordinates in which it is maximized."""
 
 import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -115,8 +116,8 @@ class Objective:
         if self.gene_priors.split is None:
             return self
         other = copy.copy(self)
-        split = self.gene_priors.split._replace(centre=centre)
-        other.gene_priors = self.gene_priors._replace(split=split)
+        split = replace(self.gene_priors.split, centre=centre)
+        other.gene_priors = replace(self.gene_priors, split=split)
         return other
 
     def _sums(self, own):

@@ -11,7 +11,7 @@ for one with few counts factorial moments (the second). The weight ``w = m / (m 
 count m is a rule of thumb.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import jax.scipy.special as jsp
@@ -22,7 +22,8 @@ from .channel import SMALLEST_OVERDISPERSION
 
 #: sizes above this take the asymptotic series of ``log r - digamma(r)``, which has no cancellation
 _LARGE = 1e3
-_INVERSE_ROUNDS = 40  # of Newton's method, which converges from one side
+_INVERSE_ROUNDS = 40  # of Newton's method, which converges from one side; all of them under JAX
+_INVERSE_ACCURACY = 1e-14  # of log r: the last step, whose square is the error
 
 
 def _functions(x):
@@ -31,7 +32,8 @@ def _functions(x):
     return (np, sp) if is_numpy else (jnp, jsp)
 
 
-class TotalOverdispersion(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TotalOverdispersion:
     """``T(r)`` of each gene, nats squared, as a function of log r; for NumPy or JAX arrays."""
 
     weight: np.ndarray  # (n_genes,) w
@@ -71,5 +73,8 @@ class TotalOverdispersion(NamedTuple):
             -(level + xp.log(-xp.expm1(-level))), xp.log(xp.maximum(self.weight, 1e-300) / level)
         )
         for _ in range(_INVERSE_ROUNDS):
-            log_r = log_r - (self(log_r) - level) / self.slope(log_r)
+            step = (level - self(log_r)) / self.slope(log_r)
+            log_r = log_r + step
+            if xp is np and np.max(np.abs(step), initial=0.0) < _INVERSE_ACCURACY:
+                break
         return xp.minimum(log_r, -np.log(SMALLEST_OVERDISPERSION))

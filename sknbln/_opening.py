@@ -38,17 +38,17 @@ def start_loadings(X, source, offsets, k, batch_size, rng):
 def candidates(objective, source, total, loadings, free, channel):
     """Objectives and start coordinates that a fit looks at: one, or two where overdispersion is large.
 
-    Where the dispersion is free, the prior of its split between d and r is centred at an even split; where
-    overdispersion is large, at nearly all in r (gamma), or at nearly all in d (log-normal).
+    Where the split of overdispersion between d and r has a prior and r is free, the prior is centred at an even
+    split; where overdispersion is large, at nearly all in r (gamma), or at nearly all in d (log-normal).
     """
     log_mean, log_r = np.log(source.mean), np.log(source.dispersion)
     left = total(log_r) - np.sum(loadings**2, 1)
     splits = (None,)
     if channel != "nb":
         splits = (np.inf,)
-    elif free.dispersion:
+    elif free.dispersion and objective.gene_priors.split is not None:
         splits = (EVEN,)
-        if objective.gene_priors.split is not None and np.median(left) > SMALL_OVERDISPERSION:
+        if np.median(left) > SMALL_OVERDISPERSION:
             splits = NEARLY_ALL_IN_R, NEARLY_ALL_IN_NOISE
     coupled = isinstance(objective.coupling, MarginalCoupling)
     return [

@@ -91,7 +91,7 @@ def loadings_from_scores(sum_over_batches, n_cells, n_genes, k, rng):
     return loadings * np.minimum(1.0, _LARGEST_SD / np.maximum(norms, 1e-300))
 
 
-START_NOISE = 0.05  # d of every gene at the start where r is frozen, nats squared
+START_NOISE = 0.05  # d of every gene at the start where no split is given, nats squared
 #: least share of the overdispersion that the loadings leave at the start
 _LEAST_LEFT = 0.1
 #: d at the start is at most this times log(1 + overdispersion): T(r) of a log-normal count is far above its d
@@ -112,12 +112,14 @@ def start_coordinates(log_mean, log_r, loadings, free, coupled, total, split):
     total : TotalOverdispersion
     split : float or None
         ``log d - log T(r)`` at the start, of the overdispersion that the loadings leave; inf for Poisson
-        counts, without dispersion. None where the dispersion is frozen.
+        counts, without dispersion. None for d = `START_NOISE`; a free dispersion takes the rest.
     """
     explained = np.sum(loadings**2, 1)
-    d = np.full(log_mean.size, START_NOISE)
+    level, d = total(log_r), np.full(log_mean.size, START_NOISE)
+    if split is None and free.dispersion:
+        rest = np.maximum(level - explained - d, _LEAST_LEFT * level)
+        log_r = np.clip(total.inverse(rest), *LOG_DISPERSION_RANGE)
     if split is not None:
-        level = total(log_r)
         rest = np.maximum(level - explained, _LEAST_LEFT * level)
         share = expit(split)
         d = np.minimum(share * rest, _LARGEST_NOISE * np.log1p(share * rest))

@@ -38,8 +38,8 @@ def start_loadings(X, source, offsets, k, batch_size, rng):
 def candidates(objective, source, total, loadings, free, channel):
     """Objectives and start coordinates that a fit looks at: one, or two where overdispersion is large.
 
-    Where the split of overdispersion between d and r has a prior and r is free, the prior is centred at an even
-    split; where overdispersion is large, at nearly all in r (gamma), or at nearly all in d (log-normal).
+    Where r is free and the split of overdispersion between d and r has a prior, the prior is centred at an
+    even split; where overdispersion is large, at nearly all in r (gamma), or at nearly all in d (log-normal).
     """
     log_mean, log_r = np.log(source.mean), np.log(source.dispersion)
     left = total(log_r) - np.sum(loadings**2, 1)

@@ -194,7 +194,7 @@ class NBLNEstimator(
         Tolerance of the fit.
     objective_history_ : ndarray of shape (n_iter + 1,)
         Log-posterior per cell at the start and after each sweep. It never decreases, except where a
-        loadings prior is updated between stages of sweeps. If no step of the last sweep was accepted, the
+        loadings prior is updated between sweeps. If no step of the last sweep was accepted, the
         last value repeats the one before it.
     promised_gain_ : float
         Predicted gain of another sweep when the fit ended, nats per cell: half the slope along its step.

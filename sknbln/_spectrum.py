@@ -27,6 +27,7 @@ N_PERMUTATIONS = 8
 DEVIATIONS = 2.5
 #: a gene has counts in at least this many rows; in half of fewer rows
 LEAST_ROWS = 10
+_ORDERS = 64  # random orders of the rows in a permutation, at most
 _TOLERANCE = 1e-3  # of the largest eigenvalue of a permutation, relative
 _LARGEST_DIRECT = 100  # larger matrices are decomposed by Lanczos' method
 
@@ -50,7 +51,7 @@ class ScoreSpectrum:
 
 
 def _eigenvalues(A, k):
-    """The k largest eigenvalues of ``A' A``, descending."""
+    """The k largest eigenvalues of ``A A'``, descending."""
     gram = A @ A.T if A.shape[0] <= A.shape[1] else A.T @ A
     n = gram.shape[0]
     if n <= max(_LARGEST_DIRECT, 2 * k):
@@ -62,12 +63,32 @@ def _eigenvalues(A, k):
 
 
 def _standardize(g, i):
-    """Subtract what rows' levels and genes' means take from scores, and scale genes to length 1; in place."""
-    g -= i * (g.sum(1) / np.maximum(i.sum(1), 1e-30))[:, None]
+    """Subtract what cells' levels and genes' means take from scores, and scale genes to length 1; in place.
+
+    Scores ``g`` and information ``i`` are (n_genes, n_cells).
+    """
     g -= i * (g.sum(0) / np.maximum(i.sum(0), 1e-30))
-    norms = np.linalg.norm(g, axis=0)
-    g /= np.where(norms > 0, norms, 1.0)
+    g -= i * (g.sum(1) / np.maximum(i.sum(1), 1e-30))[:, None]
+    norms = np.linalg.norm(g, axis=1)
+    g /= np.where(norms > 0, norms, 1.0)[:, None]
     return g
+
+
+def _permuted(a, out, generator):
+    """Permute every row of `a`, (n_genes, n), by itself, into `out`.
+
+    A permutation is one of `_ORDERS` random orders with a random cyclic shift; two rows of ``a`` share both
+    with probability ``1 / (_ORDERS n)``. It takes a tenth of the time of a random order for every row.
+    """
+    n = a.shape[1]
+    shifts = generator.integers(n, size=len(a))
+    for start in range(min(_ORDERS, len(a))):
+        ordered = a[start::_ORDERS].take(generator.permutation(n), axis=1)
+        for to, row, shift in zip(
+            out[start::_ORDERS], ordered, shifts[start::_ORDERS], strict=True
+        ):
+            to[: n - shift], to[n - shift :] = row[shift:], row[:shift]
+    return out
 
 
 def score_spectrum(counts, mean, dispersion, offset, rng):
@@ -92,9 +113,9 @@ def score_spectrum(counts, mean, dispersion, offset, rng):
     genes = np.flatnonzero(block.getnnz(0) >= min(LEAST_ROWS, n / 2))
     if not genes.size:
         return ScoreSpectrum(np.zeros(1), np.zeros(N_PERMUTATIONS))
-    g = block[:, genes].toarray().astype(np.float32)
-    m = np.exp(-offset[:, None] + np.log(mean[genes])).astype(np.float32)
-    share = 1.0 / (1.0 + m / dispersion[genes].astype(np.float32))
+    g = block[:, genes].astype(np.float32).T.toarray(order="C")
+    m = np.exp(np.log(mean[genes])[:, None] - offset).astype(np.float32)
+    share = 1.0 / (1.0 + m / dispersion[genes].astype(np.float32)[:, None])
     g -= m
     g *= share
     i = m * share
@@ -104,7 +125,7 @@ def score_spectrum(counts, mean, dispersion, offset, rng):
     eigenvalues = _eigenvalues(_standardize(g, i), k)
     generator, null = np.random.default_rng(rng.randint(2**31)), []
     for _ in range(N_PERMUTATIONS):
-        generator.permuted(standard, axis=0, out=g)
+        _permuted(standard, g, generator)
         g *= root
         null.append(_eigenvalues(_standardize(g, i), 1)[0])
     return ScoreSpectrum(eigenvalues, np.array(null))

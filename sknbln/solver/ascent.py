@@ -35,7 +35,8 @@ class Outcome(NamedTuple):
 
     objective: Objective  # the candidate that was kept
     point: Point
-    stages: list  # for each stage, the values at its start and after each sweep, nats per cell
+    #: values at the start and after each sweep of each stage (sweeps under one objective), nats per cell
+    stages: list
     gain: float  # of the last sweep, nats per cell
     promised: float  # gain that the next sweep promises, nats per cell
     converged: bool
@@ -110,6 +111,15 @@ class _Memory:
         """Drop all pairs."""
         self.pairs = []
 
+    def rotate(self, rotation, like, free):
+        """Rotate the pairs with the loadings, by a rotation (k, k)."""
+
+        def rotated(a):
+            blocks = _unflat(a, like, free)
+            return _flat(blocks._replace(loadings=blocks.loadings @ rotation), free)
+
+        self.pairs = [(rotated(s), rotated(y), sy) for s, y, sy in self.pairs]
+
     def direction(self, g, precondition):
         """Quasi-Newton direction by the two-loop recursion; ``precondition`` maps a gradient to a step."""
         q, alphas = g.copy(), []
@@ -130,8 +140,8 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
     highest log-likelihood after `LOOK_SWEEPS` is kept: the priors do not count, which would decide between
     overdispersion in d and in r. Columns of the loadings that are noise are dropped after `PLAIN_SWEEPS`.
 
-    Under a prior of the columns of the loadings the sweeps come in stages. Before each stage the loadings are
-    rotated to their singular basis, and the scales of the columns are updated there.
+    Under a prior of the columns of the loadings every sweep is a stage of its own: before each the loadings
+    are rotated to their singular basis, and the scales of the columns are updated there.
 
     Parameters
     ----------
@@ -193,21 +203,21 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
             stages.append([value / n_cells for value in climb.values])
             if edges is not None:
                 x, free, information = _real_columns(objective, climb.point, free, edges, n_cells)
-        has_columns, done = column_prior is not None and free.loadings, 0
+        has_columns = column_prior is not None and free.loadings
+        climb = None if has_columns else _Climb(objective, x, free, n_cells, tol, plain)
         while outcome is None or not outcome.reason:
-            evaluate, most = objective, max_iter
             if has_columns:
-                x, columns = next_scales(objective, x, column_prior, columns, n_cells)
-                evaluate, most = partial(objective, penalty=columns.penalty), columns.most_sweeps
-            climb, plain = _Climb(evaluate, x, free, n_cells, tol, plain), PLAIN_SWEEPS
-            left = max_iter - sum(len(stage) - 1 for stage in stages)
-            for done in range(1, min(most, left) + 1):
-                accepted = climb.sweep()
-                note(climb, accepted, _ended(climb, columns, done == left, max_iter))
-                if climb.reason:
-                    break
-            stages.append([value / n_cells for value in climb.values])
-            x = climb.point.x
+                x = x if climb is None else climb.point.x
+                x, columns, rotation = next_scales(objective, x, column_prior, columns, n_cells)
+                evaluate = partial(objective, penalty=columns.penalty)
+                if climb is None:
+                    climb = _Climb(evaluate, x, free, n_cells, tol, plain)
+                else:
+                    stages.append([value / n_cells for value in climb.values])
+                    climb.go_on_under(evaluate, x, rotation)
+            accepted = climb.sweep()
+            done = sum(len(stage) - 1 for stage in [*stages, climb.values])
+            note(climb, accepted, _ended(climb, columns, done == max_iter, max_iter))
     except KeyboardInterrupt:
         if outcome is None:
             raise
@@ -236,8 +246,8 @@ def _ended(climb, columns, no_more, max_iter):
     """Whether the ascent has converged, and the reason why it ends, "" if it goes on."""
     over = bool(climb.reason)
     if over and columns is not None:
-        # neither the coordinates nor the scales have moved: the next stage would be the same
-        stuck = len(climb.gains) == 1 and climb.gain == 0.0 and columns.unchanged
+        # neither the coordinates nor the scales have moved: the next sweep would be the same
+        stuck = climb.gain == 0.0 and columns.unchanged
         over = (climb.converged and columns.settled) or stuck
     converged = climb.converged and (columns is None or columns.settled)
     if over:
@@ -263,6 +273,14 @@ class _Climb:
         self.values = [self.point.value]  # at the start and after each sweep, nats
         self.converged, self.reason = False, ""
         self.step, self.promised = _next_step(self.point, self.memory, free)
+
+    def go_on_under(self, evaluate, x, rotation):
+        """Go on under another objective, at coordinates with rotated loadings; the rotation is (k, k)."""
+        self.evaluate, self.point = evaluate, evaluate(x)
+        self.values = [self.point.value]
+        self.memory.rotate(rotation, x, self.free)
+        self.converged, self.reason = False, ""
+        self.step, self.promised = _next_step(self.point, self.memory, self.free)
 
     @property
     def gain(self):
@@ -310,8 +328,8 @@ class _Climb:
             self.promised = max(self.promised, plain)
         # without a memory a small promise is not enough: the metric overestimates the curvature of slow moves
         promises_little = bool(self.memory.pairs) and self.promised < least
-        self.converged = self.small == 2 or promises_little
-        if self.small == 2:
+        self.converged = self.small >= 2 or promises_little
+        if self.small >= 2:
             self.reason = f"the last two sweeps gained less than tol={self.tol:g} of the objective"
         elif promises_little:
             self.reason = (

@@ -1,4 +1,4 @@
-r"""Priors of the loadings' columns: updates of their scales between stages of sweeps.
+r"""Priors of the loadings' columns: updates of their scales between sweeps.
 
 Every prior acts on the columns of ``W_perp`` (loadings less their mean over genes) as a Gaussian with
 ``G - 1`` degrees of freedom and standard deviation ``lambda_k``. The priors differ in their update of
@@ -42,11 +42,7 @@ from .metric import least_squares_matrix
 
 #: rounds of the iteration by which an update finds its scales, at most
 _SCALE_ROUNDS = 200
-#: sweeps under the same scales, at most
-SWEEPS_PER_STAGE = 6
-#: and where the scales have settled: every stage starts with an empty memory of the quasi-Newton steps
-SWEEPS_OF_SETTLED_STAGE = 60
-_SETTLED = 0.02  # relative change of a column's lambda
+_SETTLED = 0.01  # relative change of a column's lambda by an update
 LONGEST_REACH = 4.0  # largest factor by which a change of a column's log variance is lengthened
 
 
@@ -93,22 +89,17 @@ class Evidence(NamedTuple):
 
 
 class ColumnScales(NamedTuple):
-    """Scales of the columns: as an update makes them, and then as a stage of sweeps uses them."""
+    """Scales of the columns: as an update makes them, and then as the next sweep uses them."""
 
-    variance: np.ndarray  # (k,) lambda_k^2; of a stage: over-relaxed
+    variance: np.ndarray  # (k,) lambda_k^2; of a sweep: over-relaxed
     volume: np.ndarray  # (k,) coefficients v of the volume term; 0 without it
     smallest: float = 0.0  # lower bound of a variance
     tau: float | None = None  # the global scale, where there is one
-    change: np.ndarray = 0.0  # (k,) of log variances since the last stage
+    change: np.ndarray = 0.0  # (k,) of log variances since the last sweep
     reach: np.ndarray = 1.0  # (k,) factor by which the next change is lengthened
-    penalty: ColumnPenalty | None = None  # of the stage
-    settled: bool = False  # whether the scales of real columns are those of the last stage
+    penalty: ColumnPenalty | None = None  # of the sweep
+    settled: bool = False  # whether the scales of real columns are those of the last sweep
     unchanged: bool = False  # whether all scales are, to rounding
-
-    @property
-    def most_sweeps(self):
-        """Largest number of sweeps of the stage."""
-        return SWEEPS_OF_SETTLED_STAGE if self.settled else SWEEPS_PER_STAGE
 
 
 def gaussian(evidence, last=None, *, sigma=1.0):
@@ -260,7 +251,7 @@ def relaxed(update, last):
     """The `ColumnScales` of an update with over-relaxed variances.
 
     An update moves the variance of a column that the data let go only a small part of the way. A change that
-    keeps its sign from stage to stage is taken twice, then `LONGEST_REACH` times.
+    keeps its sign from sweep to sweep is taken twice, then `LONGEST_REACH` times.
     """
     if last is None:
         return update
@@ -272,9 +263,9 @@ def relaxed(update, last):
 
 
 def next_scales(objective, x, column_prior, last, n_cells):
-    """Coordinates in the singular basis of W_perp, and the `ColumnScales` of the next stage.
+    """Coordinates in the singular basis of W_perp, the `ColumnScales` of the next sweep, and the rotation.
 
-    ``last`` are those of the stage that has ended, None before the first.
+    ``last`` are those of the last sweep, None before the first.
     """
     rotation = singular_basis(objective.coupling.expand(x).loadings)
     x = x._replace(loadings=x.loadings @ rotation)
@@ -292,4 +283,4 @@ def next_scales(objective, x, column_prior, last, n_cells):
         )
     ascending = update.volume[np.argsort(evidence.reliability)]
     penalty = ColumnPenalty(1.0 / scales.variance, ascending, evidence.weight)
-    return x, scales._replace(penalty=penalty)
+    return x, scales._replace(penalty=penalty), rotation

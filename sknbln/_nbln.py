@@ -424,11 +424,13 @@ class NBLNEstimator(
         # before the number of factors is looked for, which takes random numbers too: with the same seed the
         # priors are the same whether it is given, found or continued
         priors = self._priors(source, free, rng)
-        k, self.rank_diagnostics_ = self._number_of_factors(X, source, offsets, previous, rng)
         if previous is None:
-            loadings = _opening.start_loadings(X, source, offsets, k, self.batch_size, rng)
+            loadings = self._start_loadings(X, source, offsets, rng)
         else:
             loadings = previous.loadings
+            if not hasattr(self, "rank_diagnostics_"):
+                self.rank_diagnostics_ = None
+        k = loadings.shape[1] if np.any(loadings) else 0
         rows = RowBatches(
             X, *self._row_capture(X, np.log(source.mean), offsets), batch_size=self.batch_size
         )
@@ -473,15 +475,15 @@ class NBLNEstimator(
         name, _ = column_priors.named(self.loadings_prior)
         return self.latent_dim == "auto" or name in column_priors.CHOOSE_RANK
 
-    def _number_of_factors(self, X, source, offsets, previous, rng):
-        """Number of factors at the start, and the `rank_diagnostics_`."""
-        if previous is not None:
-            return previous.loadings.shape[1], getattr(self, "rank_diagnostics_", None)
+    def _start_loadings(self, X, source, offsets, rng):
+        """Loadings at the start; sets `rank_diagnostics_`."""
         most = min(X.shape) if self.latent_dim == "auto" else min(self.latent_dim, *X.shape)
-        if not self._selects():
-            return most, None
-        found, diagnostics = _opening.number_of_factors(X, source, offsets, rng)
-        return min(found, most), diagnostics
+        k, groups, self.rank_diagnostics_ = most, np.zeros((X.shape[1], 0)), None
+        if self._selects():
+            k, groups, self.rank_diagnostics_ = _opening.number_of_factors(
+                X, source, offsets, most, rng
+            )
+        return _opening.start_loadings(X, source, offsets, k, groups, self.batch_size, rng)
 
     def _priors(self, source, free, rng):
         """Priors of mean and log r, the coupling, and the genes' own priors, as `Objective` takes them."""

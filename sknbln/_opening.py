@@ -13,26 +13,40 @@ from .solver.start import loadings_from_scores, start_coordinates
 SMALL_OVERDISPERSION = 0.5
 
 
-def number_of_factors(X, source, offsets, rng):
-    """Number of factors in the spectrum of the scores, at most `MOST_FACTORS`, and the spectrum as a dict."""
+def number_of_factors(X, source, offsets, most, rng):
+    """Number of factors of all genes and start loadings of groups of few genes, from the scores.
+
+    Both together are at most ``most`` and `MOST_FACTORS`. The third result is the `rank_diagnostics_`.
+    """
     spectrum = score_spectrum(CSRRows(X), source.mean, source.dispersion, offsets.loc, rng)
-    return min(spectrum.n_factors, MOST_FACTORS), {
-        "score_eigenvalues": spectrum.eigenvalues,
-        "null_eigenvalues": spectrum.null,
-        "null_threshold": spectrum.threshold,
-        "score_rank": spectrum.n_factors,
-        "column_information": None,
-        "noise_edge": None,
-    }
+    most = min(most, MOST_FACTORS)
+    k = min(spectrum.n_factors, most)
+    groups = spectrum.groups[:, : most - k]
+    return (
+        k,
+        groups,
+        {
+            "score_eigenvalues": spectrum.eigenvalues,
+            "null_eigenvalues": spectrum.null,
+            "null_threshold": spectrum.threshold,
+            "score_rank": spectrum.n_factors,
+            "n_groups": spectrum.groups.shape[1],
+            "column_information": None,
+            "noise_edge": None,
+        },
+    )
 
 
-def start_loadings(X, source, offsets, k, batch_size, rng):
-    """Loadings at the start, (n_genes, k), from the moments of the scores; one column of zeros for k = 0."""
+def start_loadings(X, source, offsets, k, groups, batch_size, rng):
+    """Loadings at the start: k columns from the moments of the scores, and those of the groups of genes.
+
+    One column of zeros where there are none.
+    """
     n_cells, n_genes = X.shape
     batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=batch_size)
     sums = sum_over_batches(batches, source.params)
-    loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
-    return pad_columns(loadings, max(k, 1))
+    loadings = np.concatenate([loadings_from_scores(sums, n_cells, n_genes, k, rng), groups], 1)
+    return pad_columns(loadings, max(loadings.shape[1], 1))
 
 
 def candidates(objective, source, total, loadings, free, channel):

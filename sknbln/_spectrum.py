@@ -11,13 +11,21 @@ keeps each gene's own distribution, zero inflation and outliers included.
 
 Genes with counts in next to no rows are left out: their few counts lie in the deepest rows, which no
 permutation keeps.
+
+The eigenvalue of two or three genes that move together, ``1 + rho`` and ``1 + 2 rho`` with their correlation
+rho, can lie below all eigenvalues of noise. Such groups show in the single correlations that the leading
+factors leave, beside the largest correlation of permuted scores.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.linalg import eigvalsh
+from scipy.linalg import eigh
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
+
+from .solver.gauge import EDGE_MARGIN
 
 #: rows that are used at most, and entries of the dense matrix of scores, 4 bytes each
 MOST_ROWS, MOST_ENTRIES = 20_000, 2**24
@@ -25,6 +33,11 @@ MOST_FACTORS = 50
 N_PERMUTATIONS = 8
 #: a factor's eigenvalue is above the mean of the permutations' largest by this many standard deviations
 DEVIATIONS = 2.5
+#: a correlation that the factors leave shows a group of genes where it is this many times the largest of
+#: permuted scores: strong factors, exponential in the rates, leave correlations of up to twice that
+GROUP_MARGIN = 2.0
+MOST_GROUPS = 10
+_LARGEST_SD = 2.0  # nats; of a gene's loading at the start
 #: a gene has counts in at least this many rows; in half of fewer rows
 LEAST_ROWS = 10
 _ORDERS = 64  # random orders of the rows in a permutation, at most
@@ -38,6 +51,7 @@ class ScoreSpectrum:
 
     eigenvalues: np.ndarray  # (n_eigenvalues,), descending
     null: np.ndarray  # (n_permutations,)
+    groups: np.ndarray  # (n_genes, n_groups) loadings at the start of groups of few genes
 
     @property
     def threshold(self):
@@ -50,16 +64,48 @@ class ScoreSpectrum:
         return int(np.sum(np.cumprod(self.eigenvalues > self.threshold)))
 
 
-def _eigenvalues(A, k):
-    """The k largest eigenvalues of ``A A'``, descending."""
-    gram = A @ A.T if A.shape[0] <= A.shape[1] else A.T @ A
+def _leading(A, k):
+    """The k largest eigenvalues of ``A A'``, descending, and their eigenvectors, (n_genes, k)."""
+    tall = A.shape[0] > A.shape[1]
+    gram = A.T @ A if tall else A @ A.T
     n = gram.shape[0]
     if n <= max(_LARGEST_DIRECT, 2 * k):
-        values = eigvalsh(gram, subset_by_index=[n - k, n - 1])
+        values, vectors = eigh(gram, subset_by_index=[n - k, n - 1])
     else:
-        start = np.ones(n, gram.dtype)
-        values = eigsh(gram, k, v0=start, tol=_TOLERANCE, return_eigenvectors=False)
-    return np.sort(values)[::-1].astype(float)
+        values, vectors = eigsh(gram, k, v0=np.ones(n, gram.dtype), tol=_TOLERANCE)
+    order = np.argsort(values)[::-1]
+    values, vectors = values[order].astype(float), vectors[:, order]
+    if tall:
+        vectors = A @ vectors / np.sqrt(np.maximum(values, 1e-30)).astype(A.dtype)
+    return values, vectors
+
+
+def _correlations(A, values, vectors):
+    """Correlations of the rows of A, (n_genes, n_genes), that leading eigenpairs leave; 0 on the diagonal."""
+    C = A @ A.T - (vectors * values.astype(A.dtype)) @ vectors.T
+    sd = np.sqrt(np.maximum(np.diag(C), 1e-6))
+    C /= sd[:, None]
+    C /= sd
+    np.fill_diagonal(C, 0.0)
+    return C
+
+
+def _groups(correlations, least):
+    """Groups of genes that correlate by more than ``least``, strongest first, each as a column.
+
+    The products of a group's entries are its genes' correlations, as well as one column can give them.
+    """
+    together = np.abs(correlations) > least
+    n_labels, labels = connected_components(csr_array(together), directed=False)
+    found = []
+    for label in np.flatnonzero(np.bincount(labels, minlength=n_labels) > 1):
+        genes = np.flatnonzero(labels == label)
+        values, vectors = np.linalg.eigh(correlations[np.ix_(genes, genes)].astype(float))
+        column = np.zeros(len(correlations))
+        column[genes] = vectors[:, -1] * np.sqrt(values[-1] * genes.size / (genes.size - 1))
+        found.append((values[-1], column))
+    found.sort(key=lambda group: -group[0])
+    return np.array([column for _, column in found[:MOST_GROUPS]]).reshape(-1, len(correlations)).T
 
 
 def _standardize(g, i):
@@ -71,7 +117,7 @@ def _standardize(g, i):
     g -= i * (g.sum(1) / np.maximum(i.sum(1), 1e-30))[:, None]
     norms = np.linalg.norm(g, axis=1)
     g /= np.where(norms > 0, norms, 1.0)[:, None]
-    return g
+    return norms
 
 
 def _permuted(a, out, generator):
@@ -112,7 +158,7 @@ def score_spectrum(counts, mean, dispersion, offset, rng):
     block = counts.block(slice(0, n))
     genes = np.flatnonzero(block.getnnz(0) >= min(LEAST_ROWS, n / 2))
     if not genes.size:
-        return ScoreSpectrum(np.zeros(1), np.zeros(N_PERMUTATIONS))
+        return ScoreSpectrum(np.zeros(1), np.zeros(N_PERMUTATIONS), np.zeros((n_genes, 0)))
     g = block[:, genes].astype(np.float32).T.toarray(order="C")
     m = np.exp(np.log(mean[genes])[:, None] - offset).astype(np.float32)
     share = 1.0 / (1.0 + m / dispersion[genes].astype(np.float32)[:, None])
@@ -121,11 +167,25 @@ def score_spectrum(counts, mean, dispersion, offset, rng):
     i = m * share
     root = np.sqrt(i)
     standard = np.divide(g, root, out=np.zeros_like(g), where=root > 0)
-    k = min(MOST_FACTORS + 1, n, genes.size)
-    eigenvalues = _eigenvalues(_standardize(g, i), k)
-    generator, null = np.random.default_rng(rng.randint(2**31)), []
+    norms = _standardize(g, i)
+    values, vectors = _leading(g, min(MOST_FACTORS + 1, n, genes.size))
+    # at most as many genes as rows, those with the most information: no larger a product than the eigenvalues
+    most = np.sort(np.argsort(-i.sum(1), kind="stable")[:n])
+    own, nothing = g[most], (np.zeros(0), np.zeros((most.size, 0), g.dtype))
+    generator, null, largest = np.random.default_rng(rng.randint(2**31)), [], []
     for _ in range(N_PERMUTATIONS):
         _permuted(standard, g, generator)
         g *= root
-        null.append(_eigenvalues(_standardize(g, i), 1)[0])
-    return ScoreSpectrum(eigenvalues, np.array(null))
+        _standardize(g, i)
+        null.append(_leading(g, 1)[0][0])
+        largest.append(np.abs(_correlations(g[most], *nothing)).max())
+    spectrum = ScoreSpectrum(values, np.array(null), np.zeros((n_genes, 0)))
+    # an eigenvector just above the threshold may be half of a group's
+    k = int(np.sum(values > 1.0 + EDGE_MARGIN * (spectrum.threshold - 1.0)))
+    left = _correlations(own, values[:k], vectors[most, :k])
+    groups = _groups(left, GROUP_MARGIN * np.mean(largest))
+    # from correlations of scores to covariances of log-rates
+    scale = norms[most] / np.sqrt(np.sum(i[most] ** 2, 1))
+    loadings = np.zeros((n_genes, groups.shape[1]))
+    loadings[genes[most]] = np.clip(groups * scale[:, None], -_LARGEST_SD, _LARGEST_SD)
+    return replace(spectrum, groups=loadings)

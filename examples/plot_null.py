@@ -15,6 +15,7 @@ import numpy as np
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln.datasets import make_nbln_counts, make_nbvcp_counts
+from sknbln.plotting import LoadingsSpectrumDisplay
 
 shape = {"n_cells": 500, "n_genes": 90, "capture_sd": 0.6}
 null = make_nbvcp_counts(**shape, mean_range=(0.05, 100.0), random_state=0)
@@ -55,6 +56,16 @@ for ax, data in zip(axes, ("null", "two weak factors"), strict=True):
     ax.spines[["top", "right"]].set_visible(False)
 axes[0].set_ylabel("norm of the loadings (nats)")
 axes[1].legend(frameon=False)
+plt.show()
+
+# %%
+# How many factors there are is found in two steps, which a picture shows. A factor has an eigenvalue of
+# the scores that is larger than those of permuted scores; then its column, after a few sweeps, has more
+# information than noise has. In the null no eigenvalue is above those of permuted scores, so that
+# there are no columns to look at.
+for data in ("two weak factors", "null"):
+    display = LoadingsSpectrumDisplay.from_estimator(models[data, "found"])
+    display.figure_.suptitle(data)
 plt.show()
 
 # %%

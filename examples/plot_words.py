@@ -102,7 +102,8 @@ for name, model in models.items():
     print(f"  {name:<20s}{model.score(X[test]):8.2f}   effective rank {rank}")
 
 # %%
-# The picture shows the norms of the components. Those that ARD takes to zero lie below the axis.
+# The picture shows how many factors the scores of the counts have, which of them are above the noise after
+# a few sweeps, and the norms of the components of the fit. Those that are zero lie below the axis.
 model = models["negative binomial"]
 LoadingsSpectrumDisplay.from_estimator(model)
 plt.show()

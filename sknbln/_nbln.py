@@ -101,10 +101,12 @@ class NBLNEstimator(
         conditional on the row totals.
     loadings_prior : str or dict, default="none"
         Prior of the columns of W_perp, ``N(0, lambda_k^2)`` each: ``"none"``; ``"gaussian"`` (fixed
-        ``sigma``, 1); ``"horseshoe_columnwise"`` (``tau_scale`` 1, ``lambda_min`` 1e-3);
-        ``"neg_columnwise"`` (``alpha`` 1, ``beta`` 1, ``lambda_min`` 1e-3); ``"ard"``, empirical-Bayes
-        scales of at least 1e-3, which shrink columns of noise to zero and leave real columns unshrunk.
-        A dict ``{"type": ..., hyper-parameters}`` sets hyper-parameters, each from 1e-8 to 1e8.
+        ``sigma``, 1); ``"horseshoe_columnwise"`` (``tau_scale`` 1, ``lambda_min`` 1e-3, and ``tau_min``, the
+        least tau, by default ``lambda_min``); ``"neg_columnwise"`` (``alpha`` 1, ``beta`` 1, ``lambda_min``
+        1e-3); ``"ard"``, empirical-Bayes scales of at least 1e-3, which shrink columns of noise to zero and
+        leave real columns unshrunk. A dict ``{"type": ..., hyper-parameters}`` sets hyper-parameters, each
+        from 1e-8 to 1e8. SCRIBE's names are taken too: ``scale`` for ``sigma``, and ``psi_min``, a variance,
+        for the square of ``lambda_min`` under ``"neg_columnwise"``.
     capture_efficiency : {"auto", "human", "mouse", "yeast", "ecoli"}, (float, float) or None, default="auto"
         Capture prior of the held-out score, and of offsets that are not frozen: see `NBVCPEstimator`.
         ``"auto"`` takes the source's. None means no capture model: eta = 0.

@@ -135,6 +135,36 @@ def test_scales_are_floored(update):
     assert np.sqrt(v[1]) > 0.02
 
 
+@pytest.mark.parametrize(
+    ("prior", "alias", "name"),
+    [
+        ("gaussian", {"scale": 0.3}, {"sigma": 0.3}),
+        ("neg_columnwise", {"psi_min": 0.09}, {"lambda_min": 0.3}),
+    ],
+)
+def test_names_of_scribe_are_aliases(prior, alias, name):
+    default, by_alias, by_name = (
+        named({"type": prior, **options})[1](evidence([0.0, 5.0])).variance
+        for options in ({}, alias, name)
+    )
+    assert by_alias[0] == by_name[0] == pytest.approx(0.09)  # the least variance, or the only one
+    np.testing.assert_array_equal(by_alias, by_name)
+    assert default[0] != by_alias[0]
+    with pytest.raises(ValueError, match=r"is another name of .*, found both"):
+        named({"type": prior, **alias, **name})
+
+
+def test_tau_has_a_floor_of_its_own():
+    """Two columns without support take the global scale to its floor, by default that of lambda."""
+    S = evidence([0.0, 0.0])
+    fixed = {"tau_scale": 1e-3, "lambda_min": 1e-2}
+    assert horseshoe(S, **fixed).tau == pytest.approx(1e-2, rel=1e-3)
+    found = horseshoe(S, **fixed, tau_min=0.1)
+    assert found.tau == pytest.approx(0.1, rel=1e-3)
+    assert horseshoe(S, **fixed, tau_min=1e-3).tau < 0.5e-2
+    np.testing.assert_allclose(found.variance, 1e-4)  # lambda keeps its own
+
+
 def test_ard_scales_are_floored_as_those_of_the_other_priors():
     v = ard(evidence([0.0, 5.0], reliability=0.4)).variance
     assert v[0] == pytest.approx(horseshoe(evidence([0.0, 5.0])).smallest)
@@ -198,6 +228,9 @@ def test_relaxed_scales_keep_their_floor():
         ({"tau_scale": 1.0}, "expected a type out of"),
         ({"type": "gaussian", "tau_scale": 1.0}, "has no hyper-parameter 'tau_scale'"),
         ({"type": "horseshoe_columnwise", "tau_scale": -1.0}, "positive finite"),
+        ({"type": "neg_columnwise", "scale": 1.0}, "has no hyper-parameter 'scale'"),
+        ({"type": "neg_columnwise", "psi_min": -1.0}, "psi_min=-1.0, expected a positive finite"),
+        ({"type": "gaussian", "scale": "1"}, "scale='1', expected a positive finite number"),
         ({"type": "gaussian", "sigma": "1"}, "sigma='1', expected a positive finite number"),
         ({"type": "gaussian", "sigma": np.nan}, "sigma=nan, expected a positive finite number"),
         ({"type": "gaussian", "sigma": 10**400}, "expected a positive finite number"),

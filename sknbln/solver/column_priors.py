@@ -115,13 +115,16 @@ def horseshoe_variance(S, dof, tau, smallest=0.0):
     return np.maximum(v, smallest)
 
 
-def horseshoe(evidence, last=None, *, tau_scale=1.0, lambda_min=1e-3):
+def horseshoe(evidence, last=None, *, tau_scale=1.0, lambda_min=1e-3, tau_min=None):
     r"""``w_gk ~ N(0, lambda_k^2)``, ``lambda_k ~ HalfCauchy(tau)``, ``tau ~ HalfCauchy(tau_scale)``.
 
     The joint mode of lambda and tau, alternating. lambda is a standard deviation, at least ``lambda_min``:
-    the joint mode is unbounded as W and lambda vanish together.
+    the joint mode is unbounded as W and lambda vanish together. tau is at least ``tau_min``, by default
+    ``lambda_min``.
     """
     S, dof, smallest = evidence.squared_norm, evidence.dof, lambda_min**2
+    least = lambda_min if tau_min is None else tau_min
+    limits = np.log(least), np.log(max(1e3 * tau_scale, least))
 
     def minus_log_density(log_tau, v):
         tau = np.exp(log_tau)
@@ -131,7 +134,6 @@ def horseshoe(evidence, last=None, *, tau_scale=1.0, lambda_min=1e-3):
     for _ in range(_SCALE_ROUNDS):
         before = tau
         v = horseshoe_variance(S, dof, before, smallest)
-        limits = np.log(lambda_min), np.log(max(1e3 * tau_scale, lambda_min))
         best = minimize_scalar(minus_log_density, bounds=limits, args=(v,), method="bounded")
         tau = float(np.exp(best.x))
         if abs(np.log(tau / before)) < 1e-6:
@@ -193,6 +195,11 @@ TYPES = {
     "neg_columnwise": normal_exponential_gamma,
     "ard": ard,
 }
+#: SCRIBE's names of hyper-parameters, by prior: the name here, and the value here as a function of SCRIBE's
+ALIASES = {
+    "gaussian": {"scale": ("sigma", float)},
+    "neg_columnwise": {"psi_min": ("lambda_min", np.sqrt)},  # psi is a variance
+}
 #: priors under which columns of noise vanish
 CHOOSE_RANK = ("ard", "horseshoe_columnwise", "neg_columnwise")
 #: range of the hyper-parameters of a loadings prior; their squares stay far from overflow
@@ -211,7 +218,8 @@ def named(loadings_prior):
     Raises
     ------
     ValueError
-        For an unknown type or hyper-parameter, and for a value that is not a number from 1e-8 to 1e8.
+        For an unknown type or hyper-parameter, for a value that is not a number from 1e-8 to 1e8, and for a
+        hyper-parameter that is given by its name and by its alias.
     """
     options = {"type": loadings_prior} if isinstance(loadings_prior, str) else dict(loadings_prior)
     name = options.pop("type", None)
@@ -220,9 +228,9 @@ def named(loadings_prior):
             f"loadings_prior={loadings_prior!r}: expected a type out of {sorted(TYPES)}, as a string or as "
             'a dict {"type": ..., hyper-parameters}.'
         )
-    known = hyper_parameters(name)
+    known, aliases = hyper_parameters(name), ALIASES.get(name, {})
     for key, value in options.items():
-        if key not in known:
+        if key not in known and key not in aliases:
             raise ValueError(
                 f"loadings_prior: {name!r} has no hyper-parameter {key!r}; it has {known}."
             )
@@ -232,6 +240,13 @@ def named(loadings_prior):
                 f"loadings_prior: {key}={value!r}, expected a positive finite number between {least:g} "
                 f"and {most:g}."
             )
+    for alias in aliases.keys() & options.keys():
+        key, translated = aliases[alias]
+        if key in options:
+            raise ValueError(
+                f"loadings_prior: {alias!r} is another name of {key!r}, found both. Give one of them."
+            )
+        options[key] = translated(options.pop(alias))
     return name, None if TYPES[name] is None else partial(TYPES[name], **options)
 
 

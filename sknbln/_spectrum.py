@@ -169,8 +169,8 @@ def score_spectrum(counts, mean, dispersion, offset, rng):
     standard = np.divide(g, root, out=np.zeros_like(g), where=root > 0)
     norms = _standardize(g, i)
     values, vectors = _leading(g, min(MOST_FACTORS + 1, n, genes.size))
-    # at most as many genes as rows, those with the most information: no larger a product than the eigenvalues
-    most = np.sort(np.argsort(-i.sum(1), kind="stable")[:n])
+    # at most as many genes as rows, those with the most counts: no larger a product than for the eigenvalues
+    most = np.sort(np.argsort(-m.sum(1), kind="stable")[:n])
     own, nothing = g[most], (np.zeros(0), np.zeros((most.size, 0), g.dtype))
     generator, null, largest = np.random.default_rng(rng.randint(2**31)), [], []
     for _ in range(N_PERMUTATIONS):

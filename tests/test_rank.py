@@ -75,8 +75,8 @@ def test_columns_of_noise_are_dropped_after_a_few_sweeps(monkeypatch):
     original = _opening.number_of_factors
 
     def three_more(*args):
-        found, diagnostics = original(*args)
-        return found + 3, diagnostics
+        found, groups, diagnostics = original(*args)
+        return found + 3, groups, diagnostics
 
     monkeypatch.setattr(_opening, "number_of_factors", three_more)
     model = NBLNEstimator(**options).fit(sim.data)
@@ -87,6 +87,19 @@ def test_columns_of_noise_are_dropped_after_a_few_sweeps(monkeypatch):
     assert np.all(found["column_information"][:2] > found["noise_edge"])
     assert np.all(found["column_information"][2:] < found["noise_edge"])
     assert model.score(sim.data) == pytest.approx(expected.score(sim.data), abs=0.01)
+
+
+def test_a_factor_of_two_genes_is_found():
+    rng = np.random.default_rng(0)
+    on = rng.random(400) < 0.3
+    x = rng.normal(0, 1, 60) + rng.standard_normal((400, 1)) * 0.5 * rng.standard_normal(60)
+    x[:, :2] = np.log(0.2) + np.log(30) * on[:, None]
+    model = NBLNEstimator(random_state=0).fit(rng.poisson(np.exp(x) * rng.gamma(5, 0.2, x.shape)))
+    assert model.rank_diagnostics_["n_groups"] == 1 and model.latent_dim_ == 2
+    strongest = np.sort(np.abs(model.components_), 1)[:, ::-1]
+    loads = np.abs(model.components_[:, :2]).min(1)
+    assert loads.max() > 1.2  # of log(30) sd(on) = 1.6
+    assert strongest[np.argmax(loads), 2] < 0.4
 
 
 def test_a_given_number_is_taken_as_it_is(sim, source):

@@ -10,7 +10,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln import _rows as rows_module
 from sknbln._rows import (
-    Known,
     RowBatches,
     Sweeper,
     gene_score_products,

@@ -57,9 +57,9 @@ def test_strong_factors_leave_echoes_that_the_fit_drops():
     model = NBLNEstimator(random_state=0).fit(U)
     found = model.rank_diagnostics_
     assert model.latent_dim_ == rank < found["score_rank"]
-    assert_array_equal(
-        found["column_information"] > found["noise_edge"], np.arange(found["score_rank"]) < rank
-    )
+    information = found["column_information"]
+    assert information.size == found["score_rank"] + found["n_groups"]
+    assert_array_equal(information > found["noise_edge"], np.arange(information.size) < rank)
 
 
 def test_structural_zeros_are_no_factor():
@@ -91,10 +91,10 @@ def test_eigenvalues_are_those_of_the_dense_scores():
 def test_the_number_of_factors_is_that_of_leading_eigenvalues_above_the_null():
     null = np.array([1.0, 1.2, 0.8])
     threshold = 1.0 + _spectrum.DEVIATIONS * 0.2
-    found = ScoreSpectrum(np.array([9.0, 2.0, 1.4, 0.5]), null)
+    found = ScoreSpectrum(np.array([9.0, 2.0, 1.4, 0.5]), null, np.zeros((4, 0)))
     assert_allclose(found.threshold, threshold)
     assert found.n_factors == 2
-    assert ScoreSpectrum(np.array([1.4, 0.5]), null).n_factors == 0
+    assert ScoreSpectrum(np.array([1.4, 0.5]), null, np.zeros((2, 0))).n_factors == 0
 
 
 @pytest.mark.parametrize("shape", [(150, 130), (130, 150)], ids=str)
@@ -108,6 +108,43 @@ def test_lanczos_is_the_direct_decomposition(shape, monkeypatch):
     assert k == direct.n_factors == 2
     assert_allclose(found.eigenvalues[: k + 1], direct.eigenvalues[: k + 1], rtol=2e-3)
     assert_allclose(found.null, direct.null, rtol=2e-3)
+
+
+def with_a_group(n_genes, size, seed, n=400):
+    """Counts of a broad factor, and of `size` genes that a third of the cells express 30-fold."""
+    rng = np.random.default_rng(seed)
+    on = rng.random(n) < 0.3
+    x = rng.normal(0, 1, n_genes) + rng.standard_normal((n, 1)) * 0.4 * rng.standard_normal(n_genes)
+    x[:, :size] = np.log(0.2) + np.log(30) * on[:, None]
+    return rng.poisson(np.exp(x) * rng.gamma(5, 0.2, x.shape)).astype(float), np.zeros(n)
+
+
+@pytest.mark.parametrize("n_genes", [150, 700])
+def test_a_pair_of_genes_is_found_below_the_edge_of_all_genes(n_genes):
+    """Its eigenvalue, 1 + rho, is below those of noise. Of many genes those with most counts are used.
+
+    The true loadings are 1.6, the standard deviation of log(30) in a third of the cells.
+    """
+    for seed in range(3):
+        found = spectrum(*with_a_group(n_genes, 2, seed))
+        (pair,) = found.groups.T
+        assert_array_equal(np.flatnonzero(pair), [0, 1])
+        assert np.all(np.abs(pair[:2]) > 0.8) and pair[0] * pair[1] > 0
+
+
+def test_independent_genes_have_no_groups():
+    for seed in range(10):
+        assert spectrum(*counts(0, seed, 300, 80, r=0.5)).groups.shape == (80, 0)
+
+
+def test_a_permutation_keeps_every_gene_and_no_pair():
+    """Also of more genes than there are orders of the rows."""
+    rng = np.random.default_rng(0)
+    a = np.tile(rng.standard_normal(300), (2 * _spectrum._ORDERS, 1))
+    out = _spectrum._permuted(a, np.empty_like(a), rng)
+    assert_array_equal(np.sort(out, 1), np.sort(a, 1))
+    same = np.corrcoef(out)[np.triu_indices(len(a), 1)]
+    assert np.abs(same).max() < 0.3 and np.std(same) == pytest.approx(300**-0.5, rel=0.1)
 
 
 def test_it_is_seeded():

@@ -60,6 +60,10 @@ def column_information(loadings, weight):
 
 
 def above_noise(contributions, edges):
-    """Whether each column, with these contributions of the genes, is above the edges of the noise, (k,)."""
-    largest = np.cumsum(-np.sort(-contributions, axis=0), axis=0)
-    return np.any(largest > edges[:, None], axis=0)
+    """Whether each column, with these contributions of the genes, is above the edges of the noise, (k,).
+
+    The gene that contributes most counts as the second does: a column of one gene is its noise variance.
+    """
+    largest = -np.sort(-contributions, axis=0)
+    largest[:1] = largest[1:2]
+    return np.any(np.cumsum(largest, axis=0) > edges[:, None], axis=0)

@@ -64,10 +64,17 @@ class ScoreSpectrum:
         return int(np.sum(np.cumprod(self.eigenvalues > self.threshold)))
 
 
-def _leading(A, k):
+def _products(A, most):
+    """Inner products of the rows of A, (n_genes, n), or of its fewer columns; and of its rows `most`."""
+    if len(most) == len(A):
+        gram = A @ A.T
+        return gram, gram
+    chosen = A[most]
+    return A.T @ A, chosen @ chosen.T
+
+
+def _leading(A, gram, k):
     """The k largest eigenvalues of ``A A'``, descending, and their eigenvectors, (n_genes, k)."""
-    tall = A.shape[0] > A.shape[1]
-    gram = A.T @ A if tall else A @ A.T
     n = gram.shape[0]
     if n <= max(_LARGEST_DIRECT, 2 * k):
         values, vectors = eigh(gram, subset_by_index=[n - k, n - 1])
@@ -75,14 +82,20 @@ def _leading(A, k):
         values, vectors = eigsh(gram, k, v0=np.ones(n, gram.dtype), tol=_TOLERANCE)
     order = np.argsort(values)[::-1]
     values, vectors = values[order].astype(float), vectors[:, order]
-    if tall:
+    if n < len(A):
         vectors = A @ vectors / np.sqrt(np.maximum(values, 1e-30)).astype(A.dtype)
     return values, vectors
 
 
-def _correlations(A, values, vectors):
-    """Correlations of the rows of A, (n_genes, n_genes), that leading eigenpairs leave; 0 on the diagonal."""
-    C = A @ A.T - (vectors * values.astype(A.dtype)) @ vectors.T
+def _largest_correlation(gram):
+    """Largest correlation of two rows of length 1, in magnitude; the diagonal of `gram` is lost."""
+    np.fill_diagonal(gram, 0.0)
+    return max(gram.max(), -gram.min())
+
+
+def _correlations_left(gram, values, vectors):
+    """Correlations that leading eigenpairs leave, 0 on the diagonal, from inner products."""
+    C = gram - (vectors * values.astype(gram.dtype)) @ vectors.T
     sd = np.sqrt(np.maximum(np.diag(C), 1e-6))
     C /= sd[:, None]
     C /= sd
@@ -168,21 +181,22 @@ def score_spectrum(counts, mean, dispersion, offset, rng):
     root = np.sqrt(i)
     standard = np.divide(g, root, out=np.zeros_like(g), where=root > 0)
     norms = _standardize(g, i)
-    values, vectors = _leading(g, min(MOST_FACTORS + 1, n, genes.size))
     # at most as many genes as rows, those with the most counts: no larger a product than for the eigenvalues
     most = np.sort(np.argsort(-m.sum(1), kind="stable")[:n])
-    own, nothing = g[most], (np.zeros(0), np.zeros((most.size, 0), g.dtype))
+    gram, of_most = _products(g, most)
+    values, vectors = _leading(g, gram, min(MOST_FACTORS + 1, n, genes.size))
     generator, null, largest = np.random.default_rng(rng.randint(2**31)), [], []
     for _ in range(N_PERMUTATIONS):
         _permuted(standard, g, generator)
         g *= root
         _standardize(g, i)
-        null.append(_leading(g, 1)[0][0])
-        largest.append(np.abs(_correlations(g[most], *nothing)).max())
+        gram, of_permuted = _products(g, most)
+        null.append(_leading(g, gram, 1)[0][0])
+        largest.append(_largest_correlation(of_permuted))
     spectrum = ScoreSpectrum(values, np.array(null), np.zeros((n_genes, 0)))
     # an eigenvector just above the threshold may be half of a group's
     k = int(np.sum(values > 1.0 + EDGE_MARGIN * (spectrum.threshold - 1.0)))
-    left = _correlations(own, values[:k], vectors[most, :k])
+    left = _correlations_left(of_most, values[:k], vectors[most, :k])
     groups = _groups(left, GROUP_MARGIN * np.mean(largest))
     # from correlations of scores to covariances of log-rates
     scale = norms[most] / np.sqrt(np.sum(i[most] ** 2, 1))

@@ -176,6 +176,7 @@ class NBLNEstimator(
         How the number of factors was found; None where it was given. ``score_eigenvalues``, the leading
         eigenvalues of the scores at the source's fit; ``null_eigenvalues``, the largest of each permutation
         of them; ``null_threshold``, above which a factor is; ``score_rank``, the number of factors by it;
+        ``n_groups``, the number of groups of few genes beside them;
         ``column_information``, ``w' B w`` of the columns after a few sweeps, with B the genes' information
         per cell, and ``noise_edge``, the largest of noise spread over all genes; None with fewer than 200
         rows.

@@ -13,9 +13,11 @@ from .solver.start import loadings_from_scores, start_coordinates
 SMALL_OVERDISPERSION = 0.5
 
 
-def number_of_factors(X, source, offsets, rng):
+def number_of_factors(X, source, offsets, rng, known):
     """Number of factors in the spectrum of the scores, at most `MOST_FACTORS`, and the spectrum as a dict."""
-    spectrum = score_spectrum(CSRRows(X), source.mean, source.dispersion, offsets.loc, rng)
+    spectrum = score_spectrum(
+        CSRRows(X), source.mean, source.dispersion, offsets.loc, rng, known, source.coef
+    )
     return min(spectrum.n_factors, MOST_FACTORS), {
         "score_eigenvalues": spectrum.eigenvalues,
         "null_eigenvalues": spectrum.null,
@@ -26,12 +28,13 @@ def number_of_factors(X, source, offsets, rng):
     }
 
 
-def start_loadings(X, source, offsets, k, batch_size, rng):
+def start_loadings(X, source, offsets, k, batch_size, rng, known):
     """Loadings at the start, (n_genes, k), from the moments of the scores; one column of zeros for k = 0."""
     n_cells, n_genes = X.shape
-    batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=batch_size)
+    zero = np.zeros(n_cells)
+    batches = RowBatches(X, offsets.loc, zero, batch_size=batch_size, known=known)
     sums = sum_over_batches(batches, source.params)
-    loadings = loadings_from_scores(sums, n_cells, n_genes, k, rng)
+    loadings = loadings_from_scores(sums, known.total_weight, n_genes, k, rng)
     return pad_columns(loadings, max(k, 1))
 
 
@@ -54,7 +57,7 @@ def candidates(objective, source, total, loadings, free, channel):
     return [
         (
             objective if split is None else objective.with_split(split),
-            start_coordinates(log_mean, log_r, loadings, free, coupled, total, split),
+            start_coordinates(log_mean, log_r, loadings, free, coupled, total, split, source.coef),
         )
         for split in splits
     ]

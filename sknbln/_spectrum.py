@@ -19,6 +19,8 @@ import numpy as np
 from scipy.linalg import eigvalsh
 from scipy.sparse.linalg import eigsh
 
+from ._known import Known
+
 #: rows that are used at most, and entries of the dense matrix of scores, 4 bytes each
 MOST_ROWS, MOST_ENTRIES = 20_000, 2**24
 MOST_FACTORS = 50
@@ -61,16 +63,31 @@ def _eigenvalues(A, k):
     return np.sort(values)[::-1].astype(float)
 
 
-def _standardize(g, i):
-    """Subtract what rows' levels and genes' means take from scores, and scale genes to length 1; in place."""
+def _take_out(g, i, design):
+    """Subtract what the fit of each gene's coefficients takes from scores, in place; few covariates."""
+    columns = np.concatenate([np.ones((len(design), 1)), design], 1).astype(g.dtype)
+    products = (columns[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
+    A = (i.T @ products).reshape(-1, columns.shape[1], columns.shape[1])
+    A += 1e-6 * np.trace(A, axis1=1, axis2=2)[:, None, None] * np.eye(A.shape[1], dtype=g.dtype)
+    A[:, 0, 0] += 1e-30
+    g -= i * (columns @ np.linalg.solve(A, (g.T @ columns)[:, :, None])[:, :, 0].T)
+
+
+def _standardize(g, i, design):
+    """Subtract what rows' levels and genes' means take from scores, and scale genes to length 1; in place.
+
+    With the columns of a design, what the genes' coefficients take too.
+    """
     g -= i * (g.sum(1) / np.maximum(i.sum(1), 1e-30))[:, None]
     g -= i * (g.sum(0) / np.maximum(i.sum(0), 1e-30))
+    if design.shape[1]:
+        _take_out(g, i, design)
     norms = np.linalg.norm(g, axis=0)
     g /= np.where(norms > 0, norms, 1.0)
     return g
 
 
-def score_spectrum(counts, mean, dispersion, offset, rng):
+def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None):
     """`ScoreSpectrum` of counts at the fit of independent genes.
 
     Parameters
@@ -82,29 +99,45 @@ def score_spectrum(counts, mean, dispersion, offset, rng):
         Capture offsets of the rows, nats.
     rng : RandomState
         Seeds the permutations, and the choice of rows where not all are used.
+    known : Known, optional
+        Covariates and exposures of the rows.
+    coef : ndarray of shape (n_genes, p), optional
+        Coefficients of the covariates.
     """
     n_cells, n_genes = counts.shape
+    known = Known.nothing(n_cells) if known is None else known
+    used = known.used
+    if used.size < n_cells:
+        counts, offset, known = counts.chosen(used), offset[used], known.chosen(used)
+        n_cells = used.size
     n = min(n_cells, MOST_ROWS, max(MOST_ENTRIES // n_genes, 2))
     if n < n_cells:
         chosen = np.sort(rng.choice(n_cells, n, replace=False))
-        counts, offset = counts.chosen(chosen), offset[chosen]
+        counts, offset, known = counts.chosen(chosen), offset[chosen], known.chosen(chosen)
     block = counts.block(slice(0, n))
     genes = np.flatnonzero(block.getnnz(0) >= min(LEAST_ROWS, n / 2))
     if not genes.size:
         return ScoreSpectrum(np.zeros(1), np.zeros(N_PERMUTATIONS))
     g = block[:, genes].toarray().astype(np.float32)
-    m = np.exp(-offset[:, None] + np.log(mean[genes])).astype(np.float32)
+    log_mean = -offset[:, None] + np.log(mean[genes])
+    if not known.is_nothing:
+        shift = known.log_scale(coef)
+        log_mean += shift[:, genes] if shift.shape[1] > 1 else shift
+    m = np.exp(log_mean).astype(np.float32)
     share = 1.0 / (1.0 + m / dispersion[genes].astype(np.float32))
     g -= m
     g *= share
     i = m * share
     root = np.sqrt(i)
     standard = np.divide(g, root, out=np.zeros_like(g), where=root > 0)
+    if known.weight is not None:
+        weight = np.sqrt(known.weight[:, None]).astype(np.float32)
+        g, i, root = g * weight, i * weight, root * weight
     k = min(MOST_FACTORS + 1, n, genes.size)
-    eigenvalues = _eigenvalues(_standardize(g, i), k)
+    eigenvalues = _eigenvalues(_standardize(g, i, known.design), k)
     generator, null = np.random.default_rng(rng.randint(2**31)), []
     for _ in range(N_PERMUTATIONS):
         generator.permuted(standard, axis=0, out=g)
         g *= root
-        null.append(_eigenvalues(_standardize(g, i), 1)[0])
+        null.append(_eigenvalues(_standardize(g, i, known.design), 1)[0])
     return ScoreSpectrum(eigenvalues, np.array(null))

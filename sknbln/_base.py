@@ -8,6 +8,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from . import _capture
 from ._counts import validate_counts
+from ._design import checked_offset
+from ._differential import coefficient_table
+from ._known import Known, checked_weight
 from .exceptions import FitInterrupted, InconsistentVersionWarning
 from .predictive._mixin import PredictiveMixin
 
@@ -27,10 +30,10 @@ def whole_or_nothing(fit):
     """
 
     @functools.wraps(fit)
-    def wrapped(self, X, y=None):
+    def wrapped(self, X, y=None, **known):
         before = vars(self).copy()
         try:
-            return fit(self, X, y)
+            return fit(self, X, y, **known)
         except BaseException as error:
             if not isinstance(error, FitInterrupted):
                 self.__dict__ = before
@@ -89,7 +92,94 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         _capture.warn_about_truncation(prior, X)
         return X
 
-    def score_samples(self, X, *, given_totals=False):
+    def _known_at_fit(self, X, covariates, offset, weight):
+        """`Known` of the rows of a fit, coded by the `Design` of the fit."""
+        offset = checked_offset(offset, X.shape, self.capture_efficiency)
+        return Known.coded(self._design, covariates, offset, X.shape[0], weight)
+
+    def _known_of(self, X, covariates, offset):
+        """`Known` of these rows, coded as in the fit.
+
+        Raises
+        ------
+        ValueError
+            If the fit had covariates or an offset and these rows have none; if a covariate or a level is not
+            one of the fit.
+        """
+        offset = checked_offset(offset, X.shape, None)
+        if offset is None and self._known.exposure.shape[1]:
+            raise ValueError(
+                "The fit had an offset, and these rows have none: pass offset=, their log-exposures (zeros "
+                "for an exposure of 1)."
+            )
+        return Known.coded(self._design, covariates, offset, X.shape[0])
+
+    def _refuse_other_covariates(self, design):
+        """Raise ValueError where `warm_start` goes on from a fit with other covariates."""
+        if design.names != self._design.names:
+            raise ValueError(
+                f"warm_start=True goes on from a fit with the coefficients {list(self._design.names)}, found "
+                f"{list(design.names)}. Give the same covariates, or set warm_start=False to start anew."
+            )
+
+    def _set_coef(self, coef, standard_error):
+        """Set the coefficients, from those per standard deviation of each covariate."""
+        scale = self._design.scale
+        self.coef_, self.coef_standard_error_ = coef / scale, standard_error / scale
+        self.covariate_names_in_ = np.array(self._design.names, dtype=object)
+
+    def _with_coef(self, draws, coef):
+        """Posterior draws with those of the coefficients, in the units of `coef_`, where there are any."""
+        if coef.shape[-1]:
+            draws.coef = coef / self._design.scale
+        return draws
+
+    def coef_test(self):
+        """Wald test of every coefficient: which genes depend on which covariates.
+
+        Returns
+        -------
+        DataFrame
+            A row per gene and coefficient: ``gene``, ``covariate``, ``coefficient`` (nats per unit of the
+            covariate), ``standard_error``, ``statistic`` (their ratio), two-sided ``p_value`` of the normal
+            distribution, and ``q_value``, Benjamini and Hochberg's over the genes of a covariate.
+
+        Raises
+        ------
+        ValueError
+            If the model was fitted without covariates.
+        """
+        check_is_fitted(self)
+        if not self.coef_.shape[1]:
+            raise ValueError(
+                "The fit had no covariates, so that there is no coefficient to test: fit with covariates."
+            )
+        names = getattr(self, "feature_names_in_", None)
+        return coefficient_table(
+            self.coef_, self.coef_standard_error_, self.covariate_names_in_, names
+        )
+
+    def fit_transform(self, X, y=None, *, covariates=None, offset=None, sample_weight=None):
+        """Fit to the rows and transform them.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+        y : Ignored
+            Present for scikit-learn's conventions.
+        covariates, offset, sample_weight
+            Of the rows, see :meth:`fit`.
+
+        Returns
+        -------
+        ndarray
+            What :meth:`transform` returns.
+        """
+        known = dict(covariates=covariates, offset=offset)
+        return self.fit(X, y, sample_weight=sample_weight, **known).transform(X, **known)
+
+    def score_samples(self, X, *, given_totals=False, covariates=None, offset=None):
         r"""Laplace marginal log-likelihood of each row, constants included.
 
         Log-rates and capture offset are both integrated out, the offset under the capture prior even where
@@ -110,6 +200,8 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
             Counts.
         given_totals : bool, default=False
             True for the log-likelihood given each row's total.
+        covariates, offset
+            Of the rows, as in :meth:`fit`.
 
         Returns
         -------
@@ -124,11 +216,14 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         check_is_fitted(self)
         given_totals = given_totals or self._given_totals
         X = self._validated(X, None if given_totals else self.capture_prior_)
+        params, known = self._params(), self._known_of(X, covariates, offset)
         if given_totals:
-            return _capture.score_rows_given_totals(X, self._params(), self.batch_size)
-        return _capture.score_rows(X, self._params(), self.capture_prior_, self.batch_size)
+            return _capture.score_rows_given_totals(X, params, self.batch_size, known)
+        return _capture.score_rows(X, params, self.capture_prior_, self.batch_size, known)
 
-    def score(self, X, y=None, *, given_totals=False):
+    def score(
+        self, X, y=None, *, given_totals=False, covariates=None, offset=None, sample_weight=None
+    ):
         """Mean log-likelihood of the rows, see :meth:`score_samples`; higher is better.
 
         Parameters
@@ -141,10 +236,17 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
             True for the score given each row's total: see :meth:`score_samples`. For a search over
             `capture_efficiency` pass
             ``scoring=lambda model, X, y=None: model.score(X, given_totals=True)``.
+        covariates, offset
+            Of the rows, as in :meth:`fit`.
+        sample_weight : array-like of shape (n_cells,) or None, default=None
+            Weights of the rows in the mean.
 
         Returns
         -------
         float
             Score in nats per cell.
         """
-        return float(np.mean(self.score_samples(X, given_totals=given_totals)))
+        known = dict(covariates=covariates, offset=offset)
+        scores = self.score_samples(X, given_totals=given_totals, **known)
+        weight = checked_weight(sample_weight, scores.size)
+        return float(np.mean(scores) if weight is None else np.average(scores, weights=weight))

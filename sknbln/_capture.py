@@ -9,6 +9,7 @@ import numpy as np
 from scipy.special import gammaln, log_ndtr, logsumexp
 
 from ._counts import row_constants, user_stacklevel
+from ._known import Known
 from ._rows import RowBatches, solve_rows
 from .solver.params import dispersion
 
@@ -171,30 +172,38 @@ def given_source(X, found, source_prior, prior, *, frozen, tau):
     return loc, scale, np.ones(X.shape[0])
 
 
-def flat(X, mean):
+def flat(X, params, known=None):
     """Offset, scale and precision of rows whose offset has a flat prior: (n_rows,) each.
 
     A flat prior has no location. The offset returned is the origin of the expansion: the one that explains
-    the row's total at the mean log-rates. A row without counts has no information about its scores, which is
+    the row's total at its mean log-rates. A row without counts has no information about its scores, which is
     expressed by a fixed offset with a capture probability of practically 0.
     """
-    totals = library_sizes(X)
+    totals, known = library_sizes(X), Known.nothing(X.shape[0]) if known is None else known
     has_counts = totals > 0
-    offset = np.where(
-        has_counts, logsumexp(mean) - np.log(np.where(has_counts, totals, 1.0)), _NO_CAPTURE
-    )
+    if known.is_nothing:
+        expected = logsumexp(params.mean)
+    else:
+        expected = np.concatenate(
+            [
+                logsumexp(params.mean + known.chosen(rows).log_scale(params.coef), axis=1)
+                for rows in known.blocks()
+            ]
+        )
+    offset = np.where(has_counts, expected - np.log(np.where(has_counts, totals, 1.0)), _NO_CAPTURE)
     return offset, has_counts.astype(float), np.where(has_counts, 0.0, 1.0)
 
 
-def offset_posterior(X, params, prior, batch_size=None, found=None):
+def offset_posterior(X, params, prior, batch_size=None, found=None, known=None):
     """Posterior of each row's capture offset given the parameters, an `OffsetPosterior`.
 
-    It is 0 without a capture model. ``found`` is the `RowPosterior` of the rows, computed here if None.
+    It is 0 without a capture model. ``known`` are the rows' covariates and exposures; ``found`` is the
+    `RowPosterior` of the rows, computed here if None.
     """
     offset, scale = row_prior(prior, X)
     if prior is None:
         return OffsetPosterior(offset, scale, offset)
-    batches = RowBatches(X, offset, scale, batch_size=batch_size)
+    batches = RowBatches(X, offset, scale, batch_size=batch_size, known=known)
     if found is None:
         found = solve_rows(batches, params)
     raw, sd = found.offset.copy(), found.offset_scale
@@ -214,7 +223,7 @@ def _at_zero(batches, offset, scale, params):
     return slope, posterior.offset_curvature + scale**-2, posterior.log_marginal
 
 
-def score_rows(X, params, prior, batch_size=None):
+def score_rows(X, params, prior, batch_size=None, known=None):
     r"""Laplace marginal ``log p(u_c)`` of every row, constants included, shape (n_cells,).
 
     Log-rates and the capture offset are both integrated out. The capture prior of the offset is truncated
@@ -222,7 +231,7 @@ def score_rows(X, params, prior, batch_size=None):
     the bound, the quadratic expansion there is integrated above 0.
     """
     offset, scale = row_prior(prior, X)
-    batches = RowBatches(X, offset, scale, batch_size=batch_size)
+    batches = RowBatches(X, offset, scale, batch_size=batch_size, known=known)
     posterior = solve_rows(batches, params)
     value = posterior.log_marginal
     if prior is not None:
@@ -244,7 +253,7 @@ def score_rows(X, params, prior, batch_size=None):
     return value + row_constants(X, dispersion(params))
 
 
-def score_rows_given_totals(X, params, batch_size=None):
+def score_rows_given_totals(X, params, batch_size=None, known=None):
     r"""Laplace marginal ``log p(u_c | total)`` of every row, constants included, shape (n_cells,).
 
     Given the rates, a row's total is Poisson; under a flat prior on its log-scale the probability of the
@@ -257,7 +266,7 @@ def score_rows_given_totals(X, params, batch_size=None):
     totals = library_sizes(X)
     has_counts = totals > 0
     n = totals[has_counts]
-    batches = RowBatches(X, *flat(X, params.mean), batch_size=batch_size)
+    batches = RowBatches(X, *flat(X, params, known), batch_size=batch_size, known=known)
     log_marginal = solve_rows(batches, params).log_marginal
     stirling = gammaln(n) - (0.5 * np.log(2 * np.pi / n) + n * np.log(n) - n)
     value = np.zeros(X.shape[0])  # log 1: a row without counts has one possible composition

@@ -389,10 +389,15 @@ class CountHistogram:
     ----------
     X : csr_matrix of shape (n_cells, n_genes)
         Canonical (sorted, no duplicates, no explicit zeros).
+    weight : ndarray of shape (n_cells,) or None
+        How often each row counts; None is once. ``n_cells`` is their sum.
     """
 
-    def __init__(self, X):
+    def __init__(self, X, weight=None):
         self.n_cells, self.n_genes = X.shape
+        if weight is not None:
+            self.n_cells = float(weight.sum())
+            weight = np.repeat(weight, np.diff(X.indptr))
         values, code = X.data, X.data
         if values.size == 0 or values.max() >= 2**31 or n_fractional(values):
             values, code = np.unique(X.data, return_inverse=True)
@@ -400,16 +405,20 @@ class CountHistogram:
         width = int(code.max(initial=0)) + 1
         n_keys = self.n_genes * width
         if n_keys <= max(_COUNTED_KEYS, code.size):
-            times = np.zeros(n_keys, np.int64)
+            times = np.zeros(n_keys, np.int64 if weight is None else float)
             size = max(_COUNTED_AT_ONCE, n_keys)
-            for gene, part in zip(in_parts(X.indices, size), in_parts(code, size), strict=True):
+            weights = [None] * len(in_parts(code, size))
+            weights = weights if weight is None else in_parts(weight, size)
+            parts = zip(in_parts(X.indices, size), in_parts(code, size), weights, strict=True)
+            for gene, part, own in parts:
                 key = gene * np.int64(width) + part.astype(np.int64)
-                times += np.bincount(key, minlength=n_keys)
+                times += np.bincount(key, own, minlength=n_keys)
             key = np.flatnonzero(times)
             self.times = times[key]
         else:
             key = X.indices * np.int64(width) + code.astype(np.int64)
-            key, self.times = np.unique(key, return_counts=True)
+            key, at, times = np.unique(key, return_inverse=True, return_counts=True)
+            self.times = times if weight is None else np.bincount(at.ravel(), weight)
         self.gene, code = (key // width).astype(np.intp), key % width
         self.count = code.astype(float) if values is X.data else values[code]
         self.times = self.times.astype(float)

@@ -18,6 +18,8 @@ from . import _capture, _fit_warnings, _opening, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
 from ._counts import CountHistogram, checked_n_samples, validate_counts
 from ._covariance import CovarianceMixin
+from ._design import Design
+from ._known import checked_weight
 from ._nbvcp import NBVCPEstimator
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
@@ -68,6 +70,10 @@ class NBLNEstimator(
     .. math:: x_c \sim N(\mu, \Sigma), \quad \Sigma = W W' + \mathrm{diag}(d), \qquad
               u_{cg} \sim NB(\mathrm{mean} = e^{x_{cg} - \eta_c}, \mathrm{size} = r_g)
 
+    With covariates ``c_c`` and known log-exposures ``o_cg`` of the rows (see :meth:`fit`)
+    ``x_c ~ N(mu + B c_c, Sigma)``, and the mean is ``exp(x_cg + o_cg - eta_c)``. The factors then hold what
+    the covariates do not explain.
+
     Parameters
     ----------
     latent_dim : int or "auto", default="auto"
@@ -81,9 +87,10 @@ class NBLNEstimator(
         `batch_size` and seed.
     informative_priors_freeze : tuple or list of str, or None, default=None
         Parameters that are held at the source's values: ``"r"`` (or ``"dispersion"``), ``"mu"``
-        (``"expression"``, ``"mean_expression"``), ``"eta"`` (``"capture_efficiency"``). What is not frozen
-        is refined under a Gaussian prior from the source's posterior. None takes what the cascade
-        recommends: ``("eta",)`` for ``"marginal"``, ``("r", "eta")`` for ``"parameter"``.
+        (``"expression"``, ``"mean_expression"``), ``"eta"`` (``"capture_efficiency"``). Coefficients of
+        covariates are frozen with ``"mu"``. What is not frozen is refined under a Gaussian prior from the
+        source's posterior. None takes what the cascade recommends: ``("eta",)`` for ``"marginal"``,
+        ``("r", "eta")`` for ``"parameter"``.
     informative_priors_tau : float, default=1.0
         Factor that multiplies the source's standard deviations in those priors, at least 1e-4 (to fix a
         parameter, freeze it). ``inf`` removes the priors; the capture offset keeps its capture prior.
@@ -156,7 +163,13 @@ class NBLNEstimator(
         `explained_variance_` divided by the trace of the compositional covariance
         ``P (W W' + diag d) P``.
     mean_ : ndarray of shape (n_genes,)
-        Mean log-rates mu, nats.
+        Mean log-rates mu, nats, at the mean of the covariates.
+    coef_ : ndarray of shape (n_genes, n_coefficients)
+        Coefficients B of the covariates, nats per unit; no columns without covariates.
+    coef_standard_error_ : ndarray of shape (n_genes, n_coefficients)
+        Their standard errors, given the capture offsets. See :meth:`coef_test`.
+    covariate_names_in_ : ndarray of shape (n_coefficients,)
+        Names of the coefficients, such as "age" and "batch[B]".
     noise_variance_ : ndarray of shape (n_genes,)
         Noise variances d, nats squared.
     dispersion_ : ndarray of shape (n_genes,)
@@ -317,7 +330,7 @@ class NBLNEstimator(
     # informative_prior_estimator validates its own parameters when it is fitted
     @_fit_context(prefer_skip_nested_validation=False)
     @whole_or_nothing
-    def fit(self, X, y=None):
+    def fit(self, X, y=None, *, covariates=None, offset=None, sample_weight=None):
         """Fit the model to counts.
 
         Parameters
@@ -326,6 +339,17 @@ class NBLNEstimator(
             Counts.
         y : Ignored
             Present for scikit-learn's conventions.
+        covariates : array-like of shape (n_cells,) or (n_cells, n_covariates) or DataFrame, default=None
+            Known covariates of the rows, such as ``adata.obs[["batch"]]``. Numeric columns are used as they
+            are; categorical, string and boolean ones become contrasts with their first level. A source that
+            is fitted here gets them too; a fitted one has to have been fitted with the same. New rows need
+            theirs: pass them to every method that takes rows.
+        offset : array-like of shape (n_cells,) or (n_cells, n_genes), default=None
+            Known log-exposures, added to the log-rates. One usually sets ``capture_efficiency=None`` beside.
+        sample_weight : array-like of shape (n_cells,) or None, default=None
+            How often each row counts. A weight of 2 stands for two equal rows, one of 0 for a row that is
+            left out of the fit and only has its offset computed. A source that is fitted here gets the
+            weights too.
 
         Returns
         -------
@@ -336,8 +360,9 @@ class NBLNEstimator(
         ------
         ValueError
             If counts are negative, not finite or not numbers; if a freeze name, loadings prior or
-            hyper-parameter is unknown; if genes of X are missing from the source; under `warm_start`, if the
-            number of genes or factors differs from the previous fit.
+            hyper-parameter is unknown; if genes of X are missing from the source, or it was fitted with other
+            covariates; if covariates are linearly dependent, constant or missing in some rows; under
+            `warm_start`, if the number of genes or factors, or the covariates, differ from the previous fit.
         FitInterrupted
             After Ctrl-C, if at least one sweep is complete: the fitted attributes are those of the last
             complete sweep. An earlier Ctrl-C, or a second one, leaves the estimator unchanged.
@@ -351,7 +376,8 @@ class NBLNEstimator(
             If `max_iter` sweeps did not meet `tol`, or if the modes of some cells did not converge.
         UserWarning
             If counts are fractional, do not look like counts, or are all zero; if rows have more counts than
-            the M0 of the source's capture prior; if ``latent_dim="auto"`` finds no factor, or more than 50;
+            the M0 of the source's capture prior; if the offset looks like the exposure itself, or stands
+            beside a capture model; if ``latent_dim="auto"`` finds no factor, or more than 50;
             if a gene's log-rate has a variance above 50 nats squared.
             After convergence also if the scores of a real column have a mean square outside 0.5 to 2, if a
             `loadings_prior` that selects the rank kept all `latent_dim` columns where the scores show more
@@ -370,12 +396,13 @@ class NBLNEstimator(
             dispersion=self.observation == "nb" and "r" not in frozen,
         )
         rng = check_random_state(self.random_state)
-        source, X, previous = self._fit_source(X)
-        offsets = source.offsets(X, self.batch_size)
+        source, X, previous = self._fit_source(X, covariates, offset, sample_weight)
+        known = self._known
+        offsets = source.offsets(X, self.batch_size, known)
         self._source = source.with_rows(offsets)
         self._library_size = _capture.library_sizes(X)
 
-        self._total = _source.total_overdispersion(source, offsets)
+        self._total = _source.total_overdispersion(source, offsets, known)
         outcome, rows = self._maximum(X, source, offsets, free, column_prior, previous, rng)
         objective = outcome.objective
         self._set_parameters(objective, outcome.point)
@@ -390,10 +417,10 @@ class NBLNEstimator(
         _fit_warnings.say(self, outcome, self._rows)
         return self
 
-    def _fit_source(self, X):
+    def _fit_source(self, X, covariates, offset, sample_weight):
         """The source's posterior of the genes of X, X as canonical counts, and the `warm_start` coordinates.
 
-        Sets `informative_prior_estimator_` and `capture_prior_`.
+        Sets `informative_prior_estimator_`, `capture_prior_`, and what is known of the rows.
         """
         source = self.informative_prior_estimator
         if source is None:
@@ -407,19 +434,30 @@ class NBLNEstimator(
         fitted_here = _source.needs_fit(source)
         X_original, X = X, validate_counts(self, X, reset=True, warn=not fitted_here)
         names = getattr(self, "feature_names_in_", None)
-        previous = self._previous(X)
+        weight = checked_weight(sample_weight, X.shape[0])
+        design = Design.learned(covariates, X.shape[0], weight)
+        previous = self._previous(X, design)
+        given = dict(covariates=covariates, offset=offset, sample_weight=weight)
         source = _source.fitted_source(
             source,
             X if names is None else X_original,
             self.memory,
             None if previous is None else self.informative_prior_estimator_,
+            {name: value for name, value in given.items() if value is not None},
         )
+        _source.refuse_other_known(source, design, offset)
         self.informative_prior_estimator_ = source
+        # coded as in the source's fit, which may be of other rows: its mu and B are those of its own centre
+        self._design = source._design
+        self._known = source._known
+        if not fitted_here:
+            self._known = self._known_at_fit(X, covariates, offset, weight)
         if self.observation != "multinomial" and not fitted_here:
             _capture.warn_about_truncation(source.capture_prior_, X)
         self.capture_prior_ = source.capture_prior_
         if not (isinstance(self.capture_efficiency, str) and self.capture_efficiency == "auto"):
-            self.capture_prior_ = _capture.resolve(self.capture_efficiency, X)
+            counted = X if weight is None else X[weight > 0]
+            self.capture_prior_ = _capture.resolve(self.capture_efficiency, counted)
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
     def _maximum(self, X, source, offsets, free, column_prior, previous, rng):
@@ -434,12 +472,11 @@ class NBLNEstimator(
             if not hasattr(self, "rank_diagnostics_"):
                 self.rank_diagnostics_ = None
         k = loadings.shape[1] if np.any(loadings) else 0
-        rows = RowBatches(
-            X, *self._row_capture(X, np.log(source.mean), offsets), batch_size=self.batch_size
-        )
+        capture = self._row_capture(X, self._known, source.params, offsets)
+        rows = RowBatches(X, *capture, batch_size=self.batch_size, known=self._known)
         sweeper = Sweeper(rows, loadings.shape[1], self.tol_)
         candidates = _opening.candidates(
-            Objective(sweeper, CountHistogram(X), *priors),
+            Objective(sweeper, CountHistogram(X, self._known.weight), *priors),
             source,
             self._total,
             loadings,
@@ -451,18 +488,18 @@ class NBLNEstimator(
             if self._split is not None:
                 objective = objective.with_split(self._split)
             candidates = [(objective, resumed(start, previous, free))]
-        edges = None
-        if self._selects() and previous is None and k > 0 and X.shape[0] >= LEAST_ROWS:
-            edges = noise_edges(X.shape[1], X.shape[0])
+        edges, n_cells = None, self._known.total_weight
+        if self._selects() and previous is None and k > 0 and n_cells >= LEAST_ROWS:
+            edges = noise_edges(X.shape[1], n_cells)
         outcome = ascend(
             candidates,
             free._replace(loadings=k > 0),
-            n_cells=X.shape[0],
+            n_cells=n_cells,
             tol=self.tol_,
             max_iter=self.max_iter,
             edges=edges,
             column_prior=column_prior,
-            report=self._report(X.shape[0]) if self.verbose else None,
+            report=self._report(n_cells) if self.verbose else None,
         )
         if outcome.information is not None:
             self.rank_diagnostics_ |= {
@@ -484,21 +521,26 @@ class NBLNEstimator(
         k, groups, self.rank_diagnostics_ = most, np.zeros((X.shape[1], 0)), None
         if self._selects():
             k, groups, self.rank_diagnostics_ = _opening.number_of_factors(
-                X, source, offsets, most, rng
+                X, source, offsets, most, rng, self._known
             )
-        return _opening.start_loadings(X, source, offsets, k, groups, self.batch_size, rng)
+        return _opening.start_loadings(
+            X, source, offsets, k, groups, self.batch_size, rng, self._known
+        )
 
     def _priors(self, source, free, rng):
-        """Priors of mean and log r, the coupling, and the genes' own priors, as `Objective` takes them."""
+        """Priors of mean and log r, the coupling, and other priors, as `Objective` takes them."""
         strength = self.informative_priors_tau, self.informative_priors_n_samples
-        if self.cascade == "parameter":
+        coupled = self.cascade == "marginal"
+        coef = _source.coef_prior(source, free, self.informative_priors_tau, coupled)
+        if not coupled:
             mean, dispersion = _source.priors(source, free, *strength, rng)
-            return mean, dispersion, Identity(), GenePriors(NOISE_EXPONENTIAL)
+            return mean, dispersion, Identity(), GenePriors(NOISE_EXPONENTIAL), coef
         mean, of_total = _source.marginal_priors(source, self._total, free, *strength, rng)
         flat, hard = GaussianPrior.flat(source.mean.size), "r" in self.frozen_params_
         coupling = MarginalCoupling(self._total if hard else None)
         split = SplitPrior(self._total, EVEN) if self.observation == "nb" else None
-        return mean, flat, coupling, GenePriors(NOISE_POOL, split, None if hard else of_total)
+        genes = GenePriors(NOISE_POOL, split, None if hard else of_total)
+        return mean, flat, coupling, genes, coef
 
     def _report(self, n_cells):
         def report(iteration, point):
@@ -555,12 +597,19 @@ class NBLNEstimator(
                 objective.coupling.expand(outcome.point.x)
             ),
             precision,
+            objective.prior_coef.precision,
         )
+        of_coef = self._source.guide.coef_scale
+        if free.coef and of_coef.shape[1]:
+            moments = outcome.point.sums.genes.moments
+            of_coef = _posterior.coef_standard_deviations(moments, self.loadings_, self._known)
+        self._standard_deviation = self._standard_deviation._replace(coef=of_coef)
+        self._set_coef(params.coef, of_coef)
         self.components_standard_error_ = np.ascontiguousarray(self._standard_deviation.loadings.T)
         self.newton_decrement_ = self._rows.decrement
         self.capture_offset_ = np.maximum(self._rows.offset, 0.0)
 
-    def _previous(self, X):
+    def _previous(self, X, design):
         """The coordinates of the fit that `warm_start` continues from, or None."""
         if not self.warm_start or not hasattr(self, "_coordinates"):
             return None
@@ -573,6 +622,7 @@ class NBLNEstimator(
                 f"factors, found X of {shape[0]} genes and {shape[1]} factors asked for. Give the same, or "
                 "set warm_start=False to start anew."
             )
+        self._refuse_other_covariates(design)
         return self._coordinates
 
     def _frozen(self):
@@ -607,16 +657,16 @@ class NBLNEstimator(
 
     # ------------------------------------------------------------------ rows
 
-    def _row_capture(self, X, mean=None, offsets=None):
+    def _row_capture(self, X, known=None, params=None, offsets=None):
         """Offset, scale and prior precision of each row, by one rule for training rows and new rows.
 
-        `fit` passes the mean log-rates at the start and the source's offsets of X, which it already has.
+        `fit` passes parameters of the start and the source's offsets of X, which it already has.
         """
         if self.observation == "multinomial":
-            return _capture.flat(X, self.mean_ if mean is None else mean)
+            return _capture.flat(X, self._params() if params is None else params, known)
         return _capture.given_source(
             X,
-            self._source.offsets(X, self.batch_size) if offsets is None else offsets,
+            self._source.offsets(X, self.batch_size, known) if offsets is None else offsets,
             self._source.capture_prior,
             self.capture_prior_,
             frozen="eta" in self.frozen_params_,
@@ -629,10 +679,14 @@ class NBLNEstimator(
 
     def _params(self):
         """The parameters in the form that the cell solver takes."""
-        return Params(self.mean_, self.loadings_, self.noise_variance_, 1.0 / self.dispersion_)
+        coef = self.coef_ * self._design.scale
+        return Params(
+            self.mean_, self.loadings_, self.noise_variance_, 1.0 / self.dispersion_, coef
+        )
 
-    def _solve(self, X):
-        batches = RowBatches(X, *self._row_capture(X), batch_size=self.batch_size)
+    def _solve(self, X, known=None):
+        capture = self._row_capture(X, known)
+        batches = RowBatches(X, *capture, batch_size=self.batch_size, known=known)
         return solve_rows(batches, self._params())
 
     def _units(self):
@@ -646,7 +700,7 @@ class NBLNEstimator(
         units = np.ones_like(norms) if self.whiten else np.where(is_zero, 0.0, norms)
         return units, is_zero
 
-    def transform(self, X):
+    def transform(self, X, *, covariates=None, offset=None):
         r"""Principal coordinates of the rows: posterior means of the factor scores in the units of `whiten`.
 
         .. math:: Z_{ck} = \lVert W_{\perp k} \rVert \, \mathrm E[z_{ck} \mid u_c]
@@ -657,14 +711,16 @@ class NBLNEstimator(
         ----------
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
             Counts; training rows and new rows are treated alike.
+        covariates, offset
+            Of the rows, as in :meth:`fit`.
 
         Returns
         -------
         ndarray of shape (n_cells, latent_dim)
             Principal coordinates. Those of a component that is zero are 0.
         """
-        check_is_fitted(self)
-        return self._embedded(self._solve(self._validated(X, self._offset_prior())).scores)
+        X = self._validated(X, self._offset_prior())
+        return self._embedded(self._solve(X, self._known_of(X, covariates, offset)).scores)
 
     def _embedded(self, scores):
         """Standardized scores in the units of `whiten`."""
@@ -672,7 +728,7 @@ class NBLNEstimator(
         return np.where(is_zero, 0.0, scores * units)
 
     def inverse_transform(self, Z):
-        r"""Log-rates at full capture of rows with these principal coordinates.
+        r"""Log-rates at full capture of rows with these coordinates, at the mean of the covariates.
 
         .. math:: \mu + W z_c, \qquad z_{ck} = Z_{ck} / \lVert W_{\perp k} \rVert
 
@@ -706,13 +762,15 @@ class NBLNEstimator(
         scores = np.divide(Z, units, out=np.zeros_like(Z), where=~is_zero)
         return self.mean_ + scores @ self.loadings_.T
 
-    def posterior_scores(self, X):
+    def posterior_scores(self, X, *, covariates=None, offset=None):
         """Posterior mean and covariance of the principal coordinates, in the units of `whiten`.
 
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
             Counts.
+        covariates, offset
+            Of the rows, as in :meth:`fit`.
 
         Returns
         -------
@@ -722,8 +780,8 @@ class NBLNEstimator(
             Posterior covariances given the model's parameters; a capture offset that is not frozen is
             integrated out. In nats squared; of standardized scores if ``whiten=True``.
         """
-        check_is_fitted(self)
-        posterior = self._solve(self._validated(X, self._offset_prior()))
+        X = self._validated(X, self._offset_prior())
+        posterior = self._solve(X, self._known_of(X, covariates, offset))
         units, _ = self._units()
         return self._embedded(posterior.scores), posterior.score_covariance * np.outer(units, units)
 
@@ -735,7 +793,8 @@ class NBLNEstimator(
         Returns
         -------
         dict
-            ``"r"`` (n_genes,) unless the channel has no dispersion; ``"mu"`` (n_genes,) log-rates; ``"eta"``
+            ``"r"`` (n_genes,) unless the channel has no dispersion; ``"mu"`` (n_genes,) log-rates; with
+            covariates ``"coef"`` (n_genes, n_coefficients), in the units of `coef_`; ``"eta"``
             (n_cells,) capture offsets and ``"z"`` (n_cells, latent_dim) standardized scores of the training
             rows, whatever `whiten` is. Frozen parameters have the source's posterior (under
             ``cascade="marginal"`` transformed by the coupling). Free parameters have a Gaussian (log-normal
@@ -759,6 +818,8 @@ class NBLNEstimator(
             if "mu" in frozen
             else dist.Normal(self.mean_, sd.mean)
         )
+        if self.coef_.shape[1]:
+            distributions["coef"] = dist.Normal(self.coef_, self.coef_standard_error_)
         if "eta" in frozen:
             prior = self._source.capture_prior
             distributions["eta"] = _posterior.source_offsets(guide, prior, self.capture_offset_)
@@ -768,8 +829,10 @@ class NBLNEstimator(
         distributions["z"] = dist.MultivariateNormal(rows.scores, rows.score_covariance)
         return distributions
 
-    def sample_posterior(self, n_samples=None, X=None, *, random_state=None):
-        """Draws from the posterior of r, mu and eta; frozen parameters come from the source's draws.
+    def sample_posterior(
+        self, n_samples=None, X=None, *, random_state=None, covariates=None, offset=None
+    ):
+        """Draws from the posterior of r, mu, B and eta; frozen parameters come from the source's draws.
 
         Parameters
         ----------
@@ -779,26 +842,35 @@ class NBLNEstimator(
             Rows whose capture offsets are drawn; None for the training rows.
         random_state : int, RandomState instance or None, default=None
             Seed of the draws; None takes the estimator's.
+        covariates, offset
+            Of the rows of X, as in :meth:`fit`.
 
         Returns
         -------
         Bunch
-            ``r`` (n_samples, n_genes), ``mu`` (n_samples, n_genes) log-rates, ``eta`` (n_samples, n_rows).
+            ``r`` (n_samples, n_genes), ``mu`` (n_samples, n_genes) log-rates, ``eta`` (n_samples, n_rows);
+            with covariates ``coef`` (n_samples, n_genes, n_coefficients) in the units of `coef_`.
         """
         check_is_fitted(self)
-        X = None if X is None else self._validated(X, self._offset_prior())
+        known = None
+        if X is not None:
+            X = self._validated(X, self._offset_prior())
+            known = self._known_of(X, covariates, offset)
         n_samples = checked_n_samples(
             self.informative_priors_n_samples if n_samples is None else n_samples
         )
         rng = check_random_state(self.random_state if random_state is None else random_state)
-        draws = self._posterior_draws(n_samples, X, rng, eta="all")
-        return Bunch(r=draws.r, mu=draws.log_mean, eta=draws.eta)
+        draws = self._posterior_draws(n_samples, X, rng, eta="all", known=known)
+        bunch = Bunch(r=draws.r, mu=draws.log_mean, eta=draws.eta)
+        return self._with_coef(bunch, draws.coef)
 
-    def _posterior_draws(self, n_samples, X, rng, *, eta):
+    def _posterior_draws(self, n_samples, X, rng, *, eta, known=None):
         """Parameter draws for replicated counts; `eta` selects the offsets: None, "frozen" or "all"."""
         coupled, frozen = self.cascade == "marginal", self.frozen_params_
         sd, with_offsets = self._standard_deviation, eta is not None and "eta" in frozen
-        source = self._source.draws(n_samples, rng, X, self.batch_size, offsets=with_offsets)
+        source = self._source.draws(
+            n_samples, rng, X, self.batch_size, offsets=with_offsets, known=known
+        )
         r, fitted = source.r, np.diag(self.get_covariance())
         variance = fitted
         if "r" not in frozen:
@@ -811,9 +883,12 @@ class NBLNEstimator(
             log_mean = self.mean_ + sd.mean * rng.standard_normal(r.shape)
             # the marginal mean, mu + Sigma_gg/2, is what the data determine
             log_mean = log_mean - (variance - fitted) / 2
+        coef = source.coef
+        if "mu" not in frozen:
+            coef = self._params().coef + sd.coef * rng.standard_normal(coef.shape)
         inflation = None if variance is fitted else variance / np.maximum(fitted, 1e-300)
         offsets = source.eta
         if eta == "all" and "eta" not in frozen:
-            rows = self._rows if X is None else self._solve(X)
+            rows = self._rows if X is None else self._solve(X, known)
             offsets = _posterior.offset_draws(rows.offset, rows.offset_scale, n_samples, rng)
-        return ParameterDraws(r, log_mean, offsets, inflation)
+        return ParameterDraws(r, log_mean, offsets, inflation, coef)

@@ -13,12 +13,20 @@ from sklearn.utils.validation import check_is_fitted
 from . import _capture, _svi
 from ._base import CountModelMixin, whole_or_nothing
 from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validate_counts
+from ._design import Design
+from ._known import Known, checked_weight
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
 from .solver.ascent import ascend
-from .solver.objective import LOG_DISPERSION_PRIOR, LOG_MEAN_PRIOR_SCALE, Objective
+from .solver.metric import least_squares_matrix
+from .solver.objective import (
+    LOG_DISPERSION_PRIOR,
+    LOG_MEAN_PRIOR_SCALE,
+    Objective,
+    weak_coef_prior,
+)
 from .solver.params import GaussianPrior, Params, in_model_units
 
 _MAP_TOL = 1e-10
@@ -34,10 +42,14 @@ class NBVCPEstimator(
     .. math:: u_{cg} \sim NB(\mathrm{mean} = m_g e^{-\eta_c}, \mathrm{size} = r_g), \qquad
               \mathrm{variance} = \mathrm{mean} + \mathrm{mean}^2 / r_g
 
+    With covariates and known log-exposures of the rows (see :meth:`fit`) the mean is ``m_g exp(B_g c_c + o_cg
+    - eta_c)``: a negative binomial regression per gene, with capture.
+
     ``exp(-eta_c)`` is the capture probability of cell c, with the prior ``eta_c ~ TruncNormal(log M0 -
     log L_c, sigma_M, low=0)``, ``L_c`` the cell's library size (its row total) and ``M0`` the prior total
     mRNA of a cell. Weak priors keep the estimates of every gene finite: ``log m_g`` is normal around the
-    genes' average with standard deviation 4, ``log r_g`` is normal(2, 1).
+    genes' average with standard deviation 4, ``log r_g`` is normal(2, 1), and coefficients are normal around
+    0 with standard deviation 2 nats per standard deviation of their covariate.
 
     Parameters
     ----------
@@ -69,12 +81,19 @@ class NBVCPEstimator(
     Attributes
     ----------
     mean_ : ndarray of shape (n_genes,)
-        Mean expression m_g: expected counts at full capture (posterior median).
+        Mean expression m_g: expected counts at full capture (posterior median), at the mean of the covariates
+        and an exposure of 1.
     dispersion_ : ndarray of shape (n_genes,)
         Dispersion (size) r_g (posterior median).
     capture_offset_ : ndarray of shape (n_cells,)
         Capture offset eta_c of the training rows, in nats: the mode given ``mean_`` and
         ``dispersion_``. The capture probability is ``exp(-capture_offset_)``.
+    coef_ : ndarray of shape (n_genes, n_coefficients)
+        Coefficients B of the covariates, nats per unit (posterior means); no columns without covariates.
+    coef_standard_error_ : ndarray of shape (n_genes, n_coefficients)
+        Their posterior standard deviations. See :meth:`coef_test`.
+    covariate_names_in_ : ndarray of shape (n_coefficients,)
+        Names of the coefficients, such as "age" and "batch[B]".
     capture_prior_ : tuple (log_M0, sigma_M) or None
         Capture prior of the fit.
     loss_curve_ : ndarray of shape (n_iter,)
@@ -147,7 +166,7 @@ class NBVCPEstimator(
 
     @_fit_context(prefer_skip_nested_validation=True)
     @whole_or_nothing
-    def fit(self, X, y=None):
+    def fit(self, X, y=None, *, covariates=None, offset=None, sample_weight=None):
         """Fit the model to counts.
 
         Parameters
@@ -156,6 +175,15 @@ class NBVCPEstimator(
             Counts.
         y : Ignored
             Present for scikit-learn's conventions.
+        covariates : array-like of shape (n_cells,) or (n_cells, n_covariates) or DataFrame, default=None
+            Known covariates of the rows. Numeric columns are used as they are; categorical, string and
+            boolean ones become contrasts with their first level. New rows need theirs: pass them to every
+            method that takes rows.
+        offset : array-like of shape (n_cells,) or (n_cells, n_genes), default=None
+            Known log-exposures, added to the log-means. One usually sets ``capture_efficiency=None`` beside.
+        sample_weight : array-like of shape (n_cells,) or None, default=None
+            How often each row counts. A weight of 2 stands for two equal rows, one of 0 for a row that is
+            left out of the fit and only has its offset computed.
 
         Returns
         -------
@@ -166,8 +194,9 @@ class NBVCPEstimator(
         ------
         ValueError
             If counts are negative, not finite or not numbers; if `capture_efficiency` is neither a known name
-            nor a pair of finite numbers with sigma_M > 0; under `warm_start`, if the number of genes differs
-            from the previous fit.
+            nor a pair of finite numbers with sigma_M > 0; if covariates are linearly dependent, constant or
+            missing in some rows; under `warm_start`, if the number of genes or the covariates differ from the
+            previous fit.
         TypeError
             If X is an object that holds a matrix but is not one in memory, such as AnnData or a Dask array.
         FitInterrupted
@@ -181,20 +210,25 @@ class NBVCPEstimator(
             If a stage did not meet its tolerance.
         UserWarning
             If counts are fractional, do not look like counts (a common divisor in most rows, one total for
-            all rows) or are all zero, or if more than a few cells have more counts than M0.
+            all rows) or are all zero; if more than a few cells have more counts than M0; if the offset looks
+            like the exposure itself, or stands beside a capture model.
         """
         X = validate_counts(self, X, reset=True)
+        weight = checked_weight(sample_weight, X.shape[0])
+        design = Design.learned(covariates, X.shape[0], weight)
         rng = check_random_state(self.random_state)
-        prior = _capture.resolve(self.capture_efficiency, X)
+        prior = _capture.resolve(self.capture_efficiency, X if weight is None else X[weight > 0])
         _capture.warn_about_truncation(prior, X)
-        histogram = CountHistogram(X)
-        problem = _problem(X, prior, histogram)
-        previous = self._previous(X.shape[1])
-        outcome, scores = self._maximum(X, problem, histogram, previous)
+        histogram = CountHistogram(X, weight)
+        previous = self._previous(X.shape[1], design)
+        self._design = design
+        self._known = known = self._known_at_fit(X, covariates, offset, weight)
+        problem = _problem(X, prior, histogram, known)
+        outcome, scores = self._maximum(X, problem, histogram, previous, known)
         point = outcome.point
-        batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size)
+        batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size, known=known)
         rows = solve_rows(batches, in_model_units(point.x), scores)
-        start = self._curvature_guide(X, prior, point, rows)
+        start = self._curvature_guide(X, prior, point, rows, known)
         if previous is not None:
             start = _svi.resumed(start, previous)
         variational_fit = _svi.fit(
@@ -202,20 +236,22 @@ class NBVCPEstimator(
             problem,
             start,
             # the part of the log-likelihood that is estimated from minibatches
-            rows.log_marginal - X @ point.x.mean,
+            rows.log_marginal - X @ point.x.mean - known.totals(X, point.x.coef),
             n_steps=0 if outcome.interrupted else self.n_steps,
             learning_rate=self.learning_rate,
             tol=self.tol,
             rng=rng,
             report=self._report("ELBO step") if self.verbose else None,
+            known=known,
         )
         self.capture_prior_ = prior
         self._library_size = _capture.library_sizes(X)
         self.mean_ = np.exp(variational_fit.guide.log_mean[0])
         self.dispersion_ = np.exp(variational_fit.guide.log_dispersion[0])
         self._guide = variational_fit.guide
+        self._set_coef(self._guide.coef_mean, self._guide.coef_scale)
         self._training_offsets = _capture.offset_posterior(
-            X, self._params(), prior, self.batch_size
+            X, self._params(), prior, self.batch_size, known=known
         )
         self.capture_offset_ = self._training_offsets.loc
         self.loss_curve_ = variational_fit.losses
@@ -235,7 +271,7 @@ class NBVCPEstimator(
                 )
         return self
 
-    def _previous(self, n_genes):
+    def _previous(self, n_genes, design):
         """The guide of the fit that `warm_start` continues from, or None."""
         guide = getattr(self, "_guide", None)
         if not self.warm_start or guide is None:
@@ -245,6 +281,7 @@ class NBVCPEstimator(
                 f"warm_start=True goes on from a fit of {guide.log_mean[0].size} genes, X has {n_genes}. "
                 "Give the same genes, or set warm_start=False to start anew."
             )
+        self._refuse_other_covariates(design)
         return guide
 
     def _report(self, what):
@@ -253,34 +290,49 @@ class NBVCPEstimator(
 
         return report
 
-    def _maximum(self, X, problem, histogram, previous=None):
-        """MAP estimate of log m and log r, with the offsets integrated out by Laplace's method.
+    def _maximum(self, X, problem, histogram, previous=None, known=None):
+        """MAP estimate of log m, log r and B, with the offsets integrated out by Laplace's method.
 
         Returns the `Outcome` of the ascent, and the rows' scores as start values of their modes.
         """
         n_cells, n_genes = X.shape
+        known = Known.nothing(n_cells) if known is None else known
         offset, scale = (a.copy() for a in problem.row_prior)
         priors = [
             GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)
         ]
+        coef = np.zeros((n_genes, known.design.shape[1]))
         x = Params(
-            np.log(problem.column_totals + 0.5) - np.log(np.sum(np.exp(-offset))),
+            _level(problem.column_totals, known, offset),
             np.zeros((n_genes, 0)),
             np.zeros(n_genes),
             problem.dispersion_prior[0].copy(),
+            coef,
         )
         if previous is not None:
-            x = x._replace(mean=previous.log_mean[0], dispersion=previous.log_dispersion[0])
+            x = Params(
+                previous.log_mean[0],
+                x.loadings,
+                x.noise,
+                previous.log_dispersion[0],
+                previous.coef_mean,
+            )
         report = self._report("maximum a posteriori, sweep") if self.verbose else None
         for _ in range(_PIN_ROUNDS):
-            sweeper = Sweeper(RowBatches(X, offset, scale, batch_size=self.batch_size), 0)
+            batches = RowBatches(X, offset, scale, batch_size=self.batch_size, known=known)
+            sweeper = Sweeper(batches, 0)
+            objective = Objective(
+                sweeper, histogram, *priors, prior_coef=weak_coef_prior(coef.shape)
+            )
             outcome = ascend(
-                [(Objective(sweeper, histogram, *priors), x)],
+                [(objective, x)],
                 Params(mean=True, loadings=False, noise=False, dispersion=True),
-                n_cells=n_cells,
+                n_cells=known.total_weight,
                 tol=_MAP_TOL,
                 max_iter=_MAP_MAX_ITER,
-                report=None if report is None else lambda i, p: report(i, p.value / n_cells),
+                report=None
+                if report is None
+                else lambda i, p: report(i, p.value / known.total_weight),
             )
             x = outcome.point.x
             # the prior of an offset is truncated at 0: a mode below 0 is moved to 0 and held there
@@ -290,7 +342,7 @@ class NBVCPEstimator(
             offset[below] = scale[below] = 0.0
         return outcome, sweeper.scores
 
-    def _curvature_guide(self, X, prior, point, rows):
+    def _curvature_guide(self, X, prior, point, rows, known=None):
         """Gaussian guide from the curvature at the MAP estimate, one parameter at a time."""
         x, metric = point.x, point.metric
         log_mean = x.mean, 1 / np.sqrt(metric.moments[:, 0])
@@ -300,10 +352,12 @@ class NBVCPEstimator(
         missing = point.sums.genes.missing_log_r
         observed_share = np.maximum(metric.dispersion - missing, least) / information
         log_r = x.dispersion, information**-0.5
-        shared = self._common_shift(metric), observed_share
+        shared = self._common_shift(metric), observed_share, *_of_coefficients(x, metric)
         if prior is None:
             return _svi.Guide(log_mean, log_r, None, *shared)
-        offsets = _capture.offset_posterior(X, in_model_units(x), prior, self.batch_size, rows)
+        offsets = _capture.offset_posterior(
+            X, in_model_units(x), prior, self.batch_size, rows, known
+        )
         return _svi.Guide(log_mean, log_r, (offsets.raw_loc, offsets.scale), *shared)
 
     def _common_shift(self, metric):
@@ -326,22 +380,25 @@ class NBVCPEstimator(
 
     def _params(self):
         """The parameters in the form that the cell solver takes."""
-        return independent_params(self.mean_, self.dispersion_)
+        return independent_params(self.mean_, self.dispersion_, self._guide.coef_mean)
 
     def _offset_prior(self):
         """The capture prior of the rows' offsets."""
         return self.capture_prior_
 
-    def transform(self, X):
+    def transform(self, X, *, covariates=None, offset=None):
         """Denoised log-expression: log of the posterior mean of each rate at full capture.
 
         Given the capture offset, the rate ``lambda_cg`` of gene g in cell c has a gamma posterior with
-        mean ``(r_g + u_cg) / (r_g / m_g + exp(-eta_c))``.
+        mean ``(r_g + u_cg) / (r_g / m_cg + exp(o_cg - eta_c))``, with ``m_cg = m_g exp(B_g c_c)``. So the
+        rates include what covariates do, and not the exposures.
 
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
             Counts.
+        covariates, offset
+            Of the rows, as in :meth:`fit`.
 
         Returns
         -------
@@ -350,11 +407,18 @@ class NBVCPEstimator(
         """
         check_is_fitted(self)
         X = self._validated(X, self.capture_prior_)
-        capture = np.exp(-self._posterior().offsets(X, self.batch_size).loc)
-        r = self.dispersion_
-        return np.log((r + X.toarray()) / (r / self.mean_ + capture[:, None]))
+        known = self._known_of(X, covariates, offset)
+        capture = np.exp(-self._posterior().offsets(X, self.batch_size, known).loc)[:, None]
+        r, mean = self.dispersion_, self.mean_
+        if known.exposure.shape[1]:
+            capture = capture * np.exp(known.exposure)
+        if known.design.shape[1]:
+            mean = mean * np.exp(known.design @ self._guide.coef_mean.T)
+        return np.log((r + X.toarray()) / (r / mean + capture))
 
-    def sample_posterior(self, n_samples=None, X=None, *, random_state=None):
+    def sample_posterior(
+        self, n_samples=None, X=None, *, random_state=None, covariates=None, offset=None
+    ):
         """Draws from the posterior.
 
         Parameters
@@ -367,31 +431,67 @@ class NBVCPEstimator(
             variational posterior.
         random_state : int, RandomState instance or None, default=None
             Seed of the draws; None takes the estimator's.
+        covariates, offset
+            Of the rows of X, as in :meth:`fit`.
 
         Returns
         -------
         Bunch
             ``r`` (n_samples, n_genes) dispersion, ``mu`` (n_samples, n_genes) mean expression in the
-            units of ``mean_``, ``eta`` (n_samples, n_rows) capture offset in nats.
+            units of ``mean_``, ``eta`` (n_samples, n_rows) capture offset in nats; with covariates ``coef``
+            (n_samples, n_genes, n_coefficients) in the units of ``coef_``.
         """
         check_is_fitted(self)
-        X = None if X is None else self._validated(X, self.capture_prior_)
+        known = None
+        if X is not None:
+            X = self._validated(X, self.capture_prior_)
+            known = self._known_of(X, covariates, offset)
         n_samples = checked_n_samples(self.n_posterior_samples if n_samples is None else n_samples)
         rng = check_random_state(self.random_state if random_state is None else random_state)
-        return self._posterior().draws(n_samples, rng, X, self.batch_size)
+        draws = self._posterior().draws(n_samples, rng, X, self.batch_size, known=known)
+        return self._with_coef(draws, draws.pop("coef"))
 
-    def _posterior_draws(self, n_samples, X, rng, *, eta):
+    def _posterior_draws(self, n_samples, X, rng, *, eta, known=None):
         """Parameter draws for replicated counts; without offsets if `eta` is None."""
-        draws = self._posterior().draws(n_samples, rng, X, self.batch_size, offsets=eta is not None)
-        return ParameterDraws(draws.r, np.log(draws.mu), draws.eta)
+        draws = self._posterior().draws(
+            n_samples, rng, X, self.batch_size, offsets=eta is not None, known=known
+        )
+        return ParameterDraws(draws.r, np.log(draws.mu), draws.eta, coef=draws.coef)
 
 
-def _problem(X, prior, histogram):
+def _level(columns, known, offset):
+    """Logarithms of the genes' means at full capture, from their totals at these offsets of the rows."""
+    nothing = np.zeros((columns.size, known.design.shape[1]))
+    return np.log(columns + 0.5) - np.log(known.sum_of_scales(offset, nothing))
+
+
+def _of_coefficients(x, metric):
+    """Of the guide: location and scale of the coefficients, and the share of their information that is left.
+
+    The scales are those of each coefficient with all else known. In the share the gene's mean and its other
+    coefficients are unknown, and so are the offsets, which free a common shift of all genes' coefficients.
+    """
+    p = x.coef.shape[1]
+    if not p:
+        return None, None
+    A = least_squares_matrix(metric.moments)
+    information = np.einsum("gii->gi", A)[:, 1:]
+    variance = np.einsum("gii->gi", np.linalg.inv(A))[:, 1:]
+    complete = A.sum(0)[1:, 1:]
+    shift = np.diag(np.linalg.inv(metric.coef_shift) - np.linalg.inv(complete))
+    known = 1.0 / (information * (variance + np.maximum(shift, 0.0)))
+    return (x.coef, information**-0.5), known
+
+
+def _problem(X, prior, histogram, known=None):
     """The fixed part of the variational problem: priors and totals."""
+    known = Known.nothing(X.shape[0]) if known is None else known
     n_genes = X.shape[1]
     offset, scale = _capture.row_prior(prior, X)
-    columns = np.asarray(X.sum(axis=0), float).ravel()
-    level = np.log(columns + 0.5) - np.log(np.sum(np.exp(-offset)))
+    of_rows = X if known.weight is None else X.multiply(known.weight[:, None]).tocsr()
+    columns = np.asarray(of_rows.sum(axis=0), float).ravel()
+    level = _level(columns, known, offset)
+    exposed = known.exposure.shape[1] > 0
     return _svi.Problem(
         (np.full(n_genes, level.mean()), np.full(n_genes, LOG_MEAN_PRIOR_SCALE)),
         tuple(np.full(n_genes, v) for v in LOG_DISPERSION_PRIOR),
@@ -402,5 +502,7 @@ def _problem(X, prior, histogram):
         histogram.count,
         histogram.times,
         histogram.log_factorials,
-        float(X.shape[0]),
+        float(known.total_weight),
+        of_rows.T @ known.design if known.design.shape[1] else None,
+        float(of_rows.multiply(known.exposure).sum()) if exposed else 0.0,
     )

@@ -11,10 +11,10 @@ from . import _capture, _svi
 from .solver.params import Params
 
 
-def independent_params(mean, dispersion):
+def independent_params(mean, dispersion, coef=None):
     """`Params` of independent genes with means m and dispersions r: no loadings, no noise variances."""
     n_genes = mean.size
-    return Params(np.log(mean), np.zeros((n_genes, 0)), np.zeros(n_genes), 1.0 / dispersion)
+    return Params(np.log(mean), np.zeros((n_genes, 0)), np.zeros(n_genes), 1.0 / dispersion, coef)
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,22 +23,33 @@ class NBVCPPosterior:
 
     mean: np.ndarray  # (n_genes,) point estimate of m, expected counts at full capture
     dispersion: np.ndarray  # (n_genes,) point estimate of r
-    guide: _svi.Guide  # variational posterior of log m, log r and the offsets of `rows`
+    #: variational posterior of log m, log r, the coefficients and the offsets of `rows`
+    guide: _svi.Guide
     rows: _capture.OffsetPosterior  # offsets of the training rows given the point estimates
     capture_prior: _capture.CapturePrior | None
 
     @property
     def params(self):
         """The point estimates as `Params`."""
-        return independent_params(self.mean, self.dispersion)
+        return independent_params(self.mean, self.dispersion, self.coef)
 
-    def offsets(self, X, batch_size=None):
+    @property
+    def coef(self):
+        """Coefficients of the covariates, in nats per standard deviation of each, (n_genes, p)."""
+        return self.guide.coef_mean
+
+    def offsets(self, X, batch_size=None, known=None):
         """Posterior of the capture offsets of the rows of X given the point estimates."""
-        return _capture.offset_posterior(X, self.params, self.capture_prior, batch_size)
+        return _capture.offset_posterior(
+            X, self.params, self.capture_prior, batch_size, known=known
+        )
 
     def with_genes(self, genes):
         """The posterior of the genes at these positions."""
-        guide = self.guide
+        guide, coef = self.guide, {}
+        if guide.coef is not None:
+            coef["coef"] = tuple(a[genes] for a in guide.coef)
+            coef["coef_known"] = guide.coef_known[genes]
         return replace(
             self,
             mean=self.mean[genes],
@@ -48,6 +59,7 @@ class NBVCPPosterior:
                 log_dispersion=tuple(a[genes] for a in guide.log_dispersion),
                 common_shift=(guide.common_shift[0][genes], guide.common_shift[1]),
                 dispersion_known=guide.dispersion_known[genes],
+                **coef,
             ),
         )
 
@@ -64,7 +76,10 @@ class NBVCPPosterior:
         return replace(self, rows=offsets, guide=guide)
 
     def log_draws(self, n_samples, rng):
-        """Draws of log r and log m, a `Bunch` of two arrays (n_samples, n_genes), ``r`` and ``mu``."""
+        """Draws of log r, log m and B, a `Bunch` of ``r`` and ``mu`` (n_samples, n_genes) and ``coef``.
+
+        ``coef`` (n_samples, n_genes, p) is in nats per standard deviation of each covariate.
+        """
         guide = self.guide
         normals = {
             "r": (guide.log_dispersion[0], guide.log_dispersion_scale),
@@ -78,19 +93,21 @@ class NBVCPPosterior:
         )
         share, sigma = guide.common_shift
         draws.mu += sigma * share * rng.standard_normal((n_samples, 1))
+        loc = guide.coef_mean
+        draws.coef = loc + guide.coef_scale * rng.standard_normal((n_samples, *loc.shape))
         return draws
 
-    def draws(self, n_samples, rng, X=None, batch_size=None, *, offsets=True):
-        """Draws of r, m and eta: a `Bunch` of arrays, ``r`` and ``mu`` (n_samples, n_genes).
+    def draws(self, n_samples, rng, X=None, batch_size=None, *, offsets=True, known=None):
+        """Draws of r, m, B and eta: a `Bunch` of arrays, ``r`` and ``mu`` (n_samples, n_genes), ``coef``.
 
         ``eta``, (n_samples, n_rows), has the offsets of validated counts X, or of the posterior's own rows
         if X is None; it is None if `offsets` is False.
         """
         logs, eta = self.log_draws(n_samples, rng), None
         if offsets:
-            of_rows = self if X is None else self.with_rows(self.offsets(X, batch_size))
+            of_rows = self if X is None else self.with_rows(self.offsets(X, batch_size, known))
             eta = of_rows._offset_draws(logs.mu, rng)
-        return Bunch(r=np.exp(logs.r), mu=np.exp(logs.mu), eta=eta)
+        return Bunch(r=np.exp(logs.r), mu=np.exp(logs.mu), coef=logs.coef, eta=eta)
 
     def _offset_draws(self, log_mean, rng):
         """Draws of the rows' offsets, given draws of log m."""

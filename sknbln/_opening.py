@@ -13,12 +13,14 @@ from .solver.start import loadings_from_scores, start_coordinates
 SMALL_OVERDISPERSION = 0.5
 
 
-def number_of_factors(X, source, offsets, most, rng):
+def number_of_factors(X, source, offsets, most, rng, known):
     """Number of factors of all genes and start loadings of groups of few genes, from the scores.
 
     Both together are at most ``most`` and `MOST_FACTORS`. The third result is the `rank_diagnostics_`.
     """
-    spectrum = score_spectrum(CSRRows(X), source.mean, source.dispersion, offsets.loc, rng)
+    spectrum = score_spectrum(
+        CSRRows(X), source.mean, source.dispersion, offsets.loc, rng, known, source.coef
+    )
     most = min(most, MOST_FACTORS)
     k = min(spectrum.n_factors, most)
     groups = spectrum.groups[:, : most - k]
@@ -37,15 +39,17 @@ def number_of_factors(X, source, offsets, most, rng):
     )
 
 
-def start_loadings(X, source, offsets, k, groups, batch_size, rng):
+def start_loadings(X, source, offsets, k, groups, batch_size, rng, known):
     """Loadings at the start: k columns from the moments of the scores, and those of the groups of genes.
 
     One column of zeros where there are none.
     """
     n_cells, n_genes = X.shape
-    batches = RowBatches(X, offsets.loc, np.zeros(n_cells), batch_size=batch_size)
+    zero = np.zeros(n_cells)
+    batches = RowBatches(X, offsets.loc, zero, batch_size=batch_size, known=known)
     sums = sum_over_batches(batches, source.params)
-    loadings = np.concatenate([loadings_from_scores(sums, n_cells, n_genes, k, rng), groups], 1)
+    broad = loadings_from_scores(sums, known.total_weight, n_genes, k, rng)
+    loadings = np.concatenate([broad, groups], 1)
     return pad_columns(loadings, max(loadings.shape[1], 1))
 
 
@@ -68,7 +72,7 @@ def candidates(objective, source, total, loadings, free, channel):
     return [
         (
             objective if split is None else objective.with_split(split),
-            start_coordinates(log_mean, log_r, loadings, free, coupled, total, split),
+            start_coordinates(log_mean, log_r, loadings, free, coupled, total, split, source.coef),
         )
         for split in splits
     ]

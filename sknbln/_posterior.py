@@ -15,6 +15,13 @@ with ``Lambda`` the precision of the soft prior. It is positive by construction.
 then increased by the uncertainty of the gene's other free parameters (the data determine the marginal mean,
 ``mu_g + Sigma_gg/2``, better than mu_g). The variance of log r comes from the joint information of the
 gene's free parameters. Both use the outer products of the cells' exact gradients.
+
+Coefficients of covariates are estimated from the same working responses. With centred covariates C and
+``A_g = sum_c b_cg [1 c][1 c]'``,
+
+.. math:: \mathrm{Var}(B_{gj}) = (A_g + \Lambda)^{-1}_{jj} + (C'C)^{-1}_{jj} \lVert w_g \rVert^2
+
+where ``Lambda`` is the weak prior alone: the source's posterior comes from the same counts.
 """
 
 import jax.numpy as jnp
@@ -25,6 +32,8 @@ from scipy.stats import truncnorm
 
 from ._rows import RowBatches, gene_score_products
 from .solver.coupling import marginal_level, remaining_level, remaining_level_slopes
+from .solver.metric import least_squares_matrix
+from .solver.objective import COEF_PRIOR_SCALE
 from .solver.overdispersion import TotalOverdispersion
 from .solver.params import Params
 
@@ -86,8 +95,21 @@ def mean_covariance_diagonal(information, loadings, n_cells, prior_precision):
     return 1.0 / total + np.einsum("gi,gi->g", back @ np.linalg.inv(correction), back)
 
 
+def coef_standard_deviations(moments, loadings, known):
+    """Standard deviations of the coefficients, (n_genes, p), from the sums of b [1 c z][1 c z]'.
+
+    ``known`` is the `Known` of the rows of the fit.
+    """
+    design, p = known.design, known.design.shape[1]
+    A = least_squares_matrix(moments)[:, : 1 + p, : 1 + p]
+    np.einsum("gii->gi", A)[:, 1:] += COEF_PRIOR_SCALE**-2.0
+    of_counts = np.einsum("gii->gi", np.linalg.inv(A))[:, 1:]
+    of_scores = np.diag(np.linalg.inv(design.T @ known.weighted(design)))
+    return np.sqrt(of_counts + of_scores * np.sum(loadings**2, 1)[:, None])
+
+
 def standard_deviations(
-    batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings
+    batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings, prior_coef
 ):
     """Standard deviations of mu, W, log d and log r at the fit, and the rows' posterior, in one pass.
 
@@ -95,16 +117,20 @@ def standard_deviations(
     start values of the rows' modes, ``prior_*`` the precisions of the priors. The information of a gene's
     parameters, taken together, is the sum of outer products of the cells' exact gradients.
     """
-    n_genes, k = params.loadings.shape
+    (n_genes, k), p = params.loadings.shape, params.coef.shape[1]
+    n_cells = batches.known.total_weight
     products, information, rows = gene_score_products(batches, params, scores, free.dispersion)
     mean_sd, log_r_sd = np.zeros(n_genes), np.zeros(n_genes)
-    free_blocks = [free.mean, *[free.loadings] * k, free.noise, free.dispersion]
-    keep = np.flatnonzero(free_blocks)
-    precision = np.full((n_genes, k + 3), 1e-6)  # keeps the information matrix regular
-    precision[:, 0] += prior_mean
-    precision[:, 1 : k + 1] += prior_loadings
-    precision[:, k + 1] = 0.0
-    precision[:, k + 2] += prior_log_r
+    sizes = 1, p, k, 1, 1
+    free_blocks = free.mean, free.coef, free.loadings, free.noise, free.dispersion
+    keep = np.flatnonzero(np.repeat(free_blocks, sizes))
+    mean, coef, columns, noise, log_r = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    precision = np.full((n_genes, sum(sizes)), 1e-6)  # keeps the information matrix regular
+    precision[:, mean] += np.reshape(prior_mean, (-1, 1))
+    precision[:, coef] += prior_coef
+    precision[:, columns] += prior_loadings
+    precision[:, noise] = 0.0
+    precision[:, log_r] += np.reshape(prior_log_r, (-1, 1))
     J = products[:, keep][:, :, keep]
     diagonal = np.einsum("gii->gi", J)
     diagonal += precision[:, keep]
@@ -113,23 +139,21 @@ def standard_deviations(
     # where d is at its floor.
     unit = np.sqrt(conditional)
     J = J * unit[:, :, None] * unit[:, None, :] + 1e-9 * np.eye(keep.size)
-    variance = np.zeros((n_genes, k + 3))
+    variance = np.zeros_like(precision)
     variance[:, keep] = np.maximum(np.einsum("gii->gi", np.linalg.inv(J)), 0.0) * conditional
     sd = np.sqrt(variance)
     if free.mean:
-        mean_variance = mean_covariance_diagonal(
-            information, params.loadings, batches.n_cells, prior_mean
-        )
+        mean_variance = mean_covariance_diagonal(information, params.loadings, n_cells, prior_mean)
         # mu decreases as the gene's Sigma_gg increases: the data determine the marginal mean
         mean_sd = np.sqrt(mean_variance + np.maximum(variance[:, 0] - conditional[:, 0], 0.0))
     if free.dispersion:
-        log_r_sd = sd[:, k + 2]
+        log_r_sd = sd[:, log_r[0]]
     # Uncertainty shared by the genes: W absorbs the square root of the scores' sample covariance, whose
     # sampling variance is 1/2n in the length of a column and 1/4n between each pair of columns.
     squares = params.loadings**2
-    shared = (squares + squares.sum(1, keepdims=True)) / (4 * batches.n_cells)
-    loadings_sd = np.sqrt(sd[:, 1 : k + 1] ** 2 + shared) * np.any(params.loadings, axis=0)
-    return Params(mean_sd, loadings_sd, sd[:, k + 1], log_r_sd), rows
+    shared = (squares + squares.sum(1, keepdims=True)) / (4 * n_cells)
+    loadings_sd = np.sqrt(sd[:, columns] ** 2 + shared) * np.any(params.loadings, axis=0)
+    return Params(mean_sd, loadings_sd, sd[:, noise[0]], log_r_sd, np.zeros((n_genes, p))), rows
 
 
 def source_dispersion(guide, coupling=None):

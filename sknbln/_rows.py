@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ._jax import compiled_once, float64, in_order, n_workers, on_cpu
+from ._known import Known
 from .solver.ascent import magnitude
 from .solver.channel import log_rising_slope
 from .solver.marginal import BatchSums, no_sums, score_products, solve_cells
@@ -105,13 +106,16 @@ class RowBatches:
     batch_size : int or None
         Rows per batch, rounded up so that matrices with different numbers of rows share a compiled kernel.
         None chooses by the number of genes.
+    known : Known or None
+        Covariates and log-exposures of the rows; None without any.
     """
 
-    def __init__(self, X, offset, scale, precision=None, *, batch_size=None):
+    def __init__(self, X, offset, scale, precision=None, *, batch_size=None, known=None):
         self.counts = X if hasattr(X, "block") else CSRRows(X)
         n, n_genes = self.counts.shape
         precision = np.ones(n) if precision is None else precision
         self.capture = np.stack([offset, scale, precision], 1).astype(float)
+        self.known = Known.nothing(n) if known is None else known
         if batch_size is None:
             entries = _BATCH_ENTRIES if on_cpu() else _BATCH_ENTRIES_OF_ACCELERATOR
             batch_size = max(entries // max(n_genes, 1), _LEAST_ROWS)
@@ -125,6 +129,7 @@ class RowBatches:
         """The rows at these positions with their offset held at 0, in batches of the same shape."""
         other = copy.copy(self)
         other.counts = self.counts.chosen(rows)
+        other.known = self.known.chosen(rows)
         other.capture = np.tile([0.0, 0.0, 1.0], (rows.size, 1))
         other.starts = range(0, rows.size, self.rows)
         return other
@@ -149,7 +154,9 @@ class RowBatches:
         self.counts.block(rows).toarray(out=counts[:n])
         offset, scale, precision = self.capture[rows].T
         padded = self.padded(offset), self.padded(scale), self.padded(precision, 1.0)
-        return Cells(counts, *padded, self.padded(np.ones(n)))
+        design, exposure, weight = self.known.chosen(rows)
+        weight = np.ones(n) if weight is None else weight
+        return Cells(counts, *padded, *map(self.padded, (weight, design, exposure)))
 
     def __iter__(self):
         """Yield (slice of rows, `Cells`)."""
@@ -249,13 +256,13 @@ def solve_rows(batches, params, start=None):
 
 @float64
 def gene_score_products(batches, params, start, free_dispersion):
-    """Outer products of each gene's gradients in (mu, w, log d, log r), ``sum_c b``, and the rows' posterior.
+    """Outer products of each gene's gradients in (mu, b, w, log d, log r), ``sum_c b``, the rows' posterior.
 
-    Shapes are (n_genes, k + 3, k + 3) and (n_genes,); the posterior is a `RowPosterior`. If log r is not
-    free, its gradients omit the part that does not depend on the log-rates.
+    Shapes are (n_genes, p + k + 3, p + k + 3) and (n_genes,); the posterior is a `RowPosterior`. If log r is
+    not free, its gradients omit the part that does not depend on the log-rates.
     """
     k, wide = params.loadings.shape[1], with_padded_rank(params)
-    k_padded = wide.loadings.shape[1]
+    p, k_padded = params.coef.shape[1], wide.loadings.shape[1]
     r = 1.0 / params.dispersion if free_dispersion else None
     params = jax.device_put(wide)
 
@@ -273,7 +280,7 @@ def gene_score_products(batches, params, start, free_dispersion):
     for *batch, part in batches.map(products):
         total = part if total is None else _added(total, part)
         solved.fill(*batch)
-    keep = np.r_[0 : k + 1, k_padded + 1, k_padded + 2]
+    keep = np.r_[0 : p + k + 1, p + k_padded + 1, p + k_padded + 2]
     return total[0][:, keep][:, :, keep], total[1], solved
 
 
@@ -337,11 +344,11 @@ class Sweeper:
             self.scores[rows][is_finite] = mode[is_finite]
             return jax.tree.map(np.asarray, sums)
 
-        total = no_sums(*wide.loadings.shape)
+        total = no_sums(*wide.loadings.shape, wide.coef.shape[1])
         for sums in self.batches.map(solved):
             total = _added(total, sums)
         # the first sweep, before which the magnitude is unknown, is solved to rounding
-        size = magnitude(float(total.log_marginal), max(self.batches.n_cells, 1))
+        size = magnitude(float(total.log_marginal), max(self.batches.known.total_weight, 1))
         if np.isfinite(size):
             self._last_step = min(
                 max(LAST_STEP, (_MODE_SHARE * self.tol * size) ** 2), _LARGEST_LAST_STEP
@@ -352,9 +359,10 @@ class Sweeper:
 def _unpad(sums: BatchSums, k):
     """The sums without the padding of the latent dimension."""
     genes = sums.genes
-    padded = genes.gradient_loadings.shape[1]
-    i, j = np.triu_indices(padded)
-    keep = np.r_[True, np.arange(padded) < k, (i < k) & (j < k)]
+    p, padded = genes.gradient_coef.shape[1], genes.gradient_loadings.shape[1]
+    i, j = np.triu_indices(p + padded)
+    n = p + k
+    keep = np.r_[True, np.arange(p + padded) < n, (i < n) & (j < n)]
     return sums._replace(
         genes=genes._replace(
             gradient_loadings=genes.gradient_loadings[:, :k], moments=genes.moments[:, keep]

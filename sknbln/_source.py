@@ -10,7 +10,7 @@ from sklearn.utils.validation import check_is_fitted, check_memory
 
 from ._nbvcp_posterior import SourceModel
 from .solver.gene_priors import OverdispersionPrior
-from .solver.objective import weak_dispersion_prior, weak_mean_prior
+from .solver.objective import weak_coef_prior, weak_dispersion_prior, weak_mean_prior
 from .solver.overdispersion import TotalOverdispersion
 from .solver.params import GaussianPrior, Params
 
@@ -71,15 +71,16 @@ def unwrapped(source):
     return source.estimator if isinstance(source, FrozenEstimator) else source
 
 
-def _fit_source(source, X):
+def _fit_source(source, X, known):
     """Fit the source; a module-level function, so that joblib can cache it."""
-    return source.fit(X)
+    return source.fit(X, **known)
 
 
-def fitted_source(source, X, memory, previous=None):
+def fitted_source(source, X, memory, previous=None, known=None):
     """The fitted source: the given one if it is fitted, otherwise a clone fitted on X (cached by `memory`).
 
-    If `previous`, a source from an earlier fit, is given, its fit is continued instead.
+    ``known`` are the other arguments of its `fit`, what is known of the rows. If `previous`, a source from an
+    earlier fit, is given, its fit is continued instead.
 
     Raises
     ------
@@ -99,9 +100,26 @@ def fitted_source(source, X, memory, previous=None):
             )
         if previous is not None:
             resumed = copy.deepcopy(previous).set_params(**source.get_params())
-            return resumed.set_params(warm_start=True).fit(X)
-        return check_memory(memory).cache(_fit_source)(clone(source), X)
+            return resumed.set_params(warm_start=True).fit(X, **(known or {}))
+        return check_memory(memory).cache(_fit_source)(clone(source), X, known or {})
     return unwrapped(source)
+
+
+def refuse_other_known(source, design, offset):
+    """Raise ValueError if the source's fit had other covariates than a `Design`, or alone had an offset."""
+    found, expected = list(source.covariate_names_in_), list(design.names)
+    if found != expected:
+        raise ValueError(
+            f"informative_prior_estimator was fitted with the coefficients {found or 'of no covariates'}, "
+            f"this fit has {expected or 'none'}: what covariates explain is in the source's dispersion or "
+            "is not. Fit both with the same covariates, with the same levels."
+        )
+    if bool(source._known.exposure.shape[1]) != (offset is not None):
+        had, has = ("no", "one") if offset is not None else ("an", "none")
+        raise ValueError(
+            f"informative_prior_estimator was fitted with {had} offset, this fit has {has}: their means are "
+            "of different units. Give both fits the log-exposures of their rows, or neither."
+        )
 
 
 def posterior_of_genes(source, n_genes, names):
@@ -139,7 +157,7 @@ def posterior_of_genes(source, n_genes, names):
 
 
 def soft_priors(source, tau, n_samples, rng):
-    """Gaussian priors of log m and log r, the two blocks of `Params` that the source has.
+    """Gaussian priors of log m, log r and B, the three blocks of `Params` that the source has.
 
     Means and standard deviations are those of draws of the source, an `NBVCPPosterior`; the latter are
     multiplied by `tau`.
@@ -149,7 +167,25 @@ def soft_priors(source, tau, n_samples, rng):
         GaussianPrior(log.mean(0), (tau * np.maximum(log.std(0), 1e-8)) ** -2.0)
         for log in (draws.mu, draws.r)
     )
-    return Params(mean, None, None, dispersion)
+    return Params(mean, None, None, dispersion, _coef_prior(source, tau, 0.0))
+
+
+def _coef_prior(source, tau, error):
+    """Gaussian prior of the coefficients from the source's posterior; ``error`` is its own, nats."""
+    scale = np.maximum(source.guide.coef_scale, 1e-8)
+    return GaussianPrior(source.coef, 1.0 / (tau**2 * scale**2 + error**2))
+
+
+def coef_prior(source, free, tau, coupled):
+    """Prior of the coefficients: the soft and the weak prior; flat where they are frozen.
+
+    ``coupled`` is whether the cascade is the marginal one, which is wrong by `COUPLING_ERROR`.
+    """
+    shape = source.coef.shape
+    if not free.coef:
+        return GaussianPrior.flat(shape)
+    soft = _coef_prior(source, tau, COUPLING_ERROR if coupled else 0.0)
+    return soft.times(weak_coef_prior(shape))
 
 
 def priors(source, free, tau, n_samples, rng):
@@ -163,9 +199,10 @@ def priors(source, free, tau, n_samples, rng):
     return mean if free.mean else flat, dispersion if free.dispersion else flat
 
 
-def total_overdispersion(source, offsets):
-    """`TotalOverdispersion` of the source's genes on rows with these capture offsets."""
-    return TotalOverdispersion.at(source.mean * np.mean(np.exp(-offsets.loc)), source.dispersion)
+def total_overdispersion(source, offsets, known):
+    """`TotalOverdispersion` of the source's genes on rows with these capture offsets and this `Known`."""
+    scale = known.sum_of_scales(offsets.loc, source.coef) / known.total_weight
+    return TotalOverdispersion.at(source.mean * scale, source.dispersion)
 
 
 def marginal_priors(source, total, free, tau, n_samples, rng):

@@ -25,6 +25,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 
+from ._known import Known
 from .solver.gauge import EDGE_MARGIN
 
 #: rows that are used at most, and entries of the dense matrix of scores, 4 bytes each
@@ -121,13 +122,26 @@ def _groups(correlations, least):
     return np.array([column for _, column in found[:MOST_GROUPS]]).reshape(-1, len(correlations)).T
 
 
-def _standardize(g, i):
+def _take_out(g, i, design):
+    """Subtract what the fit of each gene's coefficients takes from scores, in place; few covariates."""
+    columns = np.concatenate([np.ones((len(design), 1)), design], 1).astype(g.dtype)
+    products = (columns[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
+    A = (i @ products).reshape(-1, columns.shape[1], columns.shape[1])
+    A += 1e-6 * np.trace(A, axis1=1, axis2=2)[:, None, None] * np.eye(A.shape[1], dtype=g.dtype)
+    A[:, 0, 0] += 1e-30
+    g -= i * (np.linalg.solve(A, (g @ columns)[:, :, None])[:, :, 0] @ columns.T)
+
+
+def _standardize(g, i, design):
     """Subtract what cells' levels and genes' means take from scores, and scale genes to length 1; in place.
 
-    Scores ``g`` and information ``i`` are (n_genes, n_cells).
+    With the columns of a design, what the genes' coefficients take too. Scores ``g`` and information ``i``
+    are (n_genes, n_cells).
     """
     g -= i * (g.sum(0) / np.maximum(i.sum(0), 1e-30))
     g -= i * (g.sum(1) / np.maximum(i.sum(1), 1e-30))[:, None]
+    if design.shape[1]:
+        _take_out(g, i, design)
     norms = np.linalg.norm(g, axis=1)
     g /= np.where(norms > 0, norms, 1.0)[:, None]
     return norms
@@ -150,7 +164,7 @@ def _permuted(a, out, generator):
     return out
 
 
-def score_spectrum(counts, mean, dispersion, offset, rng):
+def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None):
     """`ScoreSpectrum` of counts at the fit of independent genes.
 
     Parameters
@@ -162,25 +176,41 @@ def score_spectrum(counts, mean, dispersion, offset, rng):
         Capture offsets of the rows, nats.
     rng : RandomState
         Seeds the permutations, and the choice of rows where not all are used.
+    known : Known, optional
+        Covariates and exposures of the rows.
+    coef : ndarray of shape (n_genes, p), optional
+        Coefficients of the covariates.
     """
     n_cells, n_genes = counts.shape
+    known = Known.nothing(n_cells) if known is None else known
+    used = known.used
+    if used.size < n_cells:
+        counts, offset, known = counts.chosen(used), offset[used], known.chosen(used)
+        n_cells = used.size
     n = min(n_cells, MOST_ROWS, max(MOST_ENTRIES // n_genes, 2))
     if n < n_cells:
         chosen = np.sort(rng.choice(n_cells, n, replace=False))
-        counts, offset = counts.chosen(chosen), offset[chosen]
+        counts, offset, known = counts.chosen(chosen), offset[chosen], known.chosen(chosen)
     block = counts.block(slice(0, n))
     genes = np.flatnonzero(block.getnnz(0) >= min(LEAST_ROWS, n / 2))
     if not genes.size:
         return ScoreSpectrum(np.zeros(1), np.zeros(N_PERMUTATIONS), np.zeros((n_genes, 0)))
     g = block[:, genes].astype(np.float32).T.toarray(order="C")
-    m = np.exp(np.log(mean[genes])[:, None] - offset).astype(np.float32)
+    log_mean = np.log(mean[genes])[:, None] - offset
+    if not known.is_nothing:
+        shift = known.log_scale(coef)
+        log_mean += (shift[:, genes] if shift.shape[1] > 1 else shift).T
+    m = np.exp(log_mean).astype(np.float32)
     share = 1.0 / (1.0 + m / dispersion[genes].astype(np.float32)[:, None])
     g -= m
     g *= share
     i = m * share
     root = np.sqrt(i)
     standard = np.divide(g, root, out=np.zeros_like(g), where=root > 0)
-    norms = _standardize(g, i)
+    if known.weight is not None:
+        weight = np.sqrt(known.weight).astype(np.float32)
+        g, i, root = g * weight, i * weight, root * weight
+    norms = _standardize(g, i, known.design)
     # at most as many genes as rows, those with the most counts: no larger a product than for the eigenvalues
     most = np.sort(np.argsort(-m.sum(1), kind="stable")[:n])
     gram, of_most = _products(g, most)
@@ -189,7 +219,7 @@ def score_spectrum(counts, mean, dispersion, offset, rng):
     for _ in range(N_PERMUTATIONS):
         _permuted(standard, g, generator)
         g *= root
-        _standardize(g, i)
+        _standardize(g, i, known.design)
         gram, of_permuted = _products(g, most)
         null.append(_leading(g, gram, 1)[0][0])
         largest.append(_largest_correlation(of_permuted))

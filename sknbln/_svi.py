@@ -3,13 +3,15 @@ r"""Variational posterior of the NBVCP model: the NumPyro model, its guide, the 
 The model is
 
 .. math:: \log m_g \sim N(a_g, b_g^2), \quad \log r_g \sim N(a'_g, b_g'^2), \quad
+          B_{gj} \sim N(0, s_B^2), \quad
           \eta_c \sim \mathrm{TruncNormal}(\mathrm{loc}_c, s_c, 0), \quad
-          u_{cg} \sim NB(m_g e^{-\eta_c}, r_g)
+          u_{cg} \sim NB(m_g e^{B_g c_c + o_{cg} - \eta_c}, r_g)
 
-The log-likelihood is split. The terms linear in the counts and the gamma functions are sums over the whole
-matrix, exact from row totals, column totals and the distinct counts of each gene; only
-``(u + r) log(1 + m e^{-eta} / r)`` is summed over a minibatch. That removes most of the noise and nearly all
-gamma functions. ``tests/test_svi.py`` compares the result with NumPyro's own ``NegativeBinomial2``.
+with the covariates ``c_c`` and log-exposures ``o`` of a row. The log-likelihood is split. The terms linear in
+the counts and the gamma functions are sums over the whole matrix, exact from row totals, column totals and
+the distinct counts of each gene; only ``(u + r) log(1 + m e^{B c + o - eta} / r)`` is from a minibatch.
+That removes most of the noise and nearly all gamma functions. ``tests/test_svi.py`` compares the result with
+NumPyro's own ``NegativeBinomial2``.
 
 In the guide all parameters are independent but for one direction. A common shift of all log m and all eta
 leaves the likelihood unchanged: only the priors determine it, so that its standard deviation ``sigma`` is
@@ -30,10 +32,13 @@ offsets are unknown, with posterior variances ``v_c``, is computed at the maximu
 .. math:: \sum_c v_c \left( \frac{\partial^2 \log p(u_{cg})}
           {\partial \eta_c \, \partial \log r_g} \right)^2
 
-and the marginal scale is wider by the square root of the share that is left.
+and the marginal scale is wider by the square root of the share that is left. So are the scales of the
+coefficients B, by the shares of their information that are left where the gene's mean, its other coefficients
+and the offsets are unknown.
 """
 
 import threading
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -46,11 +51,19 @@ from jax.scipy.special import gammaln
 from numpyro.infer import Trace_ELBO
 
 from ._jax import compiled_once, float64
+from ._known import NO_WEIGHT
 from .solver.channel import log1p_of_positive
+from .solver.objective import COEF_PRIOR_SCALE
 
 #: rows per step; independent of the estimator's batch_size, which only sets memory
 MINIBATCH = 256
 WINDOW = 50  # steps over which losses and iterates are averaged
+_MOVING = (
+    "log_mean",
+    "log_dispersion",
+    "coef",
+    "capture_offset",
+)  # parts of the guide that are optimized
 _MOST_TRUNCATED = 30.0  # standard deviations by which a location may lie below the bound 0
 _ELBO = Trace_ELBO(sum_sites=False)
 _ADAM = optax.scale_by_adam()
@@ -71,6 +84,8 @@ class Problem(NamedTuple):
     times: np.ndarray  # and how often it occurs
     log_factorials: float
     n_cells: float
+    coef_totals: np.ndarray | None = None  # (n_genes, p) sums of counts times covariates
+    exposure_total: float = 0.0  # sum of counts times log-exposures
 
 
 class Guide(NamedTuple):
@@ -81,6 +96,21 @@ class Guide(NamedTuple):
     capture_offset: tuple | None  # loc, scale, (n_cells,) each; None without a capture model
     common_shift: tuple  # f of each log m, (n_genes,), and sigma
     dispersion_known: np.ndarray  # (n_genes,) share of the information in log r that is left
+    #: loc, scale of the coefficients, (n_genes, p) each; None without covariates
+    coef: tuple | None = None
+    coef_known: np.ndarray | None = (
+        None  # (n_genes, p) share of the information in them that is left
+    )
+
+    @property
+    def coef_mean(self):
+        """Locations of the coefficients, (n_genes, p)."""
+        return np.zeros((self.log_mean[0].size, 0)) if self.coef is None else self.coef[0]
+
+    @property
+    def coef_scale(self):
+        """Marginal standard deviations of the coefficients, (n_genes, p)."""
+        return self.coef_mean if self.coef is None else self.coef[1] / np.sqrt(self.coef_known)
 
     @property
     def log_mean_scale(self):
@@ -101,17 +131,18 @@ class Guide(NamedTuple):
         return np.sqrt(scale**2 + variance * likelihood_share(scale, prior_scale) ** 2)
 
 
-def random_numbers(rng, n_genes, n_rows):
+def random_numbers(rng, n_genes, n_rows, p=0):
     """Random numbers for one draw of the guide, by site: standard normal, uniform for the offsets.
 
     From a RandomState: JAX's generators in the compiled step would take longer than the rest of it.
     """
-    normal = rng.standard_normal(2 * n_genes + 1)
+    normal = rng.standard_normal((2 + p) * n_genes + 1)
     uniform = np.maximum(rng.random_sample(n_rows), np.finfo(float).tiny)  # above 0 and below 1
     return {
         "common_shift": normal[0],
         "log_mean": normal[1 : n_genes + 1],
-        "log_dispersion": normal[n_genes + 1 :],
+        "log_dispersion": normal[n_genes + 1 : 2 * n_genes + 1],
+        "coef": normal[2 * n_genes + 1 :].reshape(n_genes, p),
         "capture_offset": uniform,
     }
 
@@ -127,22 +158,33 @@ def shift_of(deviation, scale, share):
     return (deviation @ weight) / (share @ weight)
 
 
-def model(problem, start, rows, counts, weight, noise, has_capture):
-    """NumPyro model of a minibatch: rows, their dense counts, and weights, 0 for padding."""
+def model(problem, start, rows, counts, weight, noise, has_capture, known=None):
+    """NumPyro model of a minibatch: rows, their dense counts, weights (0 for padding), and what is known.
+
+    ``known`` are the covariates and log-exposures of the minibatch, a `Known`; None without any.
+    """
     log_mean = numpyro.sample("log_mean", dist.Normal(*problem.mean_prior).to_event(1))
     log_r = numpyro.sample("log_dispersion", dist.Normal(*problem.dispersion_prior).to_event(1))
-    scale = problem.n_cells / jnp.sum(weight)
+    scale = problem.n_cells / jnp.sum(weight)  # n_cells is the sum of the rows' weights
     linear = jnp.sum(problem.column_totals * log_mean)
     capture = jnp.ones_like(weight)
     if has_capture:
         loc, sd = (p[rows] for p in problem.row_prior)
-        with numpyro.handlers.scale(scale=scale), numpyro.handlers.mask(mask=weight > 0):
-            with numpyro.plate("cells", rows.shape[0]):
-                eta = numpyro.sample("capture_offset", dist.TruncatedNormal(loc, sd, low=0.0))
+        with _of_rows(scale, weight), numpyro.plate("cells", rows.shape[0]):
+            eta = numpyro.sample("capture_offset", dist.TruncatedNormal(loc, sd, low=0.0))
         capture = jnp.exp(-eta)
         linear = linear - scale * jnp.sum(weight * problem.row_totals[rows] * eta)
     r = jnp.exp(log_r)
     odds = capture[:, None] * jnp.exp(log_mean - log_r)[None, :]
+    if known is not None:
+        shift = known.exposure if known.exposure.shape[1] else jnp.zeros_like(weight)[:, None]
+        if start.coef is not None:
+            prior = dist.Normal(jnp.zeros_like(start.coef[0]), COEF_PRIOR_SCALE)
+            coef = numpyro.sample("coef", prior.to_event(2))
+            linear = linear + jnp.sum(problem.coef_totals * coef)
+            shift = shift + known.design @ coef.T
+        linear = linear + problem.exposure_total
+        odds = odds * jnp.exp(shift)
     batch = scale * jnp.sum(weight[:, None] * (counts + r[None, :]) * log1p_of_positive(odds))
     size = r[problem.gene]
     rising = gammaln(problem.count + size) - gammaln(size) - problem.count * log_r[problem.gene]
@@ -150,7 +192,7 @@ def model(problem, start, rows, counts, weight, noise, has_capture):
     numpyro.factor("counts", linear - batch + constants)
 
 
-def guide(problem, start, rows, counts, weight, noise, has_capture):
+def guide(problem, start, rows, counts, weight, noise, has_capture, known=None):
     """The guide in standardized coordinates around ``start`` (a `Guide`), with draws made of ``noise``."""
     mean, scale = _moved("log_mean", start.log_mean)
     share, sigma = start.common_shift
@@ -161,15 +203,26 @@ def guide(problem, start, rows, counts, weight, noise, has_capture):
     loc, scale = _moved("log_dispersion", start.log_dispersion)
     normal = dist.Normal(loc, scale).to_event(1)
     _draw("log_dispersion", normal, loc + scale * noise["log_dispersion"])
+    if start.coef is not None:
+        loc, scale = _moved("coef", start.coef)
+        _draw("coef", dist.Normal(loc, scale).to_event(2), loc + scale * noise["coef"])
     if has_capture:
         loc, scale = (p[rows] for p in _moved("capture_offset", start.capture_offset))
         loc = loc + shift * likelihood_share(start.capture_offset[1], problem.row_prior[1])[rows]
         mini = weight.shape[0]
         factor = problem.n_cells / jnp.sum(weight)
-        with numpyro.handlers.scale(scale=factor), numpyro.handlers.mask(mask=weight > 0):
-            with numpyro.plate("cells", mini):
-                truncated = dist.TruncatedNormal(loc, scale, low=0.0)
-                _draw("capture_offset", truncated, truncated.icdf(noise["capture_offset"]))
+        with _of_rows(factor, weight), numpyro.plate("cells", mini):
+            truncated = dist.TruncatedNormal(loc, scale, low=0.0)
+            _draw("capture_offset", truncated, truncated.icdf(noise["capture_offset"]))
+
+
+@contextmanager
+def _of_rows(scale, weight):
+    """Sites of the rows of a minibatch, each ``scale`` times its weight in the objective."""
+    there = weight > 0
+    each = scale * jnp.where(there, weight, 1.0)
+    with numpyro.handlers.scale(scale=each), numpyro.handlers.mask(mask=there):
+        yield
 
 
 def _draw(name, distribution, value):
@@ -187,14 +240,14 @@ def _moved(name, start):
 
 @compiled_once
 @jax.jit
-def _step(params, average, state, learning_rate, decay, problem, start, batch):
+def _step(params, average, state, learning_rate, decay, problem, start, batch, known):
     has_capture = start.capture_offset is not None
 
     def loss(p):
         with _TRACING:
             # all sites have fixed values: the key is not used
             sites = _ELBO.loss(
-                jax.random.key(0), p, model, guide, problem, start, *batch, has_capture
+                jax.random.key(0), p, model, guide, problem, start, *batch, has_capture, known
             )
         # NumPyro sums over a set of names, in an order that differs between processes
         return sum(sites[name] for name in sorted(sites))
@@ -206,12 +259,17 @@ def _step(params, average, state, learning_rate, decay, problem, start, batch):
     return params, average, state, value / problem.n_cells
 
 
-def _minibatches(X, rng):
-    """Minibatches without end, each row at most once in an epoch: (rows, dense counts, weight)."""
-    n = X.shape[0]
+def _minibatches(X, rng, weights=None):
+    """Minibatches without end, each row at most once in an epoch: (rows, dense counts, weight).
+
+    Rows of weight 0 are in none.
+    """
+    weights = np.ones(X.shape[0]) if weights is None else weights
+    used = np.flatnonzero(weights > NO_WEIGHT)
+    n = used.size
     size = min(MINIBATCH, -(-n // 64) * 64)
     while True:
-        order = rng.permutation(n)
+        order = used[rng.permutation(n)]
         for start in range(0, n, size):
             rows = order[start : start + size]
             if rows.size < size and start:
@@ -219,7 +277,7 @@ def _minibatches(X, rng):
             counts = np.zeros((size, X.shape[1]))
             X[rows].toarray(out=counts[: rows.size])
             weight = np.zeros(size)
-            weight[: rows.size] = 1.0
+            weight[: rows.size] = weights[rows]
             yield np.concatenate([rows, np.zeros(size - rows.size, rows.dtype)]), counts, weight
 
 
@@ -259,7 +317,9 @@ def resumed(start, previous):
     changed, starts anew. So do all offsets, which belong to rows.
     """
     kept = {}
-    for name in ("log_mean", "log_dispersion"):
+    for name in ("log_mean", "log_dispersion", "coef"):
+        if getattr(start, name) is None:
+            continue
         (loc, scale), (old_loc, old_scale) = getattr(start, name), getattr(previous, name)
         near = np.abs(old_loc - loc) <= 3.0 * np.minimum(scale, old_scale)
         kept[name] = np.where(near, old_loc, loc), np.where(near, old_scale, scale)
@@ -283,23 +343,28 @@ class Fit(NamedTuple):
 
 
 @float64
-def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report=None):
+def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report=None, known=None):
     """Maximize the ELBO from `start` by Adam; the posterior is the average of the last iterates.
 
     ``baseline`` (n_cells,) are the log-likelihoods of the rows at the start, a control variate that removes
     the choice of rows from the reported losses. The loop stops when the mean loss of a window of steps is
     below that of the window before by less than ``tol`` nats per cell, or by less than the standard error of
-    the difference.
+    the difference. ``known`` are the covariates, log-exposures and weights of the rows, a `Known`; None
+    without any.
     """
     n_cells = X.shape[0]
+    weights = np.ones(n_cells) if known is None or known.weight is None else known.weight
+    baseline_mean = np.average(baseline, weights=weights)
+    known = None if known is None or known.is_nothing else known._replace(weight=None)
     problem, start = _bucketed(problem, start)
-    moving = [name for name in Guide._fields[:3] if getattr(start, name) is not None]
+    moving = [name for name in _MOVING if getattr(start, name) is not None]
+    p = start.coef_mean.shape[1]
     params = {}
     for name in moving:
         zero = np.zeros_like(getattr(start, name)[0])
         params |= {f"{name}_shift": zero, f"{name}_log_scale": zero}
     average, state = params, _ADAM.init(params)
-    batches = _minibatches(X, rng)
+    batches = _minibatches(X, rng, weights)
     losses, shifts, converged, interrupted = [], [], False, False
     reason = f"n_steps={n_steps} steps were done"
     try:
@@ -314,13 +379,15 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
                 decay,
                 problem,
                 start,
-                (rows, counts, weight, random_numbers(rng, X.shape[1], rows.size)),
+                (rows, counts, weight, random_numbers(rng, X.shape[1], rows.size, p)),
+                None if known is None else known.chosen(rows),
             )
-            chosen = baseline[rows[weight > 0]]
+            own = weight[weight > 0]
+            chosen = baseline[rows[weight > 0]] * (own / own.mean())
             losses.append(loss)
             if step:  # a step that waits holds its counts in memory: at most one does
                 losses[-2].block_until_ready()
-            shifts.append(chosen.mean() - baseline.mean())
+            shifts.append(chosen.mean() - baseline_mean)
             if (step + 1) % WINDOW == 0 and step + 1 >= 2 * WINDOW:
                 recent = _sum(losses[-2 * WINDOW :], shifts[-2 * WINDOW :])
                 before, last = recent[:WINDOW], recent[WINDOW:]

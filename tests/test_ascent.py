@@ -41,7 +41,7 @@ def run(evaluate, start, free=ALL, *, tol=1e-6, max_iter=100, **options):
 
 def largest_gradient(point, free=ALL):
     blocks = zip(point.gradient, free, strict=True)
-    return max(float(np.max(np.abs(b))) for b, f in blocks if f)
+    return max(float(np.max(np.abs(b), initial=0.0)) for b, f in blocks if f)
 
 
 @pytest.mark.parametrize("coupled", [False, True])

@@ -72,3 +72,21 @@ def test_other_numbers_of_rows_of_the_bucket_compile_nothing(compiled, counts):
         with pytest.warns(UserWarning, match="did not converge"):
             fit_and_use(clone(model).set_params(random_state=n), counts[:n])
         assert compiled() == 0, n
+
+
+def test_covariates_need_as_many_kernels_and_other_values_of_them_none(compiled, counts):
+    """One more of each kernel for a number of covariates, whatever they are."""
+    rng = np.random.default_rng(0)
+    kernels = []
+    for seed in (0, 1):
+        age = rng.normal(size=BUCKET)
+        source = NBVCPEstimator(capture_efficiency=CAPTURE, random_state=seed)
+        model = NBLNEstimator(3, informative_prior_estimator=source, random_state=seed, max_iter=3)
+        compiled()
+        with pytest.warns(UserWarning, match="did not converge"):
+            model.fit(counts, covariates=age)
+        model.transform(counts, covariates=age)
+        model.score(counts, covariates=age)
+        kernels.append(compiled())
+    # the source's solution of rows and step, and the four of the model; what zeros of Adam's state take
+    assert 6 <= kernels[0] <= 8 and kernels[1] == 0

@@ -134,6 +134,30 @@ def test_depth_scales_the_counts_and_nothing_else():
     assert_allclose(shallow.expected_counts, 0.1 * deep.expected_counts)
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_offset_multiplies_the_rates_and_nothing_else(make):
+    """Half of the rows have e times the counts of gene 0, and an e-th of those of gene 1."""
+    effect = np.zeros((4000, 6))
+    effect[::2, :2] = [1.0, -1.0]
+    settings = {"mean_range": (2.0, 5.0), "capture_sd": 0.0, "random_state": 0}
+    plain, changed = make(4000, 6, **settings), make(4000, 6, offset=effect, **settings)
+    for name in set(plain) - {"data"}:
+        assert_array_equal(plain[name], changed[name])
+    X = changed.data.toarray()
+    expected = changed.expected_counts * np.exp(effect[:2])
+    for rows, mean in zip((X[::2], X[1::2]), expected, strict=True):
+        assert (np.abs(rows.mean(axis=0) - mean) < 5 * standard_error(rows)).all()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_offset_of_rows(make):
+    offset = np.log(np.linspace(1, 5, 30))
+    by_row = make(30, 8, offset=offset, random_state=0)
+    by_count = make(30, 8, offset=np.repeat(offset[:, None], 8, 1).tolist(), random_state=0)
+    assert_array_equal(by_row.data.toarray(), by_count.data.toarray())
+    assert by_row.data.sum() > 1.5 * make(30, 8, random_state=0).data.sum()
+
+
 # Moments
 
 
@@ -256,6 +280,8 @@ def test_many_chunks(make, monkeypatch):
         ({"dispersion": (-1.0, 0.5)}, "dispersion must be two numbers"),
         ({"dispersion": (6.3, "a")}, "dispersion must be two numbers"),
         ({"mean_range": (1e12, 1e13)}, "too large for int32"),
+        ({"offset": np.zeros(10)}, r"offset must be finite, of shape \(20,\) or \(20, 10\), got"),
+        ({"offset": [np.inf] * 20}, r"got shape \(20,\) with 20 values that are not finite"),
     ],
 )
 @pytest.mark.parametrize("make", MAKERS)

@@ -31,7 +31,7 @@ def at_a_point():
 @pytest.mark.parametrize("free_mean, free_loadings", [(True, True), (True, False), (False, True)])
 def test_regression_step_solves_each_genes_system(free_mean, free_loadings):
     gradient, metric = at_a_point()
-    mean, loadings = regression_step(
+    mean, loadings, _ = regression_step(
         gradient, metric, ALL._replace(mean=free_mean, loadings=free_loadings)
     )
     A = least_squares_matrix(metric.moments, K)
@@ -45,7 +45,7 @@ def test_regression_step_solves_each_genes_system(free_mean, free_loadings):
 
 
 def test_regression_step_of_nothing_free():
-    mean, loadings = regression_step(*at_a_point(), NONE)
+    mean, loadings, _ = regression_step(*at_a_point(), NONE)
     assert not mean.any() and not loadings.any()
 
 
@@ -53,7 +53,7 @@ def test_regression_step_of_a_gene_without_information_is_finite():
     gradient, metric = at_a_point()
     gradient = Params(*map(np.zeros_like, gradient))
     empty = metric._replace(moments=np.zeros_like(metric.moments))
-    mean, loadings = regression_step(gradient, empty, ALL)
+    mean, loadings, _ = regression_step(gradient, empty, ALL)
     assert_array_equal(mean, 0.0)
     assert_array_equal(loadings, 0.0)
 
@@ -90,7 +90,7 @@ def test_prior_leaves_the_mean_over_genes_to_the_data(free_mean, coupled):
     expected = np.zeros(G * (K + 1))
     whole = whole.reshape(expected.size, -1)
     expected[keep] = np.linalg.solve(whole[np.ix_(keep, keep)], rhs[keep])
-    mean, loadings = regression_step(gradient, metric, ALL._replace(mean=free_mean))
+    mean, loadings, _ = regression_step(gradient, metric, ALL._replace(mean=free_mean))
     found = np.concatenate([mean[:, None], loadings], 1).ravel()
     assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
     # and the product is that matrix's

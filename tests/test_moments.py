@@ -11,7 +11,7 @@ from .reference.predictive import N_GENES, Z_MAX, globals_, simulate, standardiz
 @pytest.mark.parametrize("offset", [0.0, 0.7])
 def test_moments_are_those_of_simulated_counts(poisson, offset):
     mean, W, d, r = globals_(poisson=poisson)
-    found = truth.nbln(mean, W, d, r).moments(offset=offset)
+    found = truth.nbln(mean, W, d, r).moments(capture_offset=offset)
     u = simulate(mean - offset, W, d, r, 200_000, np.random.default_rng(1)).astype(float)
     assert np.all(np.abs(standardized(u, found.mean)) < Z_MAX)
     centred = u - found.mean
@@ -47,4 +47,19 @@ def test_moments_that_overflow_are_inf_with_a_warning():
 @pytest.mark.parametrize("offset", [np.nan, "1", None, np.inf])
 def test_moments_refuse_an_offset_that_is_not_a_number(offset):
     with pytest.raises(ValueError, match="offset="):
+        truth.nbln(*globals_()).moments(capture_offset=offset)
+
+
+@pytest.mark.parametrize("offset", [np.nan, "1", None, np.inf, [0.0, 1.0]])
+def test_moments_refuse_a_log_exposure_that_is_not_a_number_or_one_per_gene(offset):
+    with pytest.raises(ValueError, match=r"^offset="):
         truth.nbln(*globals_()).moments(offset=offset)
+
+
+def test_a_log_exposure_is_the_opposite_of_a_capture_offset():
+    model = truth.nbln(*globals_())
+    found, expected = model.moments(offset=0.7), model.moments(capture_offset=-0.7)
+    np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-12)
+    by_gene = model.moments(offset=np.r_[0.7, np.zeros(N_GENES - 1)])
+    expected = np.r_[found.mean[0], model.moments().mean[1:]]
+    np.testing.assert_allclose(by_gene.mean, expected, rtol=1e-12)

@@ -7,6 +7,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln._counts import CountHistogram
+from sknbln._known import Known
 from sknbln._rows import RowBatches, Sweeper
 from sknbln.solver.channel import log_rising
 from sknbln.solver.column_priors import ColumnPenalty
@@ -27,7 +28,7 @@ from .reference import direct, small
 from .reference.coupling import total
 from .reference.csr import csr
 
-K = 3
+K, P = 3, 2
 COUPLINGS = [Identity(), MarginalCoupling(total()), MarginalCoupling()]
 IDS = ["identity", "coupled", "mean-coupled"]
 BLOCKS = Params._fields
@@ -48,17 +49,28 @@ def priors(rng):
     )
 
 
+def known():
+    """Covariates and exposures of the cells of the small problem, and coefficients of its genes."""
+    rng = np.random.default_rng(4)
+    design = rng.standard_normal((small.N_CELLS, P))
+    exposure = 0.2 * rng.standard_normal((small.N_CELLS, small.N_GENES))
+    return Known(design, exposure), 0.2 * rng.standard_normal((small.N_GENES, P))
+
+
 def objective(coupling, seed=0):
     """An `Objective` on the small problem, with every prior, and coordinates to evaluate it at."""
     cells, params, r = small.problem(40)
     rng = np.random.default_rng(seed)
-    X = csr(cells.counts)
-    sweeper = Sweeper(RowBatches(X, cells.offset, cells.scale), K)
-    function = Objective(sweeper, CountHistogram(X), *priors(rng)[:2], coupling, priors(rng)[2])
+    X, (of_cells, coef) = csr(cells.counts), known()
+    sweeper = Sweeper(RowBatches(X, cells.offset, cells.scale, known=of_cells), K)
+    prior_coef = GaussianPrior(np.full(coef.shape, 0.1), np.full(coef.shape, 2.0))
+    function = Objective(
+        sweeper, CountHistogram(X), *priors(rng)[:2], coupling, priors(rng)[2], prior_coef
+    )
     # marginal overdispersion of at least 0.5, so that the variance has room
     log_r = np.minimum(np.log(r), 0.5)
-    x = Params(params.mean, params.loadings[:, :K], noise_coordinate(params.noise), log_r)
-    return function, x
+    noise = noise_coordinate(params.noise)
+    return function, Params(params.mean, params.loadings[:, :K], noise, log_r, coef)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS, ids=IDS)
@@ -67,14 +79,15 @@ def test_value_is_the_dense_twins_plus_priors(coupling):
     cells, _, _ = small.problem(40)
     params = coupling.expand(x)
     r = np.exp(params.dispersion)
-    expected = 0.0
+    expected, of_cells = 0.0, known()[0]
     for c in range(small.N_CELLS):
         Sigma = direct.covariance(params.loadings, noise_variance(params), cells.scale[c])
-        loc = params.mean - cells.offset[c]
+        loc = params.mean + x.coef @ of_cells.design[c] + of_cells.exposure[c] - cells.offset[c]
         expected += direct.laplace(cells.counts[c], loc, Sigma, r).log_marginal
     for prior, at in (  # normal
         (function.prior_mean, x.mean),
         (function.prior_log_r, x.dispersion),
+        (function.prior_coef, x.coef),
     ):
         expected -= 0.5 * np.sum(prior.precision * (at - prior.loc) ** 2)
     expected += function.gene_priors.log_density(params)  # see test_gene_priors.py
@@ -156,8 +169,14 @@ def test_preconditioner_is_the_sums_and_the_priors_curvatures():
     assert np.all(np.trace(of_genes, axis1=1, axis2=2)[function.prior_mean.precision > 0] > 0)
     assert_allclose(metric.shift, sums.information_shift + prior.sum(), rtol=1e-8)
     assert_allclose(metric.moments[:, 0], genes.moments[:, 0] + prior, rtol=1e-8)
-    found, of_counts = (least_squares_matrix(m, K) for m in (metric.moments, genes.moments))
-    assert_allclose(found[:, 1:, 1:] - of_counts[:, 1:, 1:], of_genes, rtol=1e-8, atol=1e-8)
+    found, of_counts = (least_squares_matrix(m) for m in (metric.moments, genes.moments))
+    of_priors = np.zeros_like(found)
+    of_priors[:, 1 + P :, 1 + P :] = of_genes
+    of_priors[:, range(1, 1 + P), range(1, 1 + P)] = function.prior_coef.precision
+    rest = found[:, 1:, 1:] - of_counts[:, 1:, 1:]
+    assert_allclose(rest, of_priors[:, 1:, 1:], rtol=1e-8, atol=1e-8)
+    of_coef = np.diag(function.prior_coef.precision.sum(0))
+    assert_allclose(metric.coef_shift, sums.information_coef_shift + of_coef, rtol=1e-12)
     assert_allclose(found[:, 0, 1:], of_counts[:, 0, 1:], rtol=1e-8)
     # the sums are those of the likelihood alone, without priors
     alone = function.sweep(in_model_units(x)).genes

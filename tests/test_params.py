@@ -29,7 +29,9 @@ def test_coordinates_and_back():
 
 def test_scales_stay_in_their_ranges():
     x = problem(14)[1]
-    step = Params(*(np.full(b.shape, s) for b, s in zip(x, (1.0, 1.0, 99.0, -99.0), strict=True)))
+    step = Params(
+        *(np.full(b.shape, s) for b, s in zip(x, (1.0, 1.0, 99.0, -99.0, 1.0), strict=True))
+    )
     new = moved(x, step, 1.0)
     assert_allclose(new.noise, NOISE_RANGE[1])
     assert_allclose(new.dispersion, LOG_DISPERSION_RANGE[0])

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln import _rows as rows_module
+from sknbln._known import Known
 from sknbln._rows import (
     RowBatches,
     Sweeper,
@@ -133,7 +134,7 @@ def sweep(X, offset, scale, precision, params, batch_size):
 def assert_sums_close(found, expected):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         # of the size of the largest entry: sums cancel
-        assert_allclose(a, b, rtol=1e-9, atol=1e-9 * max(1.0, np.max(np.abs(b))))
+        assert_allclose(a, b, rtol=1e-9, atol=1e-9 * np.max(np.abs(b), initial=1.0))
 
 
 @pytest.mark.parametrize("batch_size", [1, 9, 19])
@@ -244,21 +245,26 @@ def test_sum_over_batches_is_the_loop():
 
 @pytest.mark.parametrize("free_dispersion", [True, False])
 def test_score_products_are_sums_over_cells_of_their_gradients(free_dispersion):
-    """Every cell's own gradient in (mu, w, log d, log r), by a batch of one real row and padding.
+    """Every cell's own gradient in (mu, b, w, log d, log r), by a batch of one real row and padding.
 
     The constants' part of log r is left out where log r is not free.
     """
     X, offset, scale, precision, params = rows(small.N_CELLS)
-    r = 1 / params.dispersion
-    products = np.zeros((small.N_GENES, K + 3, K + 3))
+    rng = np.random.default_rng(5)
+    params = params._replace(coef=0.3 * rng.standard_normal((small.N_GENES, 2)))
+    known = Known(rng.standard_normal((small.N_CELLS, 2)), rng.standard_normal((small.N_CELLS, 1)))
+    r, size = 1 / params.dispersion, K + 5
+    products = np.zeros((small.N_GENES, size, size))
     information = np.zeros(small.N_GENES)
     for c in range(small.N_CELLS):
         one = slice(c, c + 1)
-        sums = sweep(X[one], offset[one], scale[one], precision[one], params, None)[1].genes
+        row = RowBatches(X[one], offset[one], scale[one], precision[one], known=known.chosen(one))
+        sums = Sweeper(row, K)(params).genes
         constant = free_dispersion * log_rising_derivatives(X[one].toarray()[0], r)[0]
         score = np.column_stack(
             [
                 sums.gradient_mean,
+                sums.gradient_coef,
                 sums.gradient_loadings,
                 params.noise * sums.gradient_noise,
                 sums.gradient_log_r + constant,
@@ -266,14 +272,15 @@ def test_score_products_are_sums_over_cells_of_their_gradients(free_dispersion):
         )
         products += np.einsum("ga,gb->gab", score, score)
         information += sums.moments[:, 0]
-    sweeper, _ = sweep(X, offset, scale, precision, params, None)
+    sweeper = Sweeper(RowBatches(X, offset, scale, precision, known=known), K)
+    sweeper(params)
     for start in (sweeper.scores, 0 * sweeper.scores):
         for batch_size in (None, 3):
-            batches = RowBatches(X, offset, scale, precision, batch_size=batch_size)
+            batches = RowBatches(X, offset, scale, precision, batch_size=batch_size, known=known)
             found, b, solved = gene_score_products(batches, params, start, free_dispersion)
             for name, value in solve_rows(batches, params)._asdict().items():
                 assert_allclose(getattr(solved, name), value, rtol=1e-8, atol=1e-8, err_msg=name)
-            assert found.shape == (small.N_GENES, K + 3, K + 3)
+            assert found.shape == (small.N_GENES, size, size)
             assert_allclose(found, products, rtol=1e-8, atol=1e-8)
             assert_allclose(b, information, rtol=1e-9)
 

@@ -36,11 +36,24 @@ def fitted(counts, source):
     return NBLNEstimator(3, informative_prior_estimator=source, random_state=0).fit(counts)
 
 
+#: weights are repetitions in all sums over rows, see test_weights.py. But the variational fit of NBVCP draws
+#: random numbers for each row, so that it agrees with that of repeated rows within its noise only.
+STOCHASTIC = dict.fromkeys(
+    (
+        "check_sample_weight_equivalence_on_dense_data",
+        "check_sample_weight_equivalence_on_sparse_data",
+    ),
+    "random numbers are drawn for each row",
+)
+
+
 # The checks feed fractional, tiny and random matrices: what the estimators say of those is tested
 # elsewhere.
 @pytest.mark.filterwarnings("ignore:.*whole numbers:UserWarning")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@parametrize_with_checks([NBVCPEstimator(), NBLNEstimator(latent_dim=2)])
+@parametrize_with_checks(
+    [NBVCPEstimator(), NBLNEstimator(latent_dim=2)], expected_failed_checks=lambda _: STOCHASTIC
+)
 def test_scikit_learn_check(estimator, check):
     check(estimator)
 

@@ -277,9 +277,9 @@ def test_offsets_of_rows_are_solved_in_the_model_s_own_batches(counts, source, m
     """The source has a batch_size too, None here."""
     model, sizes, batches = fit(counts, source, batch_size=150), [], _capture.RowBatches
 
-    def noted(*args, batch_size=None):
+    def noted(*args, batch_size=None, known=None):
         sizes.append(batch_size)
-        return batches(*args, batch_size=batch_size)
+        return batches(*args, batch_size=batch_size, known=known)
 
     monkeypatch.setattr(_capture, "RowBatches", noted)
     model.transform(counts)

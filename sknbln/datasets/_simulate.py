@@ -22,6 +22,7 @@ _COMMON_CONSTRAINTS = {
     "dispersion": [tuple, list],
     "capture_mean": [Interval(Real, 0, None, closed="left")],
     "capture_sd": [Interval(Real, 0, None, closed="left")],
+    "offset": ["array-like", None],
     "random_state": ["random_state"],
 }
 
@@ -35,12 +36,13 @@ def make_nbvcp_counts(
     dispersion=(6.3, 0.6),
     capture_mean=3.0,
     capture_sd=0.35,
+    offset=None,
     random_state=None,
 ):
     """Draw counts of independent genes, negative binomial with a capture probability per cell.
 
-    ``u_cg ~ NB(mean = m_g exp(-eta_c), size r_g)``, with variance ``mean + mean**2 / r_g`` given
-    ``eta_c``, and ``eta_c ~ TruncNormal(capture_mean, capture_sd**2, low=0)``.
+    ``u_cg ~ NB(mean = m_g exp(-eta_c + o_cg), size r_g)``, with variance ``mean + mean**2 / r_g``
+    given ``eta_c``, and ``eta_c ~ TruncNormal(capture_mean, capture_sd**2, low=0)``.
 
     Parameters
     ----------
@@ -66,6 +68,11 @@ def make_nbvcp_counts(
         Scale of the capture offsets. With 0 every offset is `capture_mean`; with both at 0 there
         is no capture.
 
+    offset : array-like of shape (n_cells,) or (n_cells, n_genes), default=None
+        What is added to the log-rates of the counts, o: logarithms of known exposures, or what
+        covariates do, ``covariates @ coef.T``. With the same `random_state`, the true parameters
+        and scores are the same with and without it.
+
     random_state : int, RandomState instance or None, default=None
         Determines every draw. Pass an int for the same result in each call.
 
@@ -83,7 +90,7 @@ def make_nbvcp_counts(
         capture_offset : ndarray of shape (n_cells,)
             Offsets eta, all >= 0; ``exp(-eta)`` is the capture probability.
         expected_counts : ndarray of shape (n_genes,)
-            Expected count of each gene over cells, ``m E[exp(-eta)]``.
+            Expected count of each gene over cells, ``m E[exp(-eta)]``, at offset 0.
 
     See Also
     --------
@@ -100,6 +107,7 @@ def make_nbvcp_counts(
     """
     low, high = _check_range("mean_range", mean_range, positive=True)
     median, log_sd = _check_dispersion(dispersion)
+    offset = _check_offset(offset, n_cells, n_genes)
     rng = check_random_state(random_state)
 
     expected = np.exp(rng.uniform(np.log(low), np.log(high), n_genes))
@@ -109,7 +117,8 @@ def make_nbvcp_counts(
 
     log_mean = np.log(mean)
     blocks = [
-        _draw_counts(log_mean - eta[rows, None], r, rng) for rows in _row_chunks(n_cells, n_genes)
+        _draw_counts(log_mean - eta[rows, None] + offset[rows], r, rng)
+        for rows in _row_chunks(n_cells, n_genes)
     ]
     return Bunch(
         data=_stack(blocks),
@@ -143,6 +152,7 @@ def make_nbln_counts(
     capture_mean=3.0,
     capture_sd=0.35,
     depth=1.0,
+    offset=None,
     return_log_rates=False,
     random_state=None,
 ):
@@ -150,7 +160,7 @@ def make_nbln_counts(
 
     ``x_c = mu + W z_c + sqrt(d) * e_c`` with standard normal ``z_c`` (n_factors) and ``e_c``
     (n_genes), so that ``x_c ~ N(mu, Sigma)`` with ``Sigma = W W' + diag(d)``, and
-    ``u_cg ~ NB(mean = exp(x_cg - eta_c), size r_g)``. Rates are in nats.
+    ``u_cg ~ NB(mean = exp(x_cg - eta_c + o_cg), size r_g)``. Rates are in nats.
 
     The columns of W sum to zero over genes and are of unequal strength, and
     ``eta_c ~ TruncNormal(capture_mean - log(depth), capture_sd**2, low=0)``.
@@ -192,6 +202,11 @@ def make_nbln_counts(
         Sequencing depth: 0.1 gives a tenth of the counts at the same `mean`. At most
         ``exp(capture_mean)``, where every molecule is captured.
 
+    offset : array-like of shape (n_cells,) or (n_cells, n_genes), default=None
+        What is added to the log-rates of the counts, o: logarithms of known exposures, or what
+        covariates do, ``covariates @ coef.T``. With the same `random_state`, the true parameters
+        and scores are the same with and without it.
+
     return_log_rates : bool, default=False
         If True, also return the dense matrix of log-rates x.
 
@@ -218,15 +233,16 @@ def make_nbln_counts(
         scores : ndarray of shape (n_cells, n_factors)
             Factor scores z.
         expected_counts : ndarray of shape (n_genes,)
-            Expected count of each gene over cells, ``exp(mu + Sigma_gg / 2) E[exp(-eta)]``.
+            Expected count of each gene over cells, ``exp(mu + Sigma_gg / 2) E[exp(-eta)]``, at
+            offset 0.
         log_rates : ndarray of shape (n_cells, n_genes)
-            Log-rates x, before capture. Only if `return_log_rates`.
+            Log-rates x, before capture and offset. Only if `return_log_rates`.
 
     Raises
     ------
     ValueError
-        If `n_factors` is not below `n_genes`, if `depth` exceeds ``exp(capture_mean)``, or if a
-        range is not (low, high).
+        If `n_factors` is not below `n_genes`, if `depth` exceeds ``exp(capture_mean)``, if a range
+        is not (low, high), or if `offset` has another shape or is not finite.
 
     See Also
     --------
@@ -251,6 +267,7 @@ def make_nbln_counts(
     loading_norms = _check_range("loading_norms", loading_norms)
     noise_variance = _check_range("noise_variance", noise_variance)
     median, log_sd = _check_dispersion(dispersion)
+    offset = _check_offset(offset, n_cells, n_genes)
     if n_factors >= n_genes:
         raise ValueError(
             f"n_factors={n_factors} must be below n_genes={n_genes}: the columns of the loadings "
@@ -280,7 +297,7 @@ def make_nbln_counts(
         x += mu + z[rows] @ W.T
         if return_log_rates:
             log_rates[rows] = x
-        blocks.append(_draw_counts(x - eta[rows, None], r, rng))
+        blocks.append(_draw_counts(x - eta[rows, None] + offset[rows], r, rng))
 
     log_expected = mu + half_variance + _log_mean_capture(capture_location, capture_sd)
     counts = Bunch(
@@ -324,6 +341,17 @@ def _check_dispersion(value):
             f"got {value!r}."
         )
     return median, log_sd
+
+
+def _check_offset(value, n_cells, n_genes):
+    """Offset as (n_cells, 1) or (n_cells, n_genes); ValueError if it is neither, or not finite."""
+    offset = np.zeros(n_cells) if value is None else np.asarray(value, float)
+    if offset.shape not in ((n_cells,), (n_cells, n_genes)) or not np.isfinite(offset).all():
+        raise ValueError(
+            f"offset must be finite, of shape ({n_cells},) or ({n_cells}, {n_genes}), got shape "
+            f"{offset.shape} with {np.sum(~np.isfinite(offset))} values that are not finite."
+        )
+    return offset.reshape(n_cells, -1)
 
 
 def _draw_loadings(n_genes, n_factors, norms, rng):
@@ -376,7 +404,7 @@ def _draw_counts(log_rate, r, rng):
     if rate.max() > 2**30:
         raise ValueError(
             f"A simulated rate is {rate.max():.3g}, too large for int32 counts. Lower mean_range, "
-            "loading_norms or noise_variance."
+            "loading_norms, noise_variance or offset."
         )
     return sparse.csr_array(rng.poisson(rate).astype(np.int32))
 

@@ -85,7 +85,18 @@ class CalibrationDisplay:
         self.predicted = predicted
 
     @classmethod
-    def from_estimator(cls, estimator, X, *, genes=None, n_samples=100, random_state=None, ax=None):
+    def from_estimator(
+        cls,
+        estimator,
+        X,
+        *,
+        genes=None,
+        n_samples=100,
+        random_state=None,
+        covariates=None,
+        offset=None,
+        ax=None,
+    ):
         """Draw the calibration of a fitted estimator on the rows of X.
 
         Parameters
@@ -100,6 +111,8 @@ class CalibrationDisplay:
             Number of replicates, for the residuals and again for the variances.
         random_state : int, RandomState instance or None, default=None
             None for the estimator's own.
+        covariates, offset
+            Of the rows of X, as in `fit`.
         ax : Figure, Axes, array of Axes or None, default=None
             See :meth:`plot`.
 
@@ -118,7 +131,8 @@ class CalibrationDisplay:
         if random_state is None:
             random_state = estimator.random_state
         rng = check_random_state(random_state)  # one stream for both
-        options = dict(n_samples=n_samples, genes=genes, random_state=rng)
+        known = dict(covariates=covariates, offset=offset)
+        options = dict(n_samples=n_samples, genes=genes, random_state=rng, **known)
         residuals = quantile_residuals(estimator, X, **options)
         check = predictive_check(estimator, X, **options)
         return cls(residuals, check.observed, check.predicted).plot(ax=ax)

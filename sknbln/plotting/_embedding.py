@@ -94,6 +94,8 @@ class EmbeddingDisplay:
         components=(0, 1),
         groups=None,
         ellipses=False,
+        covariates=None,
+        offset=None,
         point_size=None,
         cmap="viridis",
         ax=None,
@@ -112,6 +114,8 @@ class EmbeddingDisplay:
             Groups, or a number per cell; a Series names the legend.
         ellipses : bool or int, default=False
             See :meth:`plot`.
+        covariates, offset
+            Of the rows of X, as in `fit`.
         point_size, cmap, ax
             See :meth:`plot`.
 
@@ -131,12 +135,12 @@ class EmbeddingDisplay:
         estimator = fitted(cls, estimator, needs_loadings=True)
         needed(cls, X)
         pair = _two_components(components, estimator.latent_dim_)
-        covariance = None
+        covariance, known = None, dict(covariates=covariates, offset=offset)
         if ellipses:
-            embedding, covariance = estimator.posterior_scores(X)
+            embedding, covariance = estimator.posterior_scores(X, **known)
             covariance = covariance[:, pair][:, :, pair]
         else:
-            embedding = estimator.transform(X)
+            embedding = estimator.transform(X, **known)
         unit = "standardized" if estimator.whiten else "nats"
         share = estimator.explained_variance_ratio_[pair]
         labels = (

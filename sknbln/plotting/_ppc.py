@@ -91,6 +91,8 @@ class PPCDisplay:
         capture="posterior",
         n_samples=100,
         random_state=None,
+        covariates=None,
+        offset=None,
         n_cols=None,
         ax=None,
     ):
@@ -109,6 +111,8 @@ class PPCDisplay:
             Number of genes if `genes` is None.
         level, capture, n_samples, random_state
             See :func:`sknbln.predictive.posterior_predictive`.
+        covariates, offset
+            Of the rows of X, as in `fit`.
         n_cols, ax
             See :meth:`plot`.
 
@@ -124,7 +128,7 @@ class PPCDisplay:
         """
         estimator = fitted(cls, estimator)
         needed(cls, X)
-        options = dict(level=level, capture=capture)
+        options = dict(level=level, capture=capture, covariates=covariates, offset=offset)
         replicates, chosen = prepare(estimator, X, genes, n_samples, random_state, **options)
         counts = replicates.X
         mean = np.asarray(counts.mean(axis=0)).ravel()

@@ -59,6 +59,8 @@ def prepare(
     level="library_anchored",
     capture="posterior",
     needs_counts=False,
+    covariates=None,
+    offset=None,
 ):
     """Replicates of the rows of X and the positions of the selected genes, all arguments checked."""
     model = fitted_model(estimator)
@@ -76,9 +78,16 @@ def prepare(
             "level='per_cell' draws from each row's posterior given its counts, and an estimator does not "
             "keep the counts of its fit: give them as X."
         )
+    known = model._known
     if X is not None:
         X = model._validated(X, model._offset_prior() if LEVELS[level] else None)
-    return Replicates(model, X, level, n_samples, random_state, capture), positions
+        known = model._known_of(X, covariates, offset)
+    elif covariates is not None or offset is not None:
+        raise ValueError(
+            "covariates and offset are of the rows of X, and X is None: the training rows have those of the "
+            "fit. Leave them out, or give X."
+        )
+    return Replicates(model, X, level, n_samples, random_state, capture, known), positions
 
 
 def gene_positions(model, genes):

@@ -19,6 +19,8 @@ def predictive_check(
     n_samples=100,
     genes=None,
     random_state=None,
+    covariates=None,
+    offset=None,
 ):
     r"""Posterior predictive p-values of every gene: mean, variance, zero fraction, maximum.
 
@@ -35,7 +37,7 @@ def predictive_check(
         The model.
     X : {array-like, sparse matrix} of shape (n_rows, n_genes)
         Counts, at least two rows. Only rows that the fit has not seen make a test; see Notes.
-    level, capture, random_state
+    level, capture, random_state, covariates, offset
         See :func:`posterior_predictive`.
     n_samples : int, default=100
         Number of replicates. p-values are ``0.5 / (n_samples + 1)`` or more from 0 and 1.
@@ -96,8 +98,10 @@ def predictive_check(
     >>> sorted(check.summary)[:2]
     ['maximum_ks', 'maximum_outside']
     """
-    options = dict(level=level, capture=capture, needs_counts=True)
-    replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
+    options = dict(level=level, capture=capture, covariates=covariates, offset=offset)
+    replicates, positions = prepare(
+        estimator, X, genes, n_samples, random_state, needs_counts=True, **options
+    )
     if replicates.n_rows < 2:
         raise ValueError(f"X has {replicates.n_rows} row: a check needs at least two.")
     observed = _observed_statistics(replicates.X[:, positions])
@@ -153,7 +157,9 @@ def _replicated_statistics(replicates, s, positions):
 
 
 @validated_options()
-def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=None):
+def quantile_residuals(
+    estimator, X, *, n_samples=100, genes=None, random_state=None, covariates=None, offset=None
+):
     r"""Randomized quantile residuals of every count, uniform on (0, 1) under the model.
 
     The rank of a count among its library-anchored replicates, with ties broken at random:
@@ -172,7 +178,7 @@ def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=
         Counts. On the rows of the fit residuals are a little nearer to 1/2 than uniform ones.
     n_samples : int, default=100
         Number of replicates.
-    genes, random_state
+    genes, random_state, covariates, offset
         See :func:`posterior_predictive`.
 
     Returns
@@ -206,7 +212,10 @@ def quantile_residuals(estimator, X, *, n_samples=100, genes=None, random_state=
     >>> quantile_residuals(model, X, n_samples=50, genes=[0, 1], random_state=0).shape
     (150, 2)
     """
-    replicates, positions = prepare(estimator, X, genes, n_samples, random_state, needs_counts=True)
+    known = dict(covariates=covariates, offset=offset)
+    replicates, positions = prepare(
+        estimator, X, genes, n_samples, random_state, needs_counts=True, **known
+    )
     observed = replicates.X[:, positions].toarray()
     below, ties = np.zeros((2, *observed.shape), np.int32)
     for s in range(n_samples):

@@ -18,6 +18,8 @@ def posterior_predictive(
     n_samples=100,
     genes=None,
     random_state=None,
+    covariates=None,
+    offset=None,
 ):
     r"""Draw counts from a fitted model: replicates of the rows of X.
 
@@ -62,6 +64,8 @@ def posterior_predictive(
         all. A gene's draws do not depend on the selection.
     random_state : int, RandomState instance or None, default=None
         None for the estimator's own. The same seed gives the same draws.
+    covariates, offset
+        Covariates and log-exposures of the rows of X, as in `fit`; the training rows have theirs.
 
     Returns
     -------
@@ -102,7 +106,7 @@ def posterior_predictive(
     >>> bool((draws.sum(axis=2) == X.sum(axis=1)).all())
     True
     """
-    options = dict(level=level, capture=capture)
+    options = dict(level=level, capture=capture, covariates=covariates, offset=offset)
     replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
     out = np.empty((n_samples, replicates.n_rows, positions.size), np.int64)
     for s in range(n_samples):
@@ -120,6 +124,8 @@ def iter_posterior_predictive(
     n_samples=100,
     genes=None,
     random_state=None,
+    covariates=None,
+    offset=None,
 ):
     """Iterate over the replicates that :func:`posterior_predictive` stacks, one at a time.
 
@@ -128,7 +134,7 @@ def iter_posterior_predictive(
 
     Parameters
     ----------
-    estimator, X, level, capture, n_samples, genes, random_state
+    estimator, X, level, capture, n_samples, genes, random_state, covariates, offset
         See :func:`posterior_predictive`.
 
     Returns
@@ -152,7 +158,7 @@ def iter_posterior_predictive(
     >>> len(largest)
     5
     """
-    options = dict(level=level, capture=capture)
+    options = dict(level=level, capture=capture, covariates=covariates, offset=offset)
     replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
     return (replicates.counts(s, positions) for s in range(n_samples))
 
@@ -162,7 +168,8 @@ def compositional_samples(estimator, X=None, *, n_samples=1000, genes=None, rand
     """Draw compositions of cells from the model, before count noise, beside the empirical ones.
 
     The model's points on the simplex are ``softmax(x)``, one fresh ``x ~ N(mu, Sigma)`` per posterior
-    draw. They do not depend on the level of the log-rates, nor on capture. The gamma noise of the
+    draw, at the mean of the covariates. They do not depend on the level of the log-rates, nor on capture. The
+    gamma noise of the
     counts belongs to the observation and is left out: the points of an `NBVCPEstimator` are its mean
     composition ``m / sum(m)`` per posterior draw, the limit Sigma -> 0. In that model all cells have the
     same composition, and the points spread by the uncertainty of the posterior alone. Empirical

@@ -7,8 +7,8 @@ class PredictiveModel(ABC):
     """A model of counts that replicates can be drawn from.
 
     Besides the methods below, a fitted model has the parameters `random_state` and `batch_size` and the
-    attributes `n_features_in_`, `capture_prior_` (None without a capture model) and `_library_size`, the
-    totals of the training rows, ndarray of shape (n_cells,).
+    attributes `n_features_in_`, `capture_prior_` (None without a capture model), `_library_size`, the
+    totals of the training rows, ndarray of shape (n_cells,), and `_known`, their covariates and exposures.
     """
 
     @abstractmethod
@@ -24,13 +24,17 @@ class PredictiveModel(ABC):
         """The capture prior of the rows' offsets; None where offsets do not enter."""
 
     @abstractmethod
-    def _posterior_draws(self, n_samples, X, rng, *, eta):
+    def _known_of(self, X, covariates, offset):
+        """`Known` of validated counts, from the arguments `covariates` and `offset`."""
+
+    @abstractmethod
+    def _posterior_draws(self, n_samples, X, rng, *, eta, known=None):
         """`ParameterDraws`, with no offsets (`eta` None), with those that are frozen, or with all.
 
-        X is validated counts, or None for the training rows.
+        X is validated counts, with their `Known`, or None for the training rows.
         """
 
-    def _row_capture(self, X):
+    def _row_capture(self, X, known=None):
         """Offset, scale and prior precision of each row: for models whose offsets may be free."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ def count_moments(params, offset):
 
     Computed in logarithms: a moment is inf only where it overflows itself.
     """
-    mean, loadings, noise, phi = params
+    mean, loadings, noise, phi, _ = params
     S = loadings @ loadings.T
     variance = np.diag(S) + noise
     log_mean = mean - offset + variance / 2

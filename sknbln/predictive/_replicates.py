@@ -47,6 +47,7 @@ class ParameterDraws(NamedTuple):
     log_mean: np.ndarray  # (n_samples, n_genes) mu, log-rates
     eta: np.ndarray | None  # (n_samples, n_rows) capture offsets; None where not drawn
     inflation: np.ndarray | None = None  # (n_samples, n_genes) factor of Sigma_gg; None is 1
+    coef: np.ndarray | None = None  # (n_samples, n_genes, p) coefficients per sd of each covariate
 
 
 def degenerate(params):
@@ -126,22 +127,24 @@ class Replicates:
     n_samples : int
     random_state : int, RandomState instance or None
     capture : one of `CAPTURE`
+    known : Known
+        Covariates and exposures of the rows.
     """
 
-    def __init__(self, model, X, level, n_samples, random_state, capture="posterior"):
+    def __init__(self, model, X, level, n_samples, random_state, capture, known):
         self.rng = check_random_state(model.random_state if random_state is None else random_state)
-        self.model, self.X, self.level = model, X, level
+        self.model, self.X, self.level, self.known = model, X, level, known
         self.library_size = model._library_size if X is None else _capture.library_sizes(X)
         self.n_rows, self.n_genes = self.library_size.size, model.n_features_in_
         per_cell = level == "per_cell"
         eta = None if capture == "prior" else LEVELS[level]
-        self._draws = model._posterior_draws(n_samples, X, self.rng, eta=eta)
+        self._draws = model._posterior_draws(n_samples, X, self.rng, eta=eta, known=known)
         self._streams = random_streams(self.rng)
         self._totals = np.rint(self.library_size).astype(np.int64)
         self._given_totals = level == "library_anchored" or (per_cell and model._given_totals)
         self._scores = None
         if per_cell and self._draws.eta is None:
-            self._capture = model._row_capture(X)
+            self._capture = model._row_capture(X, known)
 
     def params(self, s):
         """The parameters of posterior draw s."""
@@ -150,10 +153,11 @@ class Replicates:
         if draws.inflation is not None:
             loadings = loadings * np.sqrt(draws.inflation[s])[:, None]
             noise = noise * draws.inflation[s]
-        return Params(draws.log_mean[s], loadings, noise, 1.0 / draws.r[s])
+        coef = params.coef if draws.coef is None else draws.coef[s]
+        return Params(draws.log_mean[s], loadings, noise, 1.0 / draws.r[s], coef)
 
     def fresh_rates(self, params, rows):
-        """``x ~ N(mu, W W' + diag(d))`` for a number of rows, (rows, n_genes)."""
+        """``x ~ N(mu, W W' + diag(d))`` for a number of rows, (rows, n_genes), at the mean covariates."""
         k, normal = params.loadings.shape[1], self._streams.normal
         if degenerate(params):
             return np.broadcast_to(params.mean, (rows, params.mean.size))
@@ -199,7 +203,11 @@ class Replicates:
             offset = capture_offsets(prior, self.library_size, self._streams.offset)
         for rows in self.row_chunks():
             x = self.fresh_rates(params, rows.stop - rows.start)
-            yield rows, x - offset[rows, None]
+            yield rows, x + self._shift(params, rows) - offset[rows, None]
+
+    def _shift(self, params, rows):
+        """``B c + o`` of these rows."""
+        return self.known.chosen(rows).log_scale(params.coef)
 
     def _posterior_rates(self, params, s):
         if self._draws.eta is None:
@@ -209,9 +217,9 @@ class Replicates:
         k, n_genes = params.loadings.shape[1], self.n_genes
         if degenerate(params):
             for rows in self.row_chunks():
-                yield rows, params.mean - capture[0][rows, None]
+                yield rows, params.mean + self._shift(params, rows) - capture[0][rows, None]
             return
-        batches = RowBatches(self.X, *capture, batch_size=self.model.batch_size)
+        batches = RowBatches(self.X, *capture, batch_size=self.model.batch_size, known=self.known)
         params = with_padded_rank(params)
         padded = params.loadings.shape[1]
         if self._scores is None:

@@ -339,13 +339,14 @@ class _Climb:
 
 def _within_reach(step):
     """Cut each gene's step to `LARGEST_STEP`: a gene without counts has next to no curvature."""
-    size = np.sqrt(step.mean**2 + np.sum(step.loadings**2, 1))
+    size = np.sqrt(step.mean**2 + np.sum(step.coef**2, 1) + np.sum(step.loadings**2, 1))
     cut = np.minimum(1.0, LARGEST_STEP / np.maximum(size, 1e-300))
     return Params(
         step.mean * cut,
         step.loadings * cut[:, None],
         np.clip(step.noise, -LARGEST_STEP, LARGEST_STEP),
         np.clip(step.dispersion, -LARGEST_STEP, LARGEST_STEP),
+        step.coef * cut[:, None],
     )
 
 

@@ -253,7 +253,7 @@ def named(loadings_prior):
 def evidence_at(loadings, moments, n_cells):
     """`Evidence` from the sums over cells at the loadings."""
     k = loadings.shape[1]
-    A = least_squares_matrix(moments, k)[:, 1:, 1:]
+    A = least_squares_matrix(moments)[:, -k:, -k:]
     inverse = np.linalg.inv(A + 1e-8 * np.eye(k))
     information = 1.0 / np.maximum(np.einsum("gii->gi", inverse), 1e-300)
     squares = compositional(loadings) ** 2

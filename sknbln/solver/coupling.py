@@ -94,6 +94,7 @@ class MarginalCoupling:
             np.sqrt(c)[:, None] * x.loadings,
             noise_coordinate(c * noise_variance(x)),
             log_r,
+            x.coef,
         )
 
     def pull_back(self, x, grad):
@@ -108,10 +109,11 @@ class MarginalCoupling:
             np.sqrt(c)[:, None] * grad.loadings + 2.0 * by_S[:, None] * x.loadings,
             (d + NOISE_UNIT) * (c * grad.noise + by_S),
             np.zeros_like(grad.dispersion) if self.total is not None else grad.dispersion,
+            grad.coef,
         )
 
     def pull_back_metric(self, x, metric):
-        """Metric in the coordinates: ``J' I J`` gene by gene, blocks (mu, w) and d.
+        """Metric in the coordinates: ``J' I J`` gene by gene, blocks (mu, b, w) and d.
 
         A change of a loading or of d also moves the mean and the dispersion. So does a change of the lengths
         of the columns; only rotations are known to change nothing.
@@ -119,20 +121,22 @@ class MarginalCoupling:
         S, c, dc_dS = self._saturation(x)
         d_variance, d_log_r = self._slopes(x, S)
         W, noise, root = x.loadings, noise_variance(x), np.sqrt(c)
-        n_genes, k = W.shape
+        (n_genes, k), p = W.shape, x.coef.shape[1]
         products = W[:, :, None] * W[:, None, :]
         natural = root[:, None, None] * np.eye(k) + (dc_dS / root)[:, None, None] * products
-        J = np.zeros((n_genes, k + 1, k + 1))  # derivatives of (mu, w) in (M, loadings)
-        J[:, 0, 0] = 1.0
-        J[:, 0, 1:] = -d_variance[:, None] * W
-        J[:, 1:, 1:] = natural
-        A = least_squares_matrix(metric.moments, k)
+        size, w = 1 + p + k, slice(1 + p, None)
+        J = np.zeros((n_genes, size, size))  # derivatives of (mu, b, w) in (M, b, loadings)
+        J[:, range(1 + p), range(1 + p)] = 1.0
+        J[:, 0, w] = -d_variance[:, None] * W
+        J[:, w, w] = natural
+        A = least_squares_matrix(metric.moments)
         log_r = np.maximum(metric.dispersion, 0.0) * d_log_r**2
         others = 4.0 * (metric.noise * (dc_dS * noise) ** 2 + log_r)
         pulled = np.swapaxes(J, 1, 2) @ A @ J
-        pulled[:, 1:, 1:] += others[:, None, None] * products
-        # derivatives of (mu, w) in d of the coordinates
-        along = np.concatenate([-0.5 * d_variance[:, None], (dc_dS / (2.0 * root))[:, None] * W], 1)
+        pulled[:, w, w] += others[:, None, None] * products
+        # derivatives of (mu, b, w) in d of the coordinates
+        along = np.zeros((n_genes, size))
+        along[:, 0], along[:, w] = -0.5 * d_variance, (dc_dS / (2.0 * root))[:, None] * W
         own = c + dc_dS * noise
         slope = noise + NOISE_UNIT
         information = np.einsum("gi,gij,gj->g", along, A, along)

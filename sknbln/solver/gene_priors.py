@@ -119,6 +119,7 @@ class OverdispersionPrior:
             2.0 * factor[:, None] * own.loadings,
             factor,
             factor * self.total.slope(own.dispersion),
+            np.zeros_like(own.coef),
         )
 
 

@@ -54,7 +54,9 @@ class GeneSums(NamedTuple):
     gradient_loadings: jnp.ndarray  # (n_genes, k)
     gradient_noise: jnp.ndarray  # (n_genes,) in d
     gradient_log_r: jnp.ndarray  # (n_genes,) without that of the constants
-    moments: jnp.ndarray  # (n_genes, T) sum_c b [1 z][1 z]', packed upper triangle
+    gradient_coef: jnp.ndarray  # (n_genes, p)
+    #: (n_genes, T) sum_c b [1 c z][1 c z]', c the covariates, packed upper triangle
+    moments: jnp.ndarray
     information_noise: jnp.ndarray  # (n_genes,) sum_c K_gg^2 / 2 + K_gg / 4
     information_log_r: jnp.ndarray  # (n_genes,) at fixed y, without that of the constants
     missing_log_r: jnp.ndarray  # (n_genes,) the part of it that is lost because y is not observed
@@ -70,6 +72,7 @@ class BatchSums(NamedTuple):
     log_marginal: jnp.ndarray  # ()
     n_unconverged: jnp.ndarray  # () number of cells
     information_shift: jnp.ndarray  # () sum_c 1' K_c 1, of a common shift of the log-rates
+    information_coef_shift: jnp.ndarray  # (p, p) sum_c 1' K_c 1 c c', of one of the coefficients
     genes: GeneSums
 
 
@@ -130,19 +133,20 @@ def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
     n_cells, (n_genes, k) = zeta.shape[0], params.loadings.shape
     block = n_cells if block is None else block
     factors = lowrank.Factors.of(params.loadings)
-    blocks = jax.tree.map(lambda a: a.reshape(-1, block, *a.shape[1:]), (cells, zeta))
+    n_blocks = n_cells // block
+    blocks = jax.tree.map(lambda a: a.reshape(n_blocks, block, *a.shape[1:]), (cells, zeta))
 
     def solve(sums, part):
         own, *by_cell = _solve_block(part[0], params, factors, part[1], last_step)
         return jax.tree.map(jnp.add, sums, own), by_cell
 
-    nothing = jax.tree.map(jnp.asarray, no_sums(n_genes, k))
+    nothing = jax.tree.map(jnp.asarray, no_sums(n_genes, k, cells.design.shape[1]))
     nothing = nothing._replace(genes=nothing.genes._replace(**_OF_THE_WHOLE_BATCH))
     sums, by_cell = jax.lax.scan(solve, nothing, blocks)
     results, regression = jax.tree.map(
         lambda a: a.reshape(n_cells, *a.shape[2:]) if a.ndim > 1 else a.max(), by_cell
     )
-    gradient, moments = _regression_sums(params, **regression)
+    gradient, moments = _regression_sums(params, cells.design, **regression)
     genes = sums.genes._replace(gradient_loadings=gradient, moments=moments)
     return regression["alpha"], results, sums._replace(genes=genes)
 
@@ -158,33 +162,35 @@ def _solve_block(cells, params, factors, zeta, last_step):
         jnp.sum(cells.weight * results.log_marginal),
         jnp.sum(jnp.where(live & ~mode.converged, 1, 0)),
         jnp.sum(cells.weight * results.offset_curvature),
+        (cells.weight * results.offset_curvature)[None, :] * cells.design.T @ cells.design,
         genes,
     )
     return sums, results, regression
 
 
-def no_sums(n_genes, k):
-    """Zero :class:`BatchSums`, on the host."""
-    genes, T = np.zeros(n_genes), (k + 1) * (k + 2) // 2
-    return BatchSums(
-        np.zeros(()),
-        np.zeros((), np.int64),
-        np.zeros(()),
-        GeneSums(
-            genes, np.zeros((n_genes, k)), genes, genes, np.zeros((n_genes, T)), genes, genes, genes
-        ),
+def no_sums(n_genes, k, p=0):
+    """Zero :class:`BatchSums` of k factors and p covariates, on the host."""
+    T = (p + k + 1) * (p + k + 2) // 2
+    genes = GeneSums(*[np.zeros(n_genes)] * len(GeneSums._fields))._replace(
+        gradient_loadings=np.zeros((n_genes, k)),
+        gradient_coef=np.zeros((n_genes, p)),
+        moments=np.zeros((n_genes, T)),
     )
+    return BatchSums(np.zeros(()), np.zeros((), np.int64), np.zeros(()), np.zeros((p, p)), genes)
 
 
 def rotated(genes, rotation):
     """`GeneSums` after a rotation (k, k) of the loadings, on the host."""
-    k = rotation.shape[0]
+    gradient = genes.gradient_loadings @ rotation
+    p, k = genes.gradient_coef.shape[1], rotation.shape[0]
+    if p:  # the covariates stay as they are
+        whole = np.eye(p + k)
+        whole[p:, p:] = rotation
+        rotation, k = whole, p + k
     i, j, back = lowrank.triangle(k)
     zz = rotation.T @ genes.moments[:, 1 + k :][:, back] @ rotation
     moments = [genes.moments[:, :1], genes.moments[:, 1 : 1 + k] @ rotation, zz[:, i, j]]
-    return genes._replace(
-        gradient_loadings=genes.gradient_loadings @ rotation, moments=np.concatenate(moments, 1)
-    )
+    return genes._replace(gradient_loadings=gradient, moments=np.concatenate(moments, 1))
 
 
 def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
@@ -218,6 +224,7 @@ def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
         information_noise=0.5 * K**2 + 0.25 * K,
         information_log_r=-second,
         missing_log_r=variance * d_gradient**2,
+        gradient_coef=None,
         **_OF_THE_WHOLE_BATCH,
     )
     return terms, beta, xi
@@ -238,32 +245,38 @@ def _gene_sums(cells, params, factors, mode, lin, logs, covariance):
     regression = dict(
         b=weight * lin.b,
         v_beta=weight * (v + beta),
-        alpha=weight * alpha,
+        alpha=jnp.where(weight > 0, alpha, 0.0),
         z=zeta[:, :k],
-        xi=xi[:, :k],
+        xi=weight * xi[:, :k],
         second=second,
         scale=lin.scales[:, k],
     )
-    return jax.tree.map(total, scores), regression
+    of_coef = scores.gradient_mean.T @ (weight * cells.design)
+    return jax.tree.map(total, scores)._replace(gradient_coef=of_coef), regression
 
 
-def _regression_sums(params, b, v_beta, alpha, z, xi, second, scale):
-    """Gradient of the loadings, and ``sum_c b [1 z][1 z]'``.
+def _regression_sums(params, design, b, v_beta, alpha, z, xi, second, scale):
+    """Gradient of the loadings, and ``sum_c b [1 c z][1 c z]'``; covariates c are scores that are known.
 
     ``b``, ``alpha`` and ``v_beta`` (weighted working responses, and beta) are (n_cells, n_genes), 0 for
     padding; ``z`` and ``xi`` (n_cells, k) are of the factors alone, ``second`` (n_cells, k + 1, k + 1) is the
-    second moment of the scores and ``scale`` (n_cells,) that of the capture column.
+    second moment of the scores and ``scale`` (n_cells,) that of the capture column. The rows' weights are in
+    ``b``, ``v_beta`` and ``xi``.
 
     ``(alpha alpha' - K + beta alpha' + alpha beta') F`` without a cells x genes x k array: ``F' alpha = P
     zeta`` and ``F' beta = P xi``, and ``alpha zeta' - K F = v zeta' - b F E[zeta zeta']``.
     """
-    k = params.loadings.shape[1]
-    i, j, back = lowrank.triangle(k)
+    k, p = params.loadings.shape[1], design.shape[1]
     with_capture = scale[:, None] * second[:, k, :k]
-    features = jnp.concatenate([jnp.ones_like(b[:, :1]), z, second[:, i, j], with_capture], 1)
+    scores, second = jnp.concatenate([design, z], 1), second[:, :k, :k]
+    if p:
+        products = scores[:, :, None] * scores[:, None, :]
+        second = products.at[:, p:, p:].set(second)
+    i, j, back = lowrank.triangle(p + k)
+    features = jnp.concatenate([jnp.ones_like(b[:, :1]), scores, second[:, i, j], with_capture], 1)
     sums = b.T @ features
-    moments, capture_part = sums[:, : 1 + k + i.size], sums[:, 1 + k + i.size :]
-    zz = moments[:, 1 + k :][:, back]  # (n_genes, k, k)
+    moments, capture_part = sums[:, : 1 + p + k + i.size], sums[:, 1 + p + k + i.size :]
+    zz = moments[:, 1 + p + k :][:, back[p:, p:]]  # (n_genes, k, k)
     gradient = (
         v_beta.T @ z + alpha.T @ xi - jnp.sum(zz * params.loadings[:, None, :], 2) - capture_part
     )
@@ -278,12 +291,13 @@ def _gene_blocks(a):
 
 @jax.jit
 def score_products(cells, params, alpha, results, constant_scores):
-    """Sums over cells of outer products of each gene's scores in (mu, w_1..w_k, log d, log r).
+    """Sums over cells of outer products of each gene's scores in (mu, b_1..b_p, w_1..w_k, log d, log r).
 
     ``constant_scores`` (n_cells, n_genes) are the derivatives in log r of the constants, which do not depend
-    on y. Returns the products, (n_genes, k + 3, k + 3), and ``sum_c b``, (n_genes,).
+    on y. Returns the products, (n_genes, p + k + 3, p + k + 3), and ``sum_c b``, (n_genes,).
     """
     n_genes, k = params.loadings.shape
+    n_scores = cells.design.shape[1] + k + 3
     zeta, factors = results.zeta, lowrank.Factors.of(params.loadings)
     lin = linearize(cells, params, log_rates(cells, params, factors, zeta, alpha), factors)
     logs = log_odds_terms(params.dispersion[None, :], lin.terms)
@@ -297,8 +311,9 @@ def score_products(cells, params, alpha, results, constant_scores):
         mean, v_beta, own, b, noise, log_r, F = block
         regression = (second @ F.T).reshape(-1, k, F.shape[0])
         loadings = v_beta[:, None, :] * z + own[:, None, :] * xi - b[:, None, :] * regression
-        others = mean[:, None, :], noise[:, None, :], log_r[:, None, :]
-        stacked = jnp.concatenate([others[0], loadings, *others[1:]], 1)
+        mean, noise, log_r = mean[:, None, :], noise[:, None, :], log_r[:, None, :]
+        coef = mean * cells.design[:, :, None]
+        stacked = jnp.concatenate([mean, coef, loadings, noise, log_r], 1)
         # the barrier keeps XLA from contracting the strided axis in place, which is twice as slow
         by_gene = jax.lax.optimization_barrier(jnp.transpose(stacked, (2, 1, 0)))
         return by_gene @ jnp.swapaxes(by_gene, 1, 2)
@@ -313,7 +328,8 @@ def score_products(cells, params, alpha, results, constant_scores):
     )
     # a block of genes at a time, so that intermediate results stay in the processor's caches
     weight = cells.weight[:, None]
-    blocks = [_gene_blocks((weight * a).T).swapaxes(1, 2) for a in parts]
+    root = jnp.sqrt(weight)
+    blocks = [_gene_blocks((root * a).T).swapaxes(1, 2) for a in parts]
     F = _gene_blocks(factors.columns)
-    products = jax.lax.map(products, (*blocks, F)).reshape(-1, k + 3, k + 3)[:n_genes]
+    products = jax.lax.map(products, (*blocks, F)).reshape(-1, n_scores, n_scores)[:n_genes]
     return products, jnp.sum(weight * lin.b, 0)

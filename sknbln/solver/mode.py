@@ -2,7 +2,9 @@ r"""The mode of one cell's log-rates: damped Newton, all cells of a batch togeth
 
 With ``y = x - eta`` and capture as one more factor, cell c has the prior
 
-.. math:: y_c \sim N(\mu - m_c 1,\; W W' + s_c^2 1 1' + \mathrm{diag}(d))
+.. math:: y_c \sim N(\mu + B c_c + o_c - m_c 1,\; W W' + s_c^2 1 1' + \mathrm{diag}(d))
+
+where the covariates ``c_c`` and the log-exposures ``o_c`` of the cell are known.
 
 The iterate is kept as ``y = loc + F zeta + d alpha``, linear in the state ``(zeta, alpha)``; no
 division by ``d`` or by the curvature occurs, so both may be zero. At the mode ``zeta`` is the
@@ -58,7 +60,10 @@ class Mode(NamedTuple):
 
 def location(cells, params):
     """Prior mean of y, (n_cells, n_genes)."""
-    return params.mean[None, :] - cells.offset[:, None]
+    loc = params.mean[None, :] - cells.offset[:, None]
+    if cells.design.shape[1]:
+        loc = loc + cells.design @ params.coef.T
+    return loc + cells.exposure if cells.exposure.shape[1] else loc
 
 
 def log_rates(cells, params, factors, zeta, alpha):

@@ -18,6 +18,9 @@ from .params import GaussianPrior, Params, in_model_units
 LOG_MEAN_PRIOR_SCALE = 4.0
 #: location and standard deviation of the normal prior of log r of independent genes
 LOG_DISPERSION_PRIOR = (2.0, 1.0)
+#: standard deviation of the normal prior of the coefficients, nats per standard deviation of the covariate
+COEF_PRIOR_SCALE = 2.0
+NO_PRIOR = GaussianPrior(0.0, 0.0)
 #: relative rounding error of a sum over all counts: a few units in the last place of its terms
 ROUNDING = 1e-15
 
@@ -26,6 +29,11 @@ def weak_dispersion_prior(n_genes):
     """Prior of log r that keeps genes with little information finite."""
     loc, scale = LOG_DISPERSION_PRIOR
     return GaussianPrior(np.full(n_genes, loc), np.full(n_genes, scale**-2.0))
+
+
+def weak_coef_prior(shape):
+    """Prior of the coefficients that keeps a gene without counts at some value of a covariate finite."""
+    return GaussianPrior(np.zeros(shape), np.full(shape, COEF_PRIOR_SCALE**-2.0))
 
 
 def weak_mean_prior(level):
@@ -63,17 +71,17 @@ class NoPenalty:
         return 0.0
 
 
-def _squares(k):
-    """Positions of the squares of the scores in the packed moments."""
-    i, j, _ = triangle(k)
-    return 1 + k + np.flatnonzero(i == j)
+def _squares(n):
+    """Positions of the squares of the covariates and scores, n in all, in the packed moments."""
+    i, j, _ = triangle(n)
+    return 1 + n + np.flatnonzero(i == j)
 
 
 def _packed_square(a):
-    """The outer products of the rows of `a`, (n_genes, k), in the places of the packed moments."""
-    k = a.shape[1]
-    i, j, _ = triangle(k)
-    return np.concatenate([np.zeros((a.shape[0], 1 + k)), a[:, i] * a[:, j]], 1)
+    """The outer products of the rows of `a`, (n_genes, n), in the places of the packed moments."""
+    n = a.shape[1]
+    i, j, _ = triangle(n)
+    return np.concatenate([np.zeros((a.shape[0], 1 + n)), a[:, i] * a[:, j]], 1)
 
 
 class Objective:
@@ -89,6 +97,8 @@ class Objective:
     coupling : Identity or MarginalCoupling
     gene_priors : GenePriors
         Priors of the genes' parameters in the model's own units, whatever the coordinates.
+    prior_coef : GaussianPrior
+        Prior of the coefficients of the covariates, (n_genes, p); by default none.
     """
 
     def __init__(
@@ -99,6 +109,7 @@ class Objective:
         prior_log_r,
         coupling=None,
         gene_priors=None,
+        prior_coef=NO_PRIOR,
     ):
         self.sweep = sweep
         self.histogram = histogram
@@ -108,6 +119,7 @@ class Objective:
         )
         self.prior_mean: GaussianPrior = prior_mean
         self.prior_log_r: GaussianPrior = prior_log_r
+        self.prior_coef: GaussianPrior = prior_coef
         self.coupling = coupling if coupling is not None else Identity()
         self.gene_priors = GenePriors() if gene_priors is None else gene_priors
 
@@ -128,7 +140,7 @@ class Objective:
         return self._last_sums[1]
 
     def log_likelihood(self, own):
-        """Log-likelihood and its gradient in (mu, W, d, log r)."""
+        """Log-likelihood and its gradient in (mu, W, d, log r, B)."""
         sums, ((rising, factorials), first, _) = self._sums(own), self._constants(own.dispersion)
         genes = sums.genes
         return float(sums.log_marginal) + (rising - factorials), Params(
@@ -136,6 +148,7 @@ class Objective:
             genes.gradient_loadings,
             genes.gradient_noise,
             genes.gradient_log_r + first,
+            genes.gradient_coef,
         )
 
     def _rounding(self, own):
@@ -166,7 +179,7 @@ class Objective:
         return self._last_constants[1]
 
     def moments(self, own):
-        """Sums over the cells of b [1 z][1 z]', packed, at coordinates of the model's own parameters."""
+        """Sums over the cells of b [1 c z][1 c z]', packed, at coordinates of the model's own parameters."""
         return self._sums(own).genes.moments
 
     def _metric(self, x, own, precision):
@@ -176,14 +189,19 @@ class Objective:
         of_priors = self.gene_priors.information(own)
         columns = Columns.at(own.loadings, genes.moments[:, 0], self.histogram.n_cells, precision)
         columns = columns.with_lengths(of_priors.mean)
-        moments = genes.moments.copy()
-        moments[:, _squares(x.loadings.shape[1])] += precision
-        moments += _packed_square(of_priors.loadings)
+        moments, p = genes.moments.copy(), x.coef.shape[1]
+        squares = _squares(p + x.loadings.shape[1])
+        moments[:, squares[p:]] += precision
+        moments[:, squares[:p]] += self.prior_coef.precision
+        moments += _packed_square(np.concatenate([of_priors.coef, of_priors.loadings], 1))
         information_log_r = genes.information_log_r - self._constants(own.dispersion)[2]
         information_log_r = information_log_r + of_priors.dispersion
         shift = float(sums.information_shift) + float(np.sum(self.prior_mean.precision))
         information_noise = genes.information_noise + of_priors.noise
-        metric = Metric(moments, information_noise, information_log_r, shift, columns)
+        coef_shift = sums.information_coef_shift + np.diag(
+            np.sum(np.broadcast_to(self.prior_coef.precision, x.coef.shape), 0)
+        )
+        metric = Metric(moments, information_noise, information_log_r, shift, columns, coef_shift)
         metric = self.coupling.pull_back_metric(x, metric)
         metric.moments[:, 0] += self.prior_mean.precision
         return metric._replace(dispersion=metric.dispersion + self.prior_log_r.precision)
@@ -207,12 +225,14 @@ class Objective:
             x,
             value
             + self.prior_mean.log_density(x.mean)
-            + self.prior_log_r.log_density(x.dispersion),
+            + self.prior_log_r.log_density(x.dispersion)
+            + self.prior_coef.log_density(x.coef),
             log_likelihood,
             self._rounding(own),
             gradient._replace(
                 mean=gradient.mean + self.prior_mean.gradient(x.mean),
                 dispersion=gradient.dispersion + self.prior_log_r.gradient(x.dispersion),
+                coef=gradient.coef + self.prior_coef.gradient(x.coef),
             ),
             self._metric(x, own, penalty.precision),
             self._sums(own),

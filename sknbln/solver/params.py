@@ -1,8 +1,8 @@
 """The global parameters, the data of a batch of cells, and Gaussian priors."""
 
+from collections import namedtuple
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 #: the coordinate of d is log(1 + d / NOISE_UNIT), nats squared: logarithmic above it, linear below
@@ -11,22 +11,27 @@ NOISE_RANGE = (np.log1p(1e-6 / NOISE_UNIT), np.log1p(50.0 / NOISE_UNIT))
 LOG_DISPERSION_RANGE = (np.log(1e-5), np.log(1e9))
 
 
-class Params(NamedTuple):
-    """The four blocks of the global parameters, or one value for each of them.
+class Params(namedtuple("Params", "mean loadings noise dispersion coef")):
+    """The five blocks of the global parameters, or one value for each of them.
 
-    *The model's own units*, in which cells are solved: mean log-rates mu, loadings W, noise variances d and
-    overdispersions ``1 / r``, 0 for Poisson counts.
+    *The model's own units*, in which cells are solved: mean log-rates mu, (n_genes,); loadings W,
+    (n_genes, k); noise variances d, (n_genes,); overdispersions ``1 / r``, (n_genes,), 0 for Poisson counts;
+    coefficients B of the covariates, (n_genes, p). Without covariates p = 0, the default.
 
     *Coordinates*, in which steps are taken: ``log(1 + d / NOISE_UNIT)``, so that d = 0 is at a finite
     distance, and ``log r``, which may be +inf (Poisson) where it is not free.
 
-    Gradients, steps and flags of what is free have the same four blocks.
+    Gradients, steps and flags of what is free have the same five blocks; by default the coefficients are free
+    where the mean is.
     """
 
-    mean: np.ndarray  # (n_genes,)
-    loadings: np.ndarray  # (n_genes, k)
-    noise: np.ndarray  # (n_genes,)
-    dispersion: np.ndarray  # (n_genes,)
+    __slots__ = ()
+
+    def __new__(cls, mean, loadings, noise, dispersion, coef=None):
+        """The blocks; ``coef`` is optional."""
+        if coef is None:
+            coef = np.zeros((mean.shape[0], 0)) if np.ndim(mean) else mean
+        return super().__new__(cls, mean, loadings, noise, dispersion, coef)
 
 
 def noise_variance(x):
@@ -41,7 +46,7 @@ def noise_coordinate(d):
 
 def in_model_units(x):
     """The model's own parameters at coordinates x."""
-    return Params(x.mean, x.loadings, noise_variance(x), np.exp(-x.dispersion))
+    return x._replace(noise=noise_variance(x), dispersion=np.exp(-x.dispersion))
 
 
 def moved(x, step, length):
@@ -49,14 +54,12 @@ def moved(x, step, length):
 
     A noise variance of 0 and a dispersion of inf stay as they are: they are not free.
     """
-    mean, loadings, noise, dispersion = (a + length * s for a, s in zip(x, step, strict=True))
-    return Params(
-        mean,
-        loadings,
-        np.where(x.noise > 0, np.clip(noise, *NOISE_RANGE), 0.0),
-        np.where(
+    new = Params(*(a + length * s for a, s in zip(x, step, strict=True)))
+    return new._replace(
+        noise=np.where(x.noise > 0, np.clip(new.noise, *NOISE_RANGE), 0.0),
+        dispersion=np.where(
             np.isfinite(x.dispersion),
-            np.clip(dispersion, *LOG_DISPERSION_RANGE),
+            np.clip(new.dispersion, *LOG_DISPERSION_RANGE),
             x.dispersion,
         ),
     )
@@ -68,18 +71,25 @@ def dispersion(params):
         return 1.0 / params.dispersion
 
 
-class Cells(NamedTuple):
-    """Counts and capture priors of a batch of cells.
+class Cells(namedtuple("Cells", "counts offset scale precision weight design exposure")):
+    """Counts, capture priors, covariates and exposures of a batch of cells.
 
-    ``scale = 0`` means a known offset, ``scale > 0`` a Gaussian prior of the offset. ``precision`` is 1 for a
-    proper prior and 0 for a flat one (then ``scale`` is 1). ``weight`` is 0 for padding, 1 otherwise.
+    ``counts`` are (n_cells, n_genes). The prior of the capture offsets has the locations ``offset`` m_c and
+    the ``scale`` s_c, (n_cells,) each; ``scale = 0`` means a known offset. ``precision`` (n_cells,), of the
+    standardized offset, is 1 for a proper prior and 0 for a flat one (then ``scale`` is 1). ``weight``
+    (n_cells,) is 0 for padding, 1 for rows without weights of their own. ``design`` (n_cells, p) are
+    covariates, ``exposure`` known log-exposures: (n_cells, 1), (n_cells, n_genes) or, without any,
+    (n_cells, 0). By default there are none.
     """
 
-    counts: jnp.ndarray  # (n_cells, n_genes)
-    offset: jnp.ndarray  # (n_cells,) prior location m_c of the capture offset
-    scale: jnp.ndarray  # (n_cells,) prior scale s_c of the capture offset
-    precision: jnp.ndarray  # (n_cells,) of the standardized capture offset
-    weight: jnp.ndarray  # (n_cells,)
+    __slots__ = ()
+
+    def __new__(cls, counts, offset, scale, precision, weight, design=None, exposure=None):
+        """The arrays; ``design`` and ``exposure`` are optional."""
+        nothing = np.zeros((weight.shape[0], 0)) if design is None or exposure is None else None
+        design = nothing if design is None else design
+        exposure = nothing if exposure is None else exposure
+        return super().__new__(cls, counts, offset, scale, precision, weight, design, exposure)
 
 
 class GaussianPrior(NamedTuple):
@@ -89,9 +99,9 @@ class GaussianPrior(NamedTuple):
     precision: np.ndarray
 
     @classmethod
-    def flat(cls, n):
-        """No prior on any of n parameters."""
-        return cls(np.zeros(n), np.zeros(n))
+    def flat(cls, shape):
+        """No prior on any parameter of an array of this shape."""
+        return cls(np.zeros(shape), np.zeros(shape))
 
     def times(self, other):
         """The product of two priors of the same parameters."""

@@ -27,7 +27,8 @@ _LARGEST_SD = 2.0  # nats; largest norm of a gene's loadings at the start
 def _scores_and_information(cells, params):
     terms = channel_terms(cells.counts, location(cells, params), params.dispersion[None, :])
     weight = cells.weight[:, None]
-    return weight * terms.gradient, weight * terms.rate / (1.0 + terms.odds)
+    # the scores enter by their products
+    return jnp.sqrt(weight) * terms.gradient, weight * terms.rate / (1.0 + terms.odds)
 
 
 @jax.jit
@@ -98,7 +99,7 @@ _LEAST_LEFT = 0.1
 _LARGEST_NOISE = 3.0
 
 
-def start_coordinates(log_mean, log_r, loadings, free, coupled, total, split):
+def start_coordinates(log_mean, log_r, loadings, free, coupled, total, split, coef=None):
     """Coordinates at the start of a fit.
 
     Parameters
@@ -113,6 +114,8 @@ def start_coordinates(log_mean, log_r, loadings, free, coupled, total, split):
     split : float or None
         ``log d - log T(r)`` at the start, of the overdispersion that the loadings leave; inf for Poisson
         counts, without dispersion. None for d = `START_NOISE`; a free dispersion takes the rest.
+    coef : ndarray of shape (n_genes, p), optional
+        Coefficients of independent genes.
     """
     explained = np.sum(loadings**2, 1)
     level, d = total(log_r), np.full(log_mean.size, START_NOISE)
@@ -131,6 +134,7 @@ def start_coordinates(log_mean, log_r, loadings, free, coupled, total, split):
         loadings,
         np.clip(noise_coordinate(d), *NOISE_RANGE),
         log_r,
+        coef,
     )
 
 
@@ -139,6 +143,7 @@ def resumed(start, previous, free):
     finite = np.isfinite(previous.dispersion)  # it is not after a fit with Poisson counts
     return start._replace(
         mean=previous.mean if free.mean else start.mean,
+        coef=previous.coef if free.coef else start.coef,
         noise=previous.noise,
         dispersion=np.where(finite & free.dispersion, previous.dispersion, start.dispersion),
     )

@@ -52,7 +52,7 @@ def solved(cells, params):
 def rows(n=20, seed=60):
     """A matrix of n rows with its capture data, and globals of latent dimension `K_ROWS`."""
     parts = [problem(seed + i)[0] for i in range(-(-n // N_CELLS))]
-    counts, offset, scale, precision, _ = (np.concatenate(a)[:n] for a in zip(*parts, strict=True))
+    counts, offset, scale, precision, *_ = (np.concatenate(a)[:n] for a in zip(*parts, strict=True))
     params = problem(seed)[1]
     params = params._replace(loadings=params.loadings[:, :K_ROWS])
     return csr(counts), offset, scale, precision, params

@@ -4,6 +4,8 @@ import numpy as np
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln._capture import CapturePrior, OffsetPosterior
+from sknbln._design import Design
+from sknbln._known import Known
 from sknbln._svi import Guide
 from sknbln.solver.params import Params
 
@@ -25,6 +27,8 @@ def nbvcp(mean, r, *, capture_prior=None, library_size=(), **params):
     model.mean_, model.dispersion_ = np.array(mean, float), np.array(r, float)
     model.n_features_in_ = len(mean)
     model._library_size = np.asarray(library_size, float)
+    model._design, model._known = Design.learned(None, n_rows), Known.nothing(n_rows)
+    model.coef_ = np.zeros((len(mean), 0))
     model._training_offsets = OffsetPosterior(
         model.capture_offset_,
         np.full(n_rows, POINT),
@@ -62,6 +66,9 @@ def nbln(mean, loadings, noise, r, *, frozen=("r", "mu", "eta"), **params):
     model.frozen_params_ = frozen
     none = np.zeros(mean.size)
     model._standard_deviation = Params(none, np.zeros(loadings.shape), none, none)
-    for name in ("capture_prior_", "capture_offset_", "n_features_in_", "_library_size"):
+    for name in (
+        *("capture_prior_", "capture_offset_", "n_features_in_"),
+        *("_library_size", "_design", "_known", "coef_"),
+    ):
         setattr(model, name, getattr(source, name))
     return model

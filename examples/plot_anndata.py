@@ -79,3 +79,10 @@ plt.show()
 # New cells, in another object with the same genes in the same order, are embedded without a new
 # fit: ``new.obsm["X_nbln"] = model.transform(new.layers["counts"])``. If the genes are in another
 # order, ``new[:, adata.var_names]`` restores it.
+#
+# Cells from several batches have the batch in ``adata.obs``. Given as a covariate, its shifts are
+# taken out while the factors are estimated (:doc:`/guide/covariates`)::
+#
+#     batch = adata.obs[["batch"]]
+#     model.fit(counts, covariates=batch)
+#     adata.obsm["X_nbln"] = model.transform(counts, covariates=batch)

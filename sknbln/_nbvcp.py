@@ -91,7 +91,8 @@ class NBVCPEstimator(
     coef_ : ndarray of shape (n_genes, n_coefficients)
         Coefficients B of the covariates, nats per unit (posterior means); no columns without covariates.
     coef_standard_error_ : ndarray of shape (n_genes, n_coefficients)
-        Their posterior standard deviations. See :meth:`coef_test`.
+        Their posterior standard deviations, without that of a common shift of all genes' coefficients, which
+        cannot be told from one of the capture offsets. See :meth:`coef_test`.
     covariate_names_in_ : ndarray of shape (n_coefficients,)
         Names of the coefficients, such as "age" and "batch[B]".
     capture_prior_ : tuple (log_M0, sigma_M) or None
@@ -469,7 +470,8 @@ def _of_coefficients(x, metric):
     """Of the guide: location and scale of the coefficients, and the share of their information that is left.
 
     The scales are those of each coefficient with all else known. In the share the gene's mean and its other
-    coefficients are unknown, and so are the offsets, which free a common shift of all genes' coefficients.
+    coefficients are unknown. A common shift of all genes' coefficients, which the prior of the offsets alone
+    holds, is left out: coefficients are relative to the level of the cells.
     """
     p = x.coef.shape[1]
     if not p:
@@ -477,10 +479,7 @@ def _of_coefficients(x, metric):
     A = least_squares_matrix(metric.moments)
     information = np.einsum("gii->gi", A)[:, 1:]
     variance = np.einsum("gii->gi", np.linalg.inv(A))[:, 1:]
-    complete = A.sum(0)[1:, 1:]
-    shift = np.diag(np.linalg.inv(metric.coef_shift) - np.linalg.inv(complete))
-    known = 1.0 / (information * (variance + np.maximum(shift, 0.0)))
-    return (x.coef, information**-0.5), known
+    return (x.coef, information**-0.5), 1.0 / (information * variance)
 
 
 def _problem(X, prior, histogram, known=None):

@@ -112,6 +112,10 @@ class OffsetPosterior(NamedTuple):
     scale: np.ndarray
     raw_loc: np.ndarray  # mode before truncation; negative where the bound is active
 
+    def chosen(self, positions):
+        """Those of the rows at these positions."""
+        return OffsetPosterior(*(a[positions] for a in self))
+
 
 def same_offsets(one, other):
     """Whether two posteriors belong to the same rows, that is, agree in every row up to rounding."""

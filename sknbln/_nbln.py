@@ -1,5 +1,6 @@
 """NBLNEstimator: the negative binomial log-normal factor model."""
 
+from functools import partial
 from numbers import Integral, Real
 
 import numpy as np
@@ -215,7 +216,8 @@ class NBLNEstimator(
     promised_gain_ : float
         Predicted gain of another sweep when the fit ended, nats per cell: half the slope along its step.
     n_iter_ : int
-        Number of sweeps.
+        Number of sweeps. With more than 30,000 rows the first are over a random sample of 20,000 rows, until
+        they have converged; all rows go on from there.
     converged_ : bool
         Whether the tolerance was met and every cell's mode converged.
     n_features_in_ : int
@@ -461,39 +463,75 @@ class NBLNEstimator(
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
     def _maximum(self, X, source, offsets, free, column_prior, previous, rng):
-        """The `Outcome` of the ascent, and the rows that it was over. Sets `rank_diagnostics_`."""
+        """The `Outcome` of the ascent, and the rows that it was over. Sets `rank_diagnostics_`.
+
+        Of many rows a sample is fitted first, and all rows go on from there.
+        """
         # before the number of factors is looked for, which takes random numbers too: with the same seed the
         # priors are the same whether it is given, found or continued
         priors = self._priors(source, free, rng)
+        ascent = partial(self._ascent, source, priors, free, column_prior)
+        whole, stages = (X, offsets, self._known), []
         if previous is None:
-            loadings = self._start_loadings(X, source, offsets, rng)
+            sample = _opening.sample_of_rows(X.shape[0], rng)
+            some = whole
+            if sample is not None:
+                some = X[sample], offsets.chosen(sample), self._known.chosen(sample)
+            outcome, rows = ascent(*some, self._start_loadings(*some, source, rng))
+            if outcome.interrupted and sample is not None:
+                raise KeyboardInterrupt  # no sweep over all rows is complete
+            split, previous = outcome.objective.split, outcome.point.x
+            goes_on, stages = sample is not None, outcome.stages
         else:
-            loadings = previous.loadings
+            split, goes_on = self._split, True
             if not hasattr(self, "rank_diagnostics_"):
                 self.rank_diagnostics_ = None
-        k = loadings.shape[1] if np.any(loadings) else 0
-        capture = self._row_capture(X, self._known, source.params, offsets)
-        rows = RowBatches(X, *capture, batch_size=self.batch_size, known=self._known)
+        if goes_on:
+            outcome, rows = ascent(*whole, previous.loadings, previous, split)
+            outcome = outcome._replace(stages=[*stages, *outcome.stages])
+        if self.latent_dim != "auto":  # columns that are not real are zero
+            outcome = outcome.with_columns(min(self.latent_dim, *X.shape))
+        return outcome, rows
+
+    def _ascent(
+        self,
+        source,
+        priors,
+        free,
+        column_prior,
+        X,
+        offsets,
+        known,
+        loadings,
+        previous=None,
+        split=None,
+    ):
+        """The `Outcome` of an ascent over rows, and the rows; from previous coordinates, if there are any.
+
+        Without them the columns of noise are dropped.
+        """
+        capture = self._row_capture(X, known, source.params, offsets)
+        rows = RowBatches(X, *capture, batch_size=self.batch_size, known=known)
         sweeper = Sweeper(rows, loadings.shape[1], self.tol_)
         candidates = _opening.candidates(
-            Objective(sweeper, CountHistogram(X, self._known.weight), *priors),
+            Objective(sweeper, CountHistogram(X, known.weight), *priors),
             source,
             self._total,
             loadings,
             free,
             self.observation,
         )
+        has_columns, n_cells, edges = bool(np.any(loadings)), known.total_weight, None
         if previous is not None:
             objective, start = candidates[0]
-            if self._split is not None:
-                objective = objective.with_split(self._split)
+            if split is not None:
+                objective = objective.with_split(split)
             candidates = [(objective, resumed(start, previous, free))]
-        edges, n_cells = None, self._known.total_weight
-        if self._selects() and previous is None and k > 0 and n_cells >= LEAST_ROWS:
+        elif self._selects() and has_columns and n_cells >= LEAST_ROWS:
             edges = noise_edges(X.shape[1], n_cells)
         outcome = ascend(
             candidates,
-            free._replace(loadings=k > 0),
+            free._replace(loadings=has_columns),
             n_cells=n_cells,
             tol=self.tol_,
             max_iter=self.max_iter,
@@ -506,8 +544,6 @@ class NBLNEstimator(
                 "column_information": outcome.information,
                 "noise_edge": edges[-1],
             }
-        if self.latent_dim != "auto":  # columns that are not real are zero
-            outcome = outcome.with_columns(min(self.latent_dim, *X.shape))
         return outcome, rows
 
     def _selects(self):
@@ -515,17 +551,15 @@ class NBLNEstimator(
         name, _ = column_priors.named(self.loadings_prior)
         return self.latent_dim == "auto" or name in column_priors.CHOOSE_RANK
 
-    def _start_loadings(self, X, source, offsets, rng):
+    def _start_loadings(self, X, offsets, known, source, rng):
         """Loadings at the start; sets `rank_diagnostics_`."""
         most = min(X.shape) if self.latent_dim == "auto" else min(self.latent_dim, *X.shape)
         k, groups, self.rank_diagnostics_ = most, np.zeros((X.shape[1], 0)), None
         if self._selects():
             k, groups, self.rank_diagnostics_ = _opening.number_of_factors(
-                X, source, offsets, most, rng, self._known
+                X, source, offsets, most, rng, known
             )
-        return _opening.start_loadings(
-            X, source, offsets, k, groups, self.batch_size, rng, self._known
-        )
+        return _opening.start_loadings(X, source, offsets, k, groups, self.batch_size, rng, known)
 
     def _priors(self, source, free, rng):
         """Priors of mean and log r, the coupling, and other priors, as `Objective` takes them."""
@@ -553,8 +587,7 @@ class NBLNEstimator(
         """Set the fitted parameters; those frozen at the source's values equal them bit for bit."""
         x = objective.coupling.expand(point.x)
         self._coordinates = point.x
-        split = objective.gene_priors.split
-        self._split = None if split is None else split.centre  # of the candidate that was kept
+        self._split = objective.split  # of the candidate that was kept
         # the coupling computes Sigma_gg from this variance
         self._coordinate_variance = np.sum(point.x.loadings**2, 1) + noise_variance(point.x)
         literal = self.frozen_params_ if self.cascade == "parameter" else ()

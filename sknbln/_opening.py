@@ -13,6 +13,17 @@ from .solver.start import loadings_from_scores, start_coordinates
 SMALL_OVERDISPERSION = 0.5
 
 
+#: of more rows than `MANY_ROWS` a sample of `SAMPLE_ROWS` is fitted before all rows
+MANY_ROWS, SAMPLE_ROWS = 30_000, 20_000
+
+
+def sample_of_rows(n_cells, rng):
+    """Positions of a random sample of many rows, in their order; None where there are few."""
+    if n_cells <= MANY_ROWS:
+        return None
+    return np.sort(rng.choice(n_cells, SAMPLE_ROWS, replace=False))
+
+
 def number_of_factors(X, source, offsets, most, rng, known):
     """Number of factors of all genes and start loadings of groups of few genes, from the scores.
 

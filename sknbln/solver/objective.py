@@ -84,6 +84,11 @@ def _packed_square(a):
     return np.concatenate([np.zeros((a.shape[0], 1 + n)), a[:, i] * a[:, j]], 1)
 
 
+def _same(a, b):
+    """Whether two blocks of parameters are equal but for the rounding of a rotation."""
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-13, atol=1e-15)
+
+
 class Objective:
     """Log-posterior of the global parameters, by one pass over the cells.
 
@@ -123,6 +128,12 @@ class Objective:
         self.coupling = coupling if coupling is not None else Identity()
         self.gene_priors = GenePriors() if gene_priors is None else gene_priors
 
+    @property
+    def split(self):
+        """Centre of the prior of the split; None without one."""
+        prior = self.gene_priors.split
+        return None if prior is None else prior.centre
+
     def with_split(self, centre):
         """The same objective with another centre of the prior of the split, where it has one."""
         if self.gene_priors.split is None:
@@ -134,7 +145,7 @@ class Objective:
 
     def _sums(self, own):
         """Sums over the cells at coordinates of the model's own parameters."""
-        if self._last_sums is None or not all(map(np.array_equal, self._last_sums[0], own)):
+        if self._last_sums is None or not all(map(_same, self._last_sums[0], own)):
             kept = Params(*map(np.copy, own))
             self._last_sums = kept, self.sweep(in_model_units(own))
         return self._last_sums[1]

@@ -1,0 +1,95 @@
+"""Of many rows a sample is fitted first, and all rows go on from there."""
+
+import signal
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from sknbln import NBLNEstimator, NBVCPEstimator, _opening
+from sknbln._rows import Sweeper
+from sknbln.datasets import make_nbln_counts
+
+N, SAMPLE, G = 900, 600, 24
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return make_nbln_counts(n_cells=N, n_genes=G, n_factors=2, random_state=0).data
+
+
+@pytest.fixture(scope="module")
+def source(counts):
+    return NBVCPEstimator(random_state=0).fit(counts)
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """Fits of more than SAMPLE rows sample, and list the number of rows of every pass."""
+    monkeypatch.setattr(_opening, "MANY_ROWS", SAMPLE)
+    monkeypatch.setattr(_opening, "SAMPLE_ROWS", SAMPLE)
+    passes, original = [], Sweeper.__call__
+
+    def counted(self, params):
+        passes.append(self.batches.n_cells)
+        return original(self, params)
+
+    monkeypatch.setattr(Sweeper, "__call__", counted)
+    return passes
+
+
+def estimator(source, **options):
+    return NBLNEstimator(informative_prior_estimator=source, random_state=0, **options)
+
+
+def test_a_sample_saves_passes_over_all_rows_and_the_optimum_is_the_same(counts, source, sampled):
+    model = estimator(source).fit(counts)
+    assert set(sampled) == {SAMPLE, N} and sampled == sorted(sampled)
+    assert sampled.count(N) <= 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_opening, "MANY_ROWS", N)
+        sampled.clear()
+        plain = estimator(source).fit(counts)
+    assert sampled.count(N) > 5
+    assert model.latent_dim_ == plain.latent_dim_ == 2
+    assert model.converged_ and plain.converged_
+    found, expected = (m.objective_history_[-1] for m in (model, plain))
+    assert_allclose(found, expected, atol=5 * model.tol_ * abs(expected))
+    assert_allclose(model.components_, plain.components_, atol=0.1)
+    assert model.n_iter_ == model.objective_history_.size - 1
+    assert model.rank_diagnostics_["column_information"].size >= 2
+
+
+def test_the_same_seed_takes_the_same_rows(counts, source, sampled):
+    once, again = (estimator(source, latent_dim=2).fit(counts) for _ in range(2))
+    assert_array_equal(once.components_, again.components_)
+
+
+def test_an_interrupted_sample_leaves_the_estimator_as_it_was(counts, source, sampled, monkeypatch):
+    counted = Sweeper.__call__
+
+    def interrupted(self, params):
+        if len(sampled) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return counted(self, params)
+
+    monkeypatch.setattr(Sweeper, "__call__", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    model = estimator(source)
+    state = dict(vars(model))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.fit(counts)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(sampled) == {SAMPLE}
+    assert vars(model) == state
+
+
+@pytest.mark.parametrize(("n", "n_sample"), [(30_000, None), (30_001, 20_000)])
+def test_few_rows_are_all_taken(n, n_sample):
+    sample = _opening.sample_of_rows(n, np.random.RandomState(0))
+    if n_sample is None:
+        assert sample is None
+    else:
+        assert sample.shape == (n_sample,) and np.all(np.diff(sample) > 0)

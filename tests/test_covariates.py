@@ -408,4 +408,4 @@ def test_factors_are_not_spent_on_the_batch():
     assert on_batch(without, mixed.data) > 0.9
     assert on_batch(given, mixed.data, **known) < 0.2
     assert recovered(given) > recovered(ideal) - 0.005 > recovered(without)
-    assert np.corrcoef(given.coef_[:, 0], effect)[0, 1] > 0.97
+    assert np.corrcoef(given.coef_[:, 0], effect)[0, 1] > 0.95

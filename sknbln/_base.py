@@ -83,6 +83,7 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
         tags.input_tags.positive_only = True
+        tags.input_tags.allow_nan = True
         return tags
 
     def _validated(self, X, prior=None):
@@ -92,12 +93,41 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         _capture.warn_about_truncation(prior, X)
         return X
 
-    def _known_at_fit(self, X, covariates, offset, weight):
+    def _given(self, X, covariates, offset, prior=None):
+        """Counts as canonical CSR, and the `Known` of their rows; NaN is a count that was not seen."""
+        check_is_fitted(self)
+        X, missing = validate_counts(self, X, reset=False, missing=True)
+        _capture.warn_about_truncation(prior, X)
+        return X, self._known_of(X, covariates, offset, missing)
+
+    def impute(self, X, *, covariates=None, offset=None):
+        """Fill missing counts in with their expectation given the other counts of the row.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts, NaN where they were not seen.
+        covariates, offset
+            Of the rows, as in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_cells, n_genes)
+            The counts, and posterior means of those that are missing.
+        """
+        X, known = self._given(X, covariates, offset)
+        filled = X.toarray()
+        if known.missing is not None:
+            where = known.missing.nonzero()
+            filled[where] = np.exp(self._log_expected(X, known)[where])
+        return filled
+
+    def _known_at_fit(self, X, covariates, offset, weight, missing):
         """`Known` of the rows of a fit, coded by the `Design` of the fit."""
         offset = checked_offset(offset, X.shape, self.capture_efficiency)
-        return Known.coded(self._design, covariates, offset, X.shape[0], weight)
+        return Known.coded(self._design, covariates, offset, X.shape[0], weight, missing)
 
-    def _known_of(self, X, covariates, offset):
+    def _known_of(self, X, covariates, offset, missing=None):
         """`Known` of these rows, coded as in the fit.
 
         Raises
@@ -112,7 +142,7 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
                 "The fit had an offset, and these rows have none: pass offset=, their log-exposures (zeros "
                 "for an exposure of 1)."
             )
-        return Known.coded(self._design, covariates, offset, X.shape[0])
+        return Known.coded(self._design, covariates, offset, X.shape[0], missing=missing)
 
     def _refuse_other_covariates(self, design):
         """Raise ValueError where `warm_start` goes on from a fit with other covariates."""
@@ -215,8 +245,9 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         """
         check_is_fitted(self)
         given_totals = given_totals or self._given_totals
-        X = self._validated(X, None if given_totals else self.capture_prior_)
-        params, known = self._params(), self._known_of(X, covariates, offset)
+        prior = None if given_totals else self.capture_prior_
+        X, known = self._given(X, covariates, offset, prior)
+        params = self._params()
         if given_totals:
             return _capture.score_rows_given_totals(X, params, self.batch_size, known)
         return _capture.score_rows(X, params, self.capture_prior_, self.batch_size, known)

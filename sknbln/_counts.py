@@ -56,7 +56,7 @@ def user_stacklevel():
     return level
 
 
-def validate_counts(estimator, X, *, reset, warn=True):
+def validate_counts(estimator, X, *, reset, warn=True, missing=False):
     """Check a count matrix and return it as float64 CSR, sorted, without duplicates or zeros.
 
     Values within 1e-8, or within a relative 1e-6, of a whole number are rounded to it. The caller's matrix
@@ -72,10 +72,14 @@ def validate_counts(estimator, X, *, reset, warn=True):
         True in `fit`, False afterwards.
     warn : bool, default=True
         False if another estimator issues the warnings about the same matrix.
+    missing : bool, default=False
+        Whether NaN is a count that was not seen, and not an error.
 
     Returns
     -------
     csr_matrix of shape (n_cells, n_genes), float64
+        With ``missing=True`` a tuple of it, with 0 for missing counts, and of a csr_matrix that is True
+        there, None where none is missing.
 
     Raises
     ------
@@ -110,11 +114,40 @@ def validate_counts(estimator, X, *, reset, warn=True):
         X = X.copy()  # the next lines work in place, and the arrays may be the caller's
         X.sum_duplicates()
         X.eliminate_zeros()
+    not_seen = None
+    if missing:
+        X, not_seen = _without_missing(X)
     X = _rounded(X)
     _refuse_values(name, X, getattr(estimator, "feature_names_in_", None))
     if warn:
         _warn_about_values(name, X, reset)
-    return X
+    return (X, not_seen) if missing else X
+
+
+def _without_missing(X):
+    """Canonical CSR with zeros in place of NaN, and a mask of them; None where there is none."""
+    is_nan = np.isnan(X.data)
+    if not is_nan.any():
+        return X, None
+    X, mask = X.copy(), X.astype(bool)
+    mask.data[:] = is_nan
+    mask.eliminate_zeros()
+    X.data[is_nan] = 0.0
+    X.eliminate_zeros()
+    return X, mask
+
+
+def refuse_genes_not_seen(estimator, missing):
+    """Raise ValueError if all counts of a gene are missing."""
+    n_rows = missing.shape[0]
+    genes = np.flatnonzero(missing.getnnz(axis=0) == n_rows)
+    if genes.size:
+        names = getattr(estimator, "feature_names_in_", np.arange(missing.shape[1]))[genes[:10]]
+        raise ValueError(
+            f"All counts of {genes.size} genes are missing, NaN in all {n_rows} rows: "
+            f"{', '.join(map(str, names))}{', ...' if genes.size > 10 else ''}. Nothing can be learned "
+            "of them: leave them out."
+        )
 
 
 def _numbers(name, X):
@@ -130,8 +163,8 @@ def _numbers(name, X):
         X = np.asarray(X)
     if np.ma.is_masked(X):
         raise ValueError(
-            f"Masked entries in data passed to {name}: found {np.ma.count_masked(X)} of {X.size}, and there "
-            "is no model of missing counts. Drop those rows or genes, or fill the mask with counts."
+            f"Masked entries in data passed to {name}: found {np.ma.count_masked(X)} of {X.size}. If these "
+            "counts were not seen, give X.astype(float).filled(numpy.nan); else fill the mask with counts."
         )
     kind = getattr(getattr(X, "dtype", None), "kind", None)
     if kind == "c":

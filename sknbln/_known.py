@@ -1,12 +1,16 @@
-"""What is known of rows besides their counts: covariates, log-exposures, weights."""
+"""What is known of rows besides their counts: covariates, log-exposures, weights, what is missing."""
 
 from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import csr_matrix
 from sklearn.utils.validation import check_array
 
 #: weight of a row that is left out of the sums over rows: it adds nothing to them, and is solved like others
 NO_WEIGHT = 1e-300
+#: log-exposure of a count that was not seen, nats: its expectation is 0, whatever the rate, and so it is
+#: without any influence
+NOT_SEEN = -1e4
 _ROWS_AT_ONCE = 1024  # in means over rows, which are dense
 
 
@@ -33,7 +37,7 @@ def checked_weight(sample_weight, n_rows):
             f"{np.argmax(weight < 0)}. A weight is how often a row counts, 0 or more."
         )
     if not weight.any():
-        raise ValueError("sample_weight is 0 in all rows: give some of them a weight above 0.")
+        raise ValueError("All weights in sample_weight are zero: give some rows a weight above 0.")
     return weight
 
 
@@ -43,13 +47,15 @@ class Known(NamedTuple):
     design: np.ndarray  # (n_rows, p) covariates, centred and of unit variance in the fit
     exposure: np.ndarray  # (n_rows, q) log-exposures, q = 0 (there are none), 1 or n_genes
     weight: np.ndarray | None = None  # (n_rows,) of the rows in sums; None is 1
+    #: (n_rows, n_genes) sparse, True where a count was not seen; None where all were
+    missing: csr_matrix | None = None
 
     @classmethod
-    def coded(cls, design, covariates, offset, n_rows, weight=None):
+    def coded(cls, design, covariates, offset, n_rows, weight=None, missing=None):
         """Of arguments of `fit` and other methods, the covariates coded by a `Design`."""
         exposure = np.zeros((n_rows, 0)) if offset is None else offset
         weight = None if weight is None else np.maximum(weight, NO_WEIGHT)
-        return cls(design.matrix(covariates, n_rows) / design.scale, exposure, weight)
+        return cls(design.matrix(covariates, n_rows) / design.scale, exposure, weight, missing)
 
     @classmethod
     def nothing(cls, n):
@@ -78,15 +84,24 @@ class Known(NamedTuple):
 
     @property
     def is_nothing(self):
-        """Whether there are neither covariates nor exposures."""
-        return not (self.design.shape[1] or self.exposure.shape[1])
+        """Whether there are neither covariates nor exposures nor missing counts."""
+        return not (self.design.shape[1] or self.exposure.shape[1] or self.missing is not None)
+
+    def dense(self):
+        """The same with missing counts as entries of the exposures; for a few rows."""
+        if self.missing is None:
+            return self
+        exposure = np.where(self.missing.toarray(), NOT_SEEN, 0.0)
+        if self.exposure.shape[1]:
+            exposure = exposure + self.exposure
+        return self._replace(exposure=exposure, missing=None)
 
     def log_scale(self, coef):
         """``B c + o``, what is added to the log-means, (n_rows, n_genes) or (n_rows, 1)."""
-        shift = np.zeros((len(self.design), 1))
+        shift, exposure = np.zeros((len(self.design), 1)), self.dense().exposure
         if self.design.shape[1]:
             shift = self.design @ coef.T
-        return shift + self.exposure if self.exposure.shape[1] else shift
+        return shift + exposure if exposure.shape[1] else shift
 
     def blocks(self):
         """Slices of rows, over which a dense matrix of genes is small."""

@@ -17,7 +17,12 @@ from sklearn.utils.validation import check_array, check_is_fitted
 
 from . import _capture, _fit_warnings, _opening, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
-from ._counts import CountHistogram, checked_n_samples, validate_counts
+from ._counts import (
+    CountHistogram,
+    checked_n_samples,
+    refuse_genes_not_seen,
+    validate_counts,
+)
 from ._covariance import CovarianceMixin
 from ._design import Design
 from ._known import checked_weight
@@ -434,7 +439,10 @@ class NBLNEstimator(
             )
         # a source that is fitted here issues the warnings about counts itself
         fitted_here = _source.needs_fit(source)
-        X_original, X = X, validate_counts(self, X, reset=True, warn=not fitted_here)
+        X_original = X
+        X, missing = validate_counts(self, X, reset=True, warn=not fitted_here, missing=True)
+        if missing is not None:
+            refuse_genes_not_seen(self, missing)
         names = getattr(self, "feature_names_in_", None)
         weight = checked_weight(sample_weight, X.shape[0])
         design = Design.learned(covariates, X.shape[0], weight)
@@ -442,7 +450,7 @@ class NBLNEstimator(
         given = dict(covariates=covariates, offset=offset, sample_weight=weight)
         source = _source.fitted_source(
             source,
-            X if names is None else X_original,
+            X if names is None and missing is None else X_original,
             self.memory,
             None if previous is None else self.informative_prior_estimator_,
             {name: value for name, value in given.items() if value is not None},
@@ -453,7 +461,7 @@ class NBLNEstimator(
         self._design = source._design
         self._known = source._known
         if not fitted_here:
-            self._known = self._known_at_fit(X, covariates, offset, weight)
+            self._known = self._known_at_fit(X, covariates, offset, weight, missing)
         if self.observation != "multinomial" and not fitted_here:
             _capture.warn_about_truncation(source.capture_prior_, X)
         self.capture_prior_ = source.capture_prior_
@@ -722,6 +730,19 @@ class NBLNEstimator(
         batches = RowBatches(X, *capture, batch_size=self.batch_size, known=known)
         return solve_rows(batches, self._params())
 
+    def _log_expected(self, X, known):
+        """Logarithms of the expected counts of genes that a row does not show, (n_rows, n_genes).
+
+        ``y = mu + B c + o + W z - eta`` plus noise is Gaussian given the genes that it shows.
+        """
+        rows, params = self._solve(X, known), self._params()
+        W = params.loadings
+        mean = params.mean + rows.scores @ W.T - rows.offset[:, None]
+        mean = mean + known._replace(missing=None).log_scale(params.coef)
+        variance = np.einsum("gi,cij,gj->cg", W, rows.score_covariance, W, optimize=True)
+        variance += params.noise + rows.offset_variance[:, None]
+        return mean + variance / 2 - rows.score_offset_covariance @ W.T
+
     def _units(self):
         """Size of a standardized score of 1 in the units of `whiten`, and which components are zero.
 
@@ -752,8 +773,8 @@ class NBLNEstimator(
         ndarray of shape (n_cells, latent_dim)
             Principal coordinates. Those of a component that is zero are 0.
         """
-        X = self._validated(X, self._offset_prior())
-        return self._embedded(self._solve(X, self._known_of(X, covariates, offset)).scores)
+        X, known = self._given(X, covariates, offset, self._offset_prior())
+        return self._embedded(self._solve(X, known).scores)
 
     def _embedded(self, scores):
         """Standardized scores in the units of `whiten`."""
@@ -813,8 +834,8 @@ class NBLNEstimator(
             Posterior covariances given the model's parameters; a capture offset that is not frozen is
             integrated out. In nats squared; of standardized scores if ``whiten=True``.
         """
-        X = self._validated(X, self._offset_prior())
-        posterior = self._solve(X, self._known_of(X, covariates, offset))
+        X, known = self._given(X, covariates, offset, self._offset_prior())
+        posterior = self._solve(X, known)
         units, _ = self._units()
         return self._embedded(posterior.scores), posterior.score_covariance * np.outer(units, units)
 
@@ -887,8 +908,7 @@ class NBLNEstimator(
         check_is_fitted(self)
         known = None
         if X is not None:
-            X = self._validated(X, self._offset_prior())
-            known = self._known_of(X, covariates, offset)
+            X, known = self._given(X, covariates, offset, self._offset_prior())
         n_samples = checked_n_samples(
             self.informative_priors_n_samples if n_samples is None else n_samples
         )

@@ -12,7 +12,13 @@ from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _svi
 from ._base import CountModelMixin, whole_or_nothing
-from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validate_counts
+from ._counts import (
+    CountHistogram,
+    checked_n_samples,
+    refuse_genes_not_seen,
+    user_stacklevel,
+    validate_counts,
+)
 from ._design import Design
 from ._known import Known, checked_weight
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
@@ -214,7 +220,9 @@ class NBVCPEstimator(
             all rows) or are all zero; if more than a few cells have more counts than M0; if the offset looks
             like the exposure itself, or stands beside a capture model.
         """
-        X = validate_counts(self, X, reset=True)
+        X, missing = validate_counts(self, X, reset=True, missing=True)
+        if missing is not None:
+            refuse_genes_not_seen(self, missing)
         weight = checked_weight(sample_weight, X.shape[0])
         design = Design.learned(covariates, X.shape[0], weight)
         rng = check_random_state(self.random_state)
@@ -223,7 +231,7 @@ class NBVCPEstimator(
         histogram = CountHistogram(X, weight)
         previous = self._previous(X.shape[1], design)
         self._design = design
-        self._known = known = self._known_at_fit(X, covariates, offset, weight)
+        self._known = known = self._known_at_fit(X, covariates, offset, weight, missing)
         problem = _problem(X, prior, histogram, known)
         outcome, scores = self._maximum(X, problem, histogram, previous, known)
         point = outcome.point
@@ -407,12 +415,12 @@ class NBVCPEstimator(
             Log-expression in nats (natural logarithm of expected counts at full capture).
         """
         check_is_fitted(self)
-        X = self._validated(X, self.capture_prior_)
-        known = self._known_of(X, covariates, offset)
+        X, known = self._given(X, covariates, offset, self.capture_prior_)
         capture = np.exp(-self._posterior().offsets(X, self.batch_size, known).loc)[:, None]
         r, mean = self.dispersion_, self.mean_
-        if known.exposure.shape[1]:
-            capture = capture * np.exp(known.exposure)
+        exposure = known.dense().exposure
+        if exposure.shape[1]:
+            capture = capture * np.exp(exposure)
         if known.design.shape[1]:
             mean = mean * np.exp(known.design @ self._guide.coef_mean.T)
         return np.log((r + X.toarray()) / (r / mean + capture))
@@ -445,12 +453,17 @@ class NBVCPEstimator(
         check_is_fitted(self)
         known = None
         if X is not None:
-            X = self._validated(X, self.capture_prior_)
-            known = self._known_of(X, covariates, offset)
+            X, known = self._given(X, covariates, offset, self.capture_prior_)
         n_samples = checked_n_samples(self.n_posterior_samples if n_samples is None else n_samples)
         rng = check_random_state(self.random_state if random_state is None else random_state)
         draws = self._posterior().draws(n_samples, rng, X, self.batch_size, known=known)
         return self._with_coef(draws, draws.pop("coef"))
+
+    def _log_expected(self, X, known):
+        """Logarithms of the expected counts of rows given their offsets, (n_rows, n_genes)."""
+        offsets = self._posterior().offsets(X, self.batch_size, known).loc
+        shift = known._replace(missing=None).log_scale(self._guide.coef_mean)
+        return np.log(self.mean_) + shift - offsets[:, None]
 
     def _posterior_draws(self, n_samples, X, rng, *, eta, known=None):
         """Parameter draws for replicated counts; without offsets if `eta` is None."""

@@ -154,7 +154,7 @@ class RowBatches:
         self.counts.block(rows).toarray(out=counts[:n])
         offset, scale, precision = self.capture[rows].T
         padded = self.padded(offset), self.padded(scale), self.padded(precision, 1.0)
-        design, exposure, weight = self.known.chosen(rows)
+        design, exposure, weight, _ = self.known.chosen(rows).dense()
         weight = np.ones(n) if weight is None else weight
         return Cells(counts, *padded, *map(self.padded, (weight, design, exposure)))
 

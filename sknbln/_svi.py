@@ -380,7 +380,7 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
                 problem,
                 start,
                 (rows, counts, weight, random_numbers(rng, X.shape[1], rows.size, p)),
-                None if known is None else known.chosen(rows),
+                None if known is None else known.chosen(rows).dense(),
             )
             own = weight[weight > 0]
             chosen = baseline[rows[weight > 0]] * (own / own.mean())

@@ -22,6 +22,7 @@ from sklearn.utils._param_validation import Interval, generate_invalid_param_val
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln._counts import validate_counts
 from sknbln.datasets import make_nbln_counts
+from sknbln.predictive import compositional_samples
 
 N, G = 40, 12
 NAMES = [f"gene{g}" for g in range(G)]
@@ -231,14 +232,7 @@ REFUSED = {
         "Negative values in data .* found -2 at row 3, column 4",
     ),
     "negative, sparse": (lambda X: sp.csc_array(changed(X, -2)), "found -2 at row 3, column 4"),
-    "NaN": (lambda X: changed(X, np.nan), "NaN in data .* at row 3, column 4"),
-    "NaN, sparse": (lambda X: sp.coo_array(changed(X, np.nan)), "NaN in data .* row 3, column 4"),
-    "None": (lambda X: [[1, None], [2, 3]], "NaN in data .* row 0, column 1"),
     "inf": (lambda X: changed(X, np.inf), "inf in data .* at row 3, column 4"),
-    "missing": (
-        lambda X: pd.DataFrame(X, columns=NAMES).astype("Int64").mask(changed(X * 0, 1) > 0),
-        r"NaN in data .* at row 3, column 4 \('gene4'\)",
-    ),
     "complex": (lambda X: X.astype(complex), "Complex data not supported: .* expects counts"),
     "complex, sparse": (lambda X: sp.csr_array(X).astype(complex), "Complex data not supported"),
     "text": (
@@ -298,10 +292,31 @@ def test_bad_new_rows_are_refused_by_every_method(counts, nbvcp, nbln):
         for method in (model.transform, model.score_samples, model.score):
             with pytest.raises(ValueError, match="Negative values in data passed to NB"):
                 method(changed(counts, -1))
-        with pytest.raises(ValueError, match="NaN in data"):
-            model.sample_posterior(2, changed(counts, np.nan))
+        with pytest.raises(ValueError, match="Negative values in data"):
+            model.sample_posterior(2, changed(counts, -1))
+        with pytest.raises(ValueError, match="NaN in data"):  # compositions of whole rows
+            compositional_samples(model, changed(counts, np.nan))
     with pytest.raises(ValueError, match="inf in data"):
         nbln.posterior_scores(changed(counts, np.inf))
+
+
+NOT_SEEN = {
+    "NaN": lambda X: changed(X, np.nan),
+    "NaN, sparse": lambda X: sp.coo_array(changed(X, np.nan)),
+    "None": lambda X: changed(X.astype(object), None),
+    "NA": lambda X: pd.DataFrame(X, columns=NAMES).astype("Int64").mask(changed(X * 0, 1) > 0),
+}
+
+
+@pytest.mark.parametrize("make", NOT_SEEN.values(), ids=NOT_SEEN)
+def test_a_missing_value_is_a_count_that_was_not_seen(counts, make):
+    before = make(counts)
+    X, missing = validate_counts(NBVCPEstimator(), before, reset=True, missing=True)
+    assert_array_equal(np.argwhere(missing.toarray()), [[3, 4]])
+    assert_array_equal(X.toarray(), changed(counts, 0))
+    assert X.has_canonical_format and X.data.all()
+    X, missing = validate_counts(NBVCPEstimator(), counts, reset=True, missing=True)
+    assert missing is None
 
 
 @pytest.mark.parametrize("name", ["nbvcp", "nbln"])

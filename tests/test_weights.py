@@ -162,7 +162,7 @@ def test_a_weight_of_0_leaves_a_row_out(data):
 @pytest.mark.parametrize(
     "weight, message",
     [
-        (np.zeros(N), "sample_weight is 0 in all rows"),
+        (np.zeros(N), "All weights in sample_weight are zero"),
         (-np.ones(N), "Negative values in sample_weight: 150"),
         (np.ones(N - 1), r"sample_weight of shape \(149,\): expected \(150,\)"),
         (np.full(N, np.nan), "NaN"),

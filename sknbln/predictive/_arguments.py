@@ -80,8 +80,8 @@ def prepare(
         )
     known = model._known
     if X is not None:
-        X = model._validated(X, model._offset_prior() if LEVELS[level] else None)
-        known = model._known_of(X, covariates, offset)
+        prior = model._offset_prior() if LEVELS[level] else None
+        X, known = model._given(X, covariates, offset, prior)
     elif covariates is not None or offset is not None:
         raise ValueError(
             "covariates and offset are of the rows of X, and X is None: the training rows have those of the "

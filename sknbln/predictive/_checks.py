@@ -184,7 +184,7 @@ def quantile_residuals(
     Returns
     -------
     ndarray of shape (n_rows, n_genes_selected)
-        In (0, 1); ``scipy.stats.norm.ppf`` makes normal residuals of them.
+        In (0, 1), NaN for missing counts; ``scipy.stats.norm.ppf`` makes normal residuals of them.
 
     Raises
     ------
@@ -230,4 +230,6 @@ def quantile_residuals(
             :, positions
         ]
         residuals[rows] = (below[rows] + uniform * (ties[rows] + 1)) / (n_samples + 1)
+    if replicates.known.missing is not None:
+        residuals[replicates.known.missing[:, positions].toarray()] = np.nan
     return np.clip(residuals, np.finfo(float).tiny, 1 - np.finfo(float).epsneg, out=residuals)

@@ -24,8 +24,8 @@ class PredictiveModel(ABC):
         """The capture prior of the rows' offsets; None where offsets do not enter."""
 
     @abstractmethod
-    def _known_of(self, X, covariates, offset):
-        """`Known` of validated counts, from the arguments `covariates` and `offset`."""
+    def _given(self, X, covariates, offset, prior=None):
+        """Counts as canonical CSR, and the `Known` of their rows; it warns as `_validated` does."""
 
     @abstractmethod
     def _posterior_draws(self, n_samples, X, rng, *, eta, known=None):

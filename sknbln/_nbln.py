@@ -4,32 +4,29 @@ from functools import partial
 from numbers import Integral, Real
 
 import numpy as np
-import numpyro.distributions as dist
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
-    TransformerMixin,
     _fit_context,
 )
-from sklearn.utils import Bunch, check_random_state
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
-from sklearn.utils.validation import check_array, check_is_fitted
 
 from . import _capture, _fit_warnings, _opening, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
 from ._counts import (
     CountHistogram,
-    checked_n_samples,
     refuse_genes_not_seen,
     validate_counts,
 )
 from ._covariance import CovarianceMixin
 from ._design import Design
+from ._draws import PosteriorMixin
+from ._embedding import EmbeddingMixin
 from ._known import checked_weight
 from ._nbvcp import NBVCPEstimator
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
-from .predictive._replicates import ParameterDraws
 from .solver import column_priors
 from .solver.ascent import ascend
 from .solver.coupling import Identity, MarginalCoupling
@@ -67,8 +64,9 @@ def _default_tol(cascade, column_prior, frozen):
 class NBLNEstimator(
     ClassNamePrefixFeaturesOutMixin,
     CovarianceMixin,
+    PosteriorMixin,
     CountModelMixin,
-    TransformerMixin,
+    EmbeddingMixin,
     BaseEstimator,
 ):
     r"""Negative binomial log-normal factor model of counts.
@@ -742,206 +740,3 @@ class NBLNEstimator(
         variance = np.einsum("gi,cij,gj->cg", W, rows.score_covariance, W, optimize=True)
         variance += params.noise + rows.offset_variance[:, None]
         return mean + variance / 2 - rows.score_offset_covariance @ W.T
-
-    def _units(self):
-        """Size of a standardized score of 1 in the units of `whiten`, and which components are zero.
-
-        Zero means up to rounding, as the last of `n_genes` components is.
-        """
-        norms = np.linalg.norm(self.components_, axis=1)
-        rounding = np.finfo(float).eps * max(self.components_.shape)
-        is_zero = norms <= rounding * norms.max()
-        units = np.ones_like(norms) if self.whiten else np.where(is_zero, 0.0, norms)
-        return units, is_zero
-
-    def transform(self, X, *, covariates=None, offset=None):
-        r"""Principal coordinates of the rows: posterior means of the factor scores in the units of `whiten`.
-
-        .. math:: Z_{ck} = \lVert W_{\perp k} \rVert \, \mathrm E[z_{ck} \mid u_c]
-
-        in nats, with ``W_perp_k`` the rows of `components_`; without the norms if ``whiten=True``.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts; training rows and new rows are treated alike.
-        covariates, offset
-            Of the rows, as in :meth:`fit`.
-
-        Returns
-        -------
-        ndarray of shape (n_cells, latent_dim)
-            Principal coordinates. Those of a component that is zero are 0.
-        """
-        X, known = self._given(X, covariates, offset, self._offset_prior())
-        return self._embedded(self._solve(X, known).scores)
-
-    def _embedded(self, scores):
-        """Standardized scores in the units of `whiten`."""
-        units, is_zero = self._units()
-        return np.where(is_zero, 0.0, scores * units)
-
-    def inverse_transform(self, Z):
-        r"""Log-rates at full capture of rows with these coordinates, at the mean of the covariates.
-
-        .. math:: \mu + W z_c, \qquad z_{ck} = Z_{ck} / \lVert W_{\perp k} \rVert
-
-        or ``z = Z`` if ``whiten=True``. The noise of single genes, of variance d, is left out.
-
-        Parameters
-        ----------
-        Z : array-like of shape (n_rows, latent_dim)
-            Principal coordinates, in the units that :meth:`transform` returns. Those of a component that is
-            zero are ignored.
-
-        Returns
-        -------
-        ndarray of shape (n_rows, n_genes)
-            Log-rates, nats.
-
-        Raises
-        ------
-        ValueError
-            If Z does not have a column per component, or has values that are not finite.
-        """
-        check_is_fitted(self)
-        Z = check_array(Z, dtype=np.float64, input_name="Z")
-        n_components = len(self.components_)
-        if Z.shape[1] != n_components:
-            raise ValueError(
-                f"Z has {Z.shape[1]} columns, expected {n_components}: one per component, as transform "
-                "returns them."
-            )
-        units, is_zero = self._units()
-        scores = np.divide(Z, units, out=np.zeros_like(Z), where=~is_zero)
-        return self.mean_ + scores @ self.loadings_.T
-
-    def posterior_scores(self, X, *, covariates=None, offset=None):
-        """Posterior mean and covariance of the principal coordinates, in the units of `whiten`.
-
-        Parameters
-        ----------
-        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
-        covariates, offset
-            Of the rows, as in :meth:`fit`.
-
-        Returns
-        -------
-        mean : ndarray of shape (n_cells, latent_dim)
-            Posterior means, as returned by :meth:`transform`.
-        covariance : ndarray of shape (n_cells, latent_dim, latent_dim)
-            Posterior covariances given the model's parameters; a capture offset that is not frozen is
-            integrated out. In nats squared; of standardized scores if ``whiten=True``.
-        """
-        X, known = self._given(X, covariates, offset, self._offset_prior())
-        posterior = self._solve(X, known)
-        units, _ = self._units()
-        return self._embedded(posterior.scores), posterior.score_covariance * np.outer(units, units)
-
-    # ------------------------------------------------------------------ posterior
-
-    def get_distributions(self):
-        """Posterior distributions of the parameters, as NumPyro distributions.
-
-        Returns
-        -------
-        dict
-            ``"r"`` (n_genes,) unless the channel has no dispersion; ``"mu"`` (n_genes,) log-rates; with
-            covariates ``"coef"`` (n_genes, n_coefficients), in the units of `coef_`; ``"eta"``
-            (n_cells,) capture offsets and ``"z"`` (n_cells, latent_dim) standardized scores of the training
-            rows, whatever `whiten` is. Frozen parameters have the source's posterior (under
-            ``cascade="marginal"`` transformed by the coupling). Free parameters have a Gaussian (log-normal
-            for r) from the curvature of the profiled objective.
-        """
-        check_is_fitted(self)
-        guide, rows, sd = self._source.guide, self._rows, self._standard_deviation
-        coupled, frozen, distributions = self.cascade == "marginal", self.frozen_params_, {}
-        if self.observation == "nb":
-            coupling = None
-            if coupled:
-                coupling = _posterior.CoupledDispersion(self._coordinate_variance, self._total)
-            distributions["r"] = (
-                _posterior.source_dispersion(guide, coupling)
-                if "r" in frozen
-                else dist.LogNormal(np.log(self.dispersion_), sd.dispersion)
-            )
-        shift = np.diag(self.get_covariance()) / 2 if coupled else 0.0
-        distributions["mu"] = (
-            dist.Normal(guide.log_mean[0] - shift, guide.log_mean_scale)
-            if "mu" in frozen
-            else dist.Normal(self.mean_, sd.mean)
-        )
-        if self.coef_.shape[1]:
-            distributions["coef"] = dist.Normal(self.coef_, self.coef_standard_error_)
-        if "eta" in frozen:
-            prior = self._source.capture_prior
-            distributions["eta"] = _posterior.source_offsets(guide, prior, self.capture_offset_)
-        else:
-            scale = rows.offset_scale
-            distributions["eta"] = _posterior.truncated(rows.offset, scale, self.capture_offset_)
-        distributions["z"] = dist.MultivariateNormal(rows.scores, rows.score_covariance)
-        return distributions
-
-    def sample_posterior(
-        self, n_samples=None, X=None, *, random_state=None, covariates=None, offset=None
-    ):
-        """Draws from the posterior of r, mu, B and eta; frozen parameters come from the source's draws.
-
-        Parameters
-        ----------
-        n_samples : int or None, default=None
-            Number of draws; None takes ``informative_priors_n_samples``.
-        X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
-            Rows whose capture offsets are drawn; None for the training rows.
-        random_state : int, RandomState instance or None, default=None
-            Seed of the draws; None takes the estimator's.
-        covariates, offset
-            Of the rows of X, as in :meth:`fit`.
-
-        Returns
-        -------
-        Bunch
-            ``r`` (n_samples, n_genes), ``mu`` (n_samples, n_genes) log-rates, ``eta`` (n_samples, n_rows);
-            with covariates ``coef`` (n_samples, n_genes, n_coefficients) in the units of `coef_`.
-        """
-        check_is_fitted(self)
-        known = None
-        if X is not None:
-            X, known = self._given(X, covariates, offset, self._offset_prior())
-        n_samples = checked_n_samples(
-            self.informative_priors_n_samples if n_samples is None else n_samples
-        )
-        rng = check_random_state(self.random_state if random_state is None else random_state)
-        draws = self._posterior_draws(n_samples, X, rng, eta="all", known=known)
-        bunch = Bunch(r=draws.r, mu=draws.log_mean, eta=draws.eta)
-        return self._with_coef(bunch, draws.coef)
-
-    def _posterior_draws(self, n_samples, X, rng, *, eta, known=None):
-        """Parameter draws for replicated counts; `eta` selects the offsets: None, "frozen" or "all"."""
-        coupled, frozen = self.cascade == "marginal", self.frozen_params_
-        sd, with_offsets = self._standard_deviation, eta is not None and "eta" in frozen
-        source = self._source.draws(
-            n_samples, rng, X, self.batch_size, offsets=with_offsets, known=known
-        )
-        r, fitted = source.r, np.diag(self.get_covariance())
-        variance = fitted
-        if "r" not in frozen:
-            r = self.dispersion_ * np.exp(sd.dispersion * rng.standard_normal(r.shape))
-        elif coupled:
-            r, variance = _posterior.coupled_draws(r, self._coordinate_variance, self._total)
-        if "mu" in frozen:
-            log_mean = np.log(source.mu) - (variance / 2 if coupled else 0.0)
-        else:
-            log_mean = self.mean_ + sd.mean * rng.standard_normal(r.shape)
-            # the marginal mean, mu + Sigma_gg/2, is what the data determine
-            log_mean = log_mean - (variance - fitted) / 2
-        coef = source.coef
-        if "mu" not in frozen:
-            coef = self._params().coef + sd.coef * rng.standard_normal(coef.shape)
-        inflation = None if variance is fitted else variance / np.maximum(fitted, 1e-300)
-        offsets = source.eta
-        if eta == "all" and "eta" not in frozen:
-            rows = self._rows if X is None else self._solve(X, known)
-            offsets = _posterior.offset_draws(rows.offset, rows.offset_scale, n_samples, rng)
-        return ParameterDraws(r, log_mean, offsets, inflation, coef)

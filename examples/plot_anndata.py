@@ -47,13 +47,6 @@ genes = NBVCPEstimator(random_state=0).fit(counts)
 model = NBLNEstimator(informative_prior_estimator=genes, random_state=0).fit(counts)
 
 # %%
-# Where cells come from several batches, their labels are a column of ``adata.obs``. Hand it over, and
-# the factors hold what the batch does not explain::
-#
-#     model.fit(counts, covariates=adata.obs[["batch"]])
-#     adata.obsm["X_nbln"] = model.transform(counts, covariates=adata.obs[["batch"]])
-
-# %%
 # Store the results. Everything is already a NumPy array.
 adata.obsm["X_nbln"] = model.transform(counts)
 adata.varm["nbln"] = model.get_W_compositional()
@@ -86,3 +79,10 @@ plt.show()
 # New cells, in another object with the same genes in the same order, are embedded without a new
 # fit: ``new.obsm["X_nbln"] = model.transform(new.layers["counts"])``. If the genes are in another
 # order, ``new[:, adata.var_names]`` restores it.
+#
+# Cells from several batches have the batch in ``adata.obs``. Given as a covariate, its shifts are
+# taken out while the factors are estimated (:doc:`/guide/covariates`)::
+#
+#     batch = adata.obs[["batch"]]
+#     model.fit(counts, covariates=batch)
+#     adata.obsm["X_nbln"] = model.transform(counts, covariates=batch)

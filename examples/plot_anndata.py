@@ -47,13 +47,6 @@ genes = NBVCPEstimator(random_state=0).fit(counts)
 model = NBLNEstimator(informative_prior_estimator=genes, random_state=0).fit(counts)
 
 # %%
-# Where cells come from several batches, their labels are a column of ``adata.obs``. Hand it over, and
-# the factors hold what the batch does not explain::
-#
-#     model.fit(counts, covariates=adata.obs[["batch"]])
-#     adata.obsm["X_nbln"] = model.transform(counts, covariates=adata.obs[["batch"]])
-
-# %%
 # Store the results. Everything is already a NumPy array.
 adata.obsm["X_nbln"] = model.transform(counts)
 adata.varm["nbln"] = model.get_W_compositional()

@@ -18,6 +18,7 @@ from scipy.stats import chi2
 from sklearn.utils import check_scalar
 from sklearn.utils.validation import validate_data
 
+from ._known import without_missing
 from .solver.channel import log_factorial, log_rising, log_rising_derivatives
 
 #: directories of frames that are not the user's own code
@@ -116,38 +117,12 @@ def validate_counts(estimator, X, *, reset, warn=True, missing=False):
         X.eliminate_zeros()
     not_seen = None
     if missing:
-        X, not_seen = _without_missing(X)
+        X, not_seen = without_missing(X)
     X = _rounded(X)
     _refuse_values(name, X, getattr(estimator, "feature_names_in_", None))
     if warn:
         _warn_about_values(name, X, reset)
     return (X, not_seen) if missing else X
-
-
-def _without_missing(X):
-    """Canonical CSR with zeros in place of NaN, and a mask of them; None where there is none."""
-    is_nan = np.isnan(X.data)
-    if not is_nan.any():
-        return X, None
-    X, mask = X.copy(), X.astype(bool)
-    mask.data[:] = is_nan
-    mask.eliminate_zeros()
-    X.data[is_nan] = 0.0
-    X.eliminate_zeros()
-    return X, mask
-
-
-def refuse_genes_not_seen(estimator, missing):
-    """Raise ValueError if all counts of a gene are missing."""
-    n_rows = missing.shape[0]
-    genes = np.flatnonzero(missing.getnnz(axis=0) == n_rows)
-    if genes.size:
-        names = getattr(estimator, "feature_names_in_", np.arange(missing.shape[1]))[genes[:10]]
-        raise ValueError(
-            f"All counts of {genes.size} genes are missing, NaN in all {n_rows} rows: "
-            f"{', '.join(map(str, names))}{', ...' if genes.size > 10 else ''}. Nothing can be learned "
-            "of them: leave them out."
-        )
 
 
 def _numbers(name, X):

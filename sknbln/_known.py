@@ -41,6 +41,35 @@ def checked_weight(sample_weight, n_rows):
     return weight
 
 
+def without_missing(X):
+    """Canonical CSR with zeros in place of NaN, and a mask of them; None where there is none."""
+    is_nan = np.isnan(X.data)
+    if not is_nan.any():
+        return X, None
+    X, mask = X.copy(), X.astype(bool)
+    mask.data[:] = is_nan
+    mask.eliminate_zeros()
+    X.data[is_nan] = 0.0
+    X.eliminate_zeros()
+    return X, mask
+
+
+def refuse_genes_not_seen(estimator, missing, weight):
+    """Raise ValueError if all counts of a gene are missing, in rows with a weight; None where none is."""
+    if missing is None:
+        return
+    missing = missing if weight is None else missing[weight > 0]
+    n_rows = missing.shape[0]
+    genes = np.flatnonzero(missing.getnnz(axis=0) == n_rows)
+    if genes.size:
+        names = getattr(estimator, "feature_names_in_", np.arange(missing.shape[1]))[genes[:10]]
+        raise ValueError(
+            f"All counts of {genes.size} genes are missing, NaN in all {n_rows} rows: "
+            f"{', '.join(map(str, names))}{', ...' if genes.size > 10 else ''}. Nothing can be learned "
+            "of them: leave them out."
+        )
+
+
 class Known(NamedTuple):
     """What is known of rows besides their counts."""
 

@@ -14,16 +14,12 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
 from . import _capture, _fit_warnings, _opening, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
-from ._counts import (
-    CountHistogram,
-    refuse_genes_not_seen,
-    validate_counts,
-)
+from ._counts import CountHistogram, validate_counts
 from ._covariance import CovarianceMixin
 from ._design import Design
 from ._draws import PosteriorMixin
 from ._embedding import EmbeddingMixin
-from ._known import checked_weight
+from ._known import checked_weight, refuse_genes_not_seen
 from ._nbvcp import NBVCPEstimator
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
@@ -439,10 +435,9 @@ class NBLNEstimator(
         fitted_here = _source.needs_fit(source)
         X_original = X
         X, missing = validate_counts(self, X, reset=True, warn=not fitted_here, missing=True)
-        if missing is not None:
-            refuse_genes_not_seen(self, missing)
         names = getattr(self, "feature_names_in_", None)
         weight = checked_weight(sample_weight, X.shape[0])
+        refuse_genes_not_seen(self, missing, weight)
         design = Design.learned(covariates, X.shape[0], weight)
         previous = self._previous(X, design)
         given = dict(covariates=covariates, offset=offset, sample_weight=weight)

@@ -12,15 +12,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _svi
 from ._base import CountModelMixin, whole_or_nothing
-from ._counts import (
-    CountHistogram,
-    checked_n_samples,
-    refuse_genes_not_seen,
-    user_stacklevel,
-    validate_counts,
-)
+from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validate_counts
 from ._design import Design
-from ._known import Known, checked_weight
+from ._known import Known, checked_weight, refuse_genes_not_seen
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
@@ -221,9 +215,8 @@ class NBVCPEstimator(
             like the exposure itself, or stands beside a capture model.
         """
         X, missing = validate_counts(self, X, reset=True, missing=True)
-        if missing is not None:
-            refuse_genes_not_seen(self, missing)
         weight = checked_weight(sample_weight, X.shape[0])
+        refuse_genes_not_seen(self, missing, weight)
         design = Design.learned(covariates, X.shape[0], weight)
         rng = check_random_state(self.random_state)
         prior = _capture.resolve(self.capture_efficiency, X if weight is None else X[weight > 0])

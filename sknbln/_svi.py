@@ -404,13 +404,17 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
                     break
     except KeyboardInterrupt:
         converged, interrupted, reason = False, True, "it was interrupted"
+    guide = _at(start, moving, average, n_cells)
+    return Fit(guide, _sum(losses, shifts), converged, reason, interrupted)
+
+
+def _at(start, moving, params, n_cells):
+    """The `Guide` at standardized parameters, without the padding of the rows."""
     fitted = {}
     for name in moving:
         loc, scale = getattr(start, name)
-        shift, log_scale = (
-            np.asarray(average[f"{name}_{what}"]) for what in ("shift", "log_scale")
-        )
+        shift, log_scale = (np.asarray(params[f"{name}_{what}"]) for what in ("shift", "log_scale"))
         fitted[name] = (loc + scale * shift, scale * np.exp(log_scale))
     if "capture_offset" in fitted:
         fitted["capture_offset"] = tuple(a[:n_cells] for a in fitted["capture_offset"])
-    return Fit(start._replace(**fitted), _sum(losses, shifts), converged, reason, interrupted)
+    return start._replace(**fitted)

@@ -155,6 +155,10 @@ def test_a_gene_that_was_never_seen(data, source):
     ):
         with pytest.raises(ValueError, match=r"All counts of 2 genes .*: 2, 5\. .* leave them out"):
             fit(X)
+        X[0, [2, 5]] = 1.0  # in a row of weight 0
+        with pytest.raises(ValueError, match="All counts of 2 genes"):
+            fit(X, sample_weight=np.r_[0.0, np.ones(N - 1)])
+        X[0, [2, 5]] = np.nan
 
 
 def test_tags():

@@ -220,9 +220,18 @@ def test_counts_without_dispersion_have_all_overdispersion_in_d():
 
 
 def test_a_frozen_dispersion_is_kept():
-    x = start(None)
+    x = start(None, free=FREE._replace(dispersion=False))
     assert x.dispersion is LOG_R
     assert_allclose(noise_variance(x), START_NOISE)
+
+
+def test_without_a_split_the_dispersion_takes_what_the_loadings_and_the_noise_leave():
+    W = 0.2 * np.random.default_rng(0).standard_normal((G, K))
+    x, T = start(None, W), total()
+    assert_allclose(noise_variance(x), START_NOISE)
+    rest = T(LOG_R) - np.sum(W**2, 1) - START_NOISE
+    assert_allclose(T(x.dispersion), np.maximum(rest, 0.1 * T(LOG_R)), rtol=1e-6)
+    assert np.any(rest < 0.1 * T(LOG_R)) and np.any(rest > 0.1 * T(LOG_R))
 
 
 def test_the_mean_is_the_marginal_one_where_it_is_a_coordinate_or_frozen():

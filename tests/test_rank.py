@@ -89,6 +89,7 @@ def test_columns_of_noise_are_dropped_after_a_few_sweeps(monkeypatch):
     assert model.score(sim.data) == pytest.approx(expected.score(sim.data), abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_factor_of_two_genes_is_found():
     rng = np.random.default_rng(0)
     on = rng.random(400) < 0.3

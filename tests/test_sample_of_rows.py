@@ -10,7 +10,7 @@ from sknbln import NBLNEstimator, NBVCPEstimator, _opening
 from sknbln._rows import Sweeper
 from sknbln.datasets import make_nbln_counts
 
-N, SAMPLE, G = 900, 600, 24
+N, SAMPLE, G, BATCH = 900, 600, 24, 192
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def counts():
 
 @pytest.fixture(scope="module")
 def source(counts):
-    return NBVCPEstimator(random_state=0).fit(counts)
+    return NBVCPEstimator(batch_size=BATCH, random_state=0).fit(counts)
 
 
 @pytest.fixture
@@ -39,7 +39,9 @@ def sampled(monkeypatch):
 
 
 def estimator(source, **options):
-    return NBLNEstimator(informative_prior_estimator=source, random_state=0, **options)
+    return NBLNEstimator(
+        informative_prior_estimator=source, batch_size=BATCH, random_state=0, **options
+    )
 
 
 def test_a_sample_saves_passes_over_all_rows_and_the_optimum_is_the_same(counts, source, sampled):

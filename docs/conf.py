@@ -1,5 +1,7 @@
 """Settings of the documentation; `make docs` builds it with warnings as errors."""
 
+import re
+
 import sknbln
 
 project = "sknbln"
@@ -42,3 +44,16 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "min_reported_time": 1,
 }
+
+
+def plain_links(app, what, name, obj, options, lines):
+    """Links of scikit-learn's docstrings (of ``set_fit_request`` and its like) lead to its own pages."""
+    guide = "https://scikit-learn.org/stable/metadata_routing.html"
+    for i, line in enumerate(lines):
+        line = re.sub(r":ref:`([^<`]*) <metadata_routing>`", rf"`\1 <{guide}>`__", line)
+        lines[i] = re.sub(r":term:`([^<`]*)(?: <[^>]*>)?`", r"\1", line)
+
+
+def setup(app):
+    """Register the hook with Sphinx."""
+    app.connect("autodoc-process-docstring", plain_links)

@@ -36,9 +36,9 @@ def fixed_priors(monkeypatch):
     """
     original = _nbvcp._problem
 
-    def problem(X, prior, histogram):
+    def problem(X, prior, histogram, known=None):
         loc, scale = (np.full(X.shape[1], v) for v in LOG_MEAN)
-        return original(X, prior, histogram)._replace(mean_prior=(loc, scale))
+        return original(X, prior, histogram, known)._replace(mean_prior=(loc, scale))
 
     def rows(self, library_size):
         return tuple(np.full(np.shape(library_size), v) for v in self)

@@ -132,7 +132,8 @@ def test_intervals_under_a_split_of_overdispersion_hold_the_truth():
 
 def exact_scores(model, X, n_draws, rng):
     """`score_samples` by importance sampling: estimates and their standard errors, (n_cells,) each."""
-    mean, loadings, noise, _ = params = model._params()
+    params = model._params()
+    mean, loadings, noise = params[:3]
     r = model.dispersion_
     offset, scale = model.capture_prior_.rows(np.asarray(X.sum(axis=1)).ravel())
     found = solve_rows(RowBatches(X, offset, scale), params)

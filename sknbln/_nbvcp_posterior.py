@@ -122,7 +122,11 @@ class NBVCPPosterior:
 
 
 class SourceModel(ABC):
-    """An estimator that an NBLN fit can have as its source."""
+    """An estimator that an NBLN fit can have as its source.
+
+    A fitted source has the attributes `_design`, the `Design` of its covariates, and `_known`, what is known of
+    its training rows.
+    """
 
     @abstractmethod
     def _posterior(self):

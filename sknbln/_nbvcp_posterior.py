@@ -124,8 +124,8 @@ class NBVCPPosterior:
 class SourceModel(ABC):
     """An estimator that an NBLN fit can have as its source.
 
-    A fitted source has the attributes `_design`, the `Design` of its covariates, and `_known`, what is known of
-    its training rows.
+    A fitted source has the attributes `_design`, the `Design` of its covariates, and `_known`, what is known
+    of its training rows.
     """
 
     @abstractmethod

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy.linalg import qr, solve_triangular
+from sklearn.preprocessing import OneHotEncoder
 
 from ._counts import user_stacklevel
 
@@ -27,8 +28,8 @@ class Design:
 
     A numeric covariate is one column as it is, so that its coefficient is in nats per unit of the covariate.
     A categorical one (of strings, booleans or a categorical type) is one column per level but the first, 1
-    in the rows of the level and 0 elsewhere, as `OneHotEncoder(drop="first")` makes them; its coefficients
-    are differences from the first level in nats. Levels are those that occur in the fit, sorted; those of a
+    in the rows of the level and 0 elsewhere, by `OneHotEncoder(drop="first")`; its coefficients are
+    differences from the first level in nats. Levels are those that occur in the fit, sorted; those of a
     categorical type keep its order.
 
     Attributes
@@ -246,14 +247,16 @@ def _numbers(column):
 def _contrasts(column, levels):
     """Indicators of all levels but the first."""
     code = pd.Index(levels, dtype=object).get_indexer(column.to_numpy(object))
-    if (code < 0).any():
-        unknown = column[code < 0].unique().tolist()
+    unknown = column[code < 0]
+    if unknown.size:
         raise ValueError(
-            f"Unknown levels of the covariate '{column.name}': {_listed(unknown)}, in "
-            f"{np.count_nonzero(code < 0)} rows. The fit knows {_listed(levels)}: fit to rows of all levels "
+            f"Unknown levels of the covariate '{column.name}': {_listed(unknown.unique().tolist())}, in "
+            f"{unknown.size} rows. The fit knows {_listed(levels)}: fit to rows of all levels "
             "(with a weight above 0), or leave these rows out."
         )
-    return (code[:, None] == np.arange(1, len(levels))).astype(float)
+    # by their positions, which keep the order of levels of any type
+    encoder = OneHotEncoder(categories=[np.arange(len(levels))], drop="first", sparse_output=False)
+    return encoder.fit_transform(code[:, None])
 
 
 def _refuse_many_columns(names, levels, n_rows):

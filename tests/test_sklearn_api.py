@@ -58,7 +58,6 @@ def test_scikit_learn_check(estimator, check):
     check(estimator)
 
 
-@pytest.mark.slow
 def test_pipeline_predicts_labels():
     cells = load_immune_cells()
     pipeline = make_pipeline(

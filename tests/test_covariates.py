@@ -409,3 +409,39 @@ def test_factors_are_not_spent_on_the_batch():
     assert on_batch(given, mixed.data, **known) < 0.2
     assert recovered(given) > recovered(ideal) - 0.005 > recovered(without)
     assert np.corrcoef(given.coef_[:, 0], effect)[0, 1] > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "estimator",
+    [NBVCPEstimator(random_state=0), NBLNEstimator(2, random_state=0)],
+    ids=["nbvcp", "nbln"],
+)
+def test_standard_errors_match_a_parametric_bootstrap(estimator):
+    """40 data sets of the same parameters, with scores, noise and counts of their own.
+
+    Measured, standard deviations over standard errors: 1.10 and .88 in root mean square for the two
+    covariates, medians over genes 1.02 (NBVCP) and 1.01 (NBLN).
+    """
+    n, genes, n_sets = 300, 24, 40
+    rng = np.random.default_rng(0)
+    design = np.stack([np.arange(n) % 2, rng.normal(size=n)], 1)
+    shift = design @ rng.normal(0.0, 0.4, (genes, 2)).T
+    sim = make_nbln_counts(n, genes, n_factors=2, random_state=0)
+    found, errors = [], []
+    for seed in range(n_sets):
+        rng = np.random.default_rng(seed)
+        x = sim.mean + rng.standard_normal((n, 2)) @ sim.loadings.T + shift
+        x += (
+            rng.standard_normal((n, genes)) * np.sqrt(sim.noise_variance)
+            - sim.capture_offset[:, None]
+        )
+        counts = rng.poisson(np.exp(x) * rng.gamma(sim.dispersion, 1 / sim.dispersion, x.shape))
+        fitted = clone(estimator).fit(counts, covariates=design)
+        # coefficients are relative to the level of the cells
+        found.append(fitted.coef_ - fitted.coef_.mean(0))
+        errors.append(fitted.coef_standard_error_)
+    ratio = np.std(found, axis=0, ddof=1) / np.mean(errors, axis=0)
+    assert 0.9 < np.median(ratio) < 1.1
+    pooled = np.sqrt(np.mean(ratio**2, 0))
+    assert np.all((pooled > 0.8) & (pooled < 1.2)), pooled

@@ -1,6 +1,6 @@
 """Do clusters of an embedding agree with cell types: k-means on held-out immune cells.
 
-    python benchmarks/embedding.py [--latent-dim 8 16] [--splits 3]
+    python benchmarks/embedding.py [--latent-dim auto 8 16] [--splits 3]
 
 The embeddings are fitted to two thirds of the 600 cells of ``sknbln.datasets.load_immune_cells``. The
 other cells are transformed, and clustered by k-means into as many clusters as there are cell types (10
@@ -10,8 +10,8 @@ average for clusters at random. Mean over the splits, lowest and highest in brac
 whiten=False  principal coordinates: scores times the norms of their components
 whiten=True   standardized scores
 
-NBLN is fitted with ``cascade="marginal", informative_priors_freeze=("eta",), tol=1e-4``; PCA is that of
-the logarithms of depth-normalized counts.
+NBLN is fitted with its defaults but for the number of factors, which it finds itself under "auto"; PCA, of
+the logarithms of depth-normalized counts, has as many components.
 """
 
 import argparse
@@ -27,8 +27,6 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from sknbln import NBLNEstimator
 from sknbln.datasets import load_immune_cells
 
-SETTING = {"cascade": "marginal", "informative_priors_freeze": ("eta",), "tol": 1e-4}
-
 
 def agreement(embedding, types):
     """Adjusted Rand index between the clusters of an embedding and the cell types."""
@@ -40,7 +38,7 @@ def fit_nbln(X, k):
     """NBLN, and the counts as it takes them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the embedding is judged, not the fit
-        model = NBLNEstimator(k, random_state=0, **SETTING).fit(X)
+        model = NBLNEstimator(k, random_state=0).fit(X)
     return model, lambda rows: rows
 
 
@@ -64,8 +62,10 @@ def run(dims, n_splits):
     splits = StratifiedShuffleSplit(n_splits, test_size=1 / 3, random_state=0)
     for train, test in splits.split(cells.data, cells.target):
         for k in dims:
+            n_components = k
             for name in METHODS:
-                model, prepared = METHODS[name](cells.data[train], k)
+                model, prepared = METHODS[name](cells.data[train], n_components)
+                n_components = getattr(model, "latent_dim_", n_components)
                 held_out = prepared(cells.data[test])
                 for whiten in (False, True):  # neither model's fit depends on it
                     Z = model.set_params(whiten=whiten).transform(held_out)
@@ -76,13 +76,14 @@ def run(dims, n_splits):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--latent-dim", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--latent-dim", nargs="+", default=["auto", "8", "16"])
     parser.add_argument("--splits", type=int, default=3)
     given = parser.parse_args()
-    found = run(given.latent_dim, given.splits)
+    dims = [k if k == "auto" else int(k) for k in given.latent_dim]
+    found = run(dims, given.splits)
     rows = []
     for name in METHODS:
-        for k in given.latent_dim:
+        for k in dims:
             values = (found[name, k, whiten] for whiten in (False, True))
             rows.append(
                 [name, k, *(f"{np.mean(v):.2f} ({min(v):.2f}, {max(v):.2f})" for v in values)]

@@ -122,7 +122,7 @@ class NBLNEstimator(
         norm of its component, so that distances between rows are distances of log-rates. True: standardized
         scores, with variance 1 in the model. It has no part in the fit.
     max_iter : int, default=200
-        Maximum number of sweeps over the data.
+        Maximum number of sweeps; with more than 30,000 rows, of the sample of them and of all rows each.
     tol : float or None, default=None
         Relative tolerance of the log-posterior. The fit stops when the predicted gain of the next sweep
         (half the slope along its step) is less than half this fraction of the log-posterior's magnitude, or

@@ -33,8 +33,8 @@ offsets are unknown, with posterior variances ``v_c``, is computed at the maximu
           {\partial \eta_c \, \partial \log r_g} \right)^2
 
 and the marginal scale is wider by the square root of the share that is left. So are the scales of the
-coefficients B, by the shares of their information that are left where the gene's mean, its other coefficients
-and the offsets are unknown.
+coefficients B, by the shares of their information that are left where the gene's mean and its other
+coefficients are unknown.
 """
 
 import threading
@@ -58,12 +58,8 @@ from .solver.objective import COEF_PRIOR_SCALE
 #: rows per step; independent of the estimator's batch_size, which only sets memory
 MINIBATCH = 256
 WINDOW = 50  # steps over which losses and iterates are averaged
-_MOVING = (
-    "log_mean",
-    "log_dispersion",
-    "coef",
-    "capture_offset",
-)  # parts of the guide that are optimized
+#: parts of the guide that are optimized
+_MOVING = "log_mean", "log_dispersion", "coef", "capture_offset"
 _MOST_TRUNCATED = 30.0  # standard deviations by which a location may lie below the bound 0
 _ELBO = Trace_ELBO(sum_sites=False)
 _ADAM = optax.scale_by_adam()
@@ -98,9 +94,8 @@ class Guide(NamedTuple):
     dispersion_known: np.ndarray  # (n_genes,) share of the information in log r that is left
     #: loc, scale of the coefficients, (n_genes, p) each; None without covariates
     coef: tuple | None = None
-    coef_known: np.ndarray | None = (
-        None  # (n_genes, p) share of the information in them that is left
-    )
+    #: (n_genes, p) share of the information in them that is left; None without covariates
+    coef_known: np.ndarray | None = None
 
     @property
     def coef_mean(self):

@@ -1,5 +1,7 @@
 """A common change of all loadings: its information, and its step beyond that of the regressions."""
 
+import warnings
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -200,3 +202,21 @@ def test_coupled_means_hold_the_lengths_of_the_columns():
             for c in (columns, columns._replace(lengths=np.zeros(small.N_GENES)))
         )
         assert 0 <= ours < 0.5 * alone
+
+
+def test_singular_information_is_solved_in_its_range():
+    """Two genes without counts, whose lengths alone are observed: two numbers for three changes.
+
+    Conjugate gradients divided by zero here.
+    """
+    rng = np.random.default_rng(0)
+    columns = Columns.at(rng.standard_normal((2, 2)), np.full(2, 1e-150), 8, 0.0)
+    columns = columns.with_lengths(np.ones(2))
+    change = rng.standard_normal((2, 2))
+    T = columns.times(columns.observed, change + change.T)
+    for size in (1.0, 1e-180):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            S = columns.inverse(columns.observed, size * T)
+        assert_allclose(columns.times(columns.observed, S), size * T, rtol=1e-6)
+        assert np.abs(S).max() < size * 10.0

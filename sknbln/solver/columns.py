@@ -12,6 +12,8 @@ from scipy.sparse.linalg import LinearOperator, cg
 _CG_TOL, _CG_ITERATIONS = 1e-10, 200  # of conjugate gradients
 #: information below this counts as 0
 _NO_INFORMATION = 1e-100
+#: added to the information, as a share of the largest: without counts it may be singular
+_RIDGE = 1e-14
 #: least observed information in a rotation of the loadings under a prior, as a share of the largest possible:
 #: the counts hold none
 LEAST_ROTATION = 0.02
@@ -133,22 +135,23 @@ class Columns(NamedTuple):
         inverse = np.divide(1.0, diagonal, out=np.zeros((k, k)), where=diagonal > _NO_INFORMATION)
         if symmetric:  # so that S stays symmetric
             inverse = (inverse + inverse.T) / 2.0
+        size, ridge = np.max(np.abs(T)), _RIDGE * diagonal.max()
         if not np.any(inverse * T):
             return np.zeros((k, k))
 
         def product(s):
             S = s.reshape(k, k)
             S = self.times(information, (S + S.T) / 2.0 if symmetric else S)
-            return ((S + S.T) / 2.0 if symmetric else S).ravel()
+            return ((S + S.T) / 2.0 if symmetric else S).ravel() + ridge * s
 
         S, _ = cg(
             LinearOperator((k * k, k * k), product),
-            T.ravel(),
+            T.ravel() / size,  # the squares of small numbers vanish
             rtol=_CG_TOL,
             maxiter=_CG_ITERATIONS,
             M=LinearOperator((k * k, k * k), lambda s: s * inverse.ravel()),
         )
-        return S.reshape(k, k)
+        return size * S.reshape(k, k)
 
     def step(self, gradient):
         """Newton step of a common change of all loadings, less the part in the regressions' step."""

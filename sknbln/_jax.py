@@ -74,12 +74,13 @@ def compiled_once(kernel):
 
     @functools.wraps(kernel)
     def called(*args, **kwargs):
-        shapes = tuple(map(np.shape, jax.tree.leaves(args))), tuple(kwargs.items())
-        if shapes in seen:
+        kinds = [(np.shape(a), getattr(a, "dtype", None)) for a in jax.tree.leaves(args)]
+        kinds = (*kinds, *kwargs.items())
+        if kinds in seen:
             return kernel(*args, **kwargs)
         with _COMPILING:
             result = kernel(*args, **kwargs)
-            seen.add(shapes)
+            seen.add(kinds)
         give_back()
         return result
 

@@ -58,7 +58,7 @@ def start_loadings(X, source, offsets, k, groups, batch_size, rng, known):
     n_cells, n_genes = X.shape
     zero = np.zeros(n_cells)
     batches = RowBatches(X, offsets.loc, zero, batch_size=batch_size, known=known)
-    sums = sum_over_batches(batches, source.params)
+    sums = sum_over_batches(batches, source.params, np.float32)  # enough for a start
     broad = loadings_from_scores(sums, known.total_weight, n_genes, k, rng)
     loadings = np.concatenate([broad, groups], 1)
     return pad_columns(loadings, max(loadings.shape[1], 1))

@@ -17,11 +17,15 @@ from .solver.ascent import magnitude
 from .solver.channel import log_rising_slope
 from .solver.marginal import BatchSums, no_sums, score_products, solve_cells
 from .solver.mode import LAST_STEP
-from .solver.params import Cells
+from .solver.params import Cells, Params
 
 _ROW_BUCKET = 64  # rows of a batch are padded to a multiple of this
 _LEAST_ROWS = 64  # minimum of an automatic batch: each batch costs a set of sums for every gene
-_RANK_BUCKET = 4  # latent dimensions are padded to a multiple of this
+# Latent dimensions are padded to a multiple of the first; where there are fewer counts than `FEW_ENTRIES`, of
+# the second, 0 too: one kernel then serves independent genes and all of up to 8 factors. Columns of zeros cost
+# less there than a kernel takes to compile, two seconds
+_RANK_BUCKET, _RANK_BUCKET_OF_FEW = 4, 8
+FEW_ENTRIES = 2**20
 # Counts in an automatic batch, about; 8 bytes each in a few arrays
 _BATCH_ENTRIES = 2**17
 _BATCH_ENTRIES_OF_ACCELERATOR = 2**22
@@ -34,12 +38,21 @@ _LEAST_BLOCK = 8  # rows
 _MODE_SHARE = 1e-4
 # upper bound of the remaining Newton decrement, nats
 _LARGEST_LAST_STEP = 1e-6
+# the same in single precision, whose rounding it is above
+_LAST_STEP_SINGLE = 1e-4
+# relative rounding errors of a sum over the cells: a few units in the last place of its terms
+_ROUNDING, _ROUNDING_SINGLE = 1e-15, 3e-8
 
 solve_cells, score_products = (compiled_once(k) for k in (solve_cells, score_products))
 
 
-def padded_rank(k):
-    """Latent dimension of the compiled kernel. A zero column of W stays zero in a sweep."""
+def padded_rank(k, entries):
+    """Latent dimension of the compiled kernel for a number of counts.
+
+    A zero column of W stays zero in a sweep.
+    """
+    if entries < FEW_ENTRIES:
+        return -(-max(k, 1) // _RANK_BUCKET_OF_FEW) * _RANK_BUCKET_OF_FEW
     return -(-k // _RANK_BUCKET) * _RANK_BUCKET
 
 
@@ -136,7 +149,11 @@ class RowBatches:
 
     def padded(self, a, value=0.0):
         """The array `a`, padded with `value` to the number of rows of a batch."""
-        return np.concatenate([a, np.full((self.rows - a.shape[0], *a.shape[1:]), value)], 0)
+        return np.concatenate([a, np.full((self.rows - a.shape[0], *a.shape[1:]), value, a.dtype)])
+
+    def padded_rank(self, k):
+        """Latent dimension of the compiled kernel."""
+        return padded_rank(k, math.prod(self.counts.shape))
 
     @property
     def n_cells(self):
@@ -147,27 +164,28 @@ class RowBatches:
         """The slice of rows of each batch."""
         return [slice(start, min(start + self.rows, self.n_cells)) for start in self.starts]
 
-    def cells(self, rows):
-        """The rows of a batch as `Cells`."""
+    def cells(self, rows, dtype=float):
+        """The rows of a batch as `Cells` of this precision."""
         n = rows.stop - rows.start
-        counts = np.zeros((self.rows, self.counts.shape[1]))
-        self.counts.block(rows).toarray(out=counts[:n])
+        counts = np.zeros((self.rows, self.counts.shape[1]), dtype)
+        self.counts.block(rows).astype(dtype, copy=False).toarray(out=counts[:n])
         offset, scale, precision = self.capture[rows].T
         padded = self.padded(offset), self.padded(scale), self.padded(precision, 1.0)
         design, exposure, weight, _ = self.known.chosen(rows).dense()
         weight = np.ones(n) if weight is None else weight
-        return Cells(counts, *padded, *map(self.padded, (weight, design, exposure)))
+        known = map(self.padded, (weight, design, exposure))
+        return Cells(counts, *(a.astype(dtype, copy=False) for a in (*padded, *known)))
 
     def __iter__(self):
         """Yield (slice of rows, `Cells`)."""
         for rows in self.slices():
             yield rows, self.cells(rows)
 
-    def map(self, function):
+    def map(self, function, dtype=float):
         """Iterator of ``function(rows, cells)`` over the batches, in order; several run at the same time."""
         slices = self.slices()
         workers = min(n_workers(), len(slices))
-        return in_order(lambda rows: function(rows, self.cells(rows)), slices, workers)
+        return in_order(lambda rows: function(rows, self.cells(rows, dtype)), slices, workers)
 
     def solve(self, cells, params, zeta, last_step=LAST_STEP):
         """Solve the cells by :func:`solve_cells`, a block of cells at a time."""
@@ -225,9 +243,9 @@ def _added(total, part):
     return jax.tree.map(np.add, total, part)
 
 
-def with_padded_rank(params):
+def with_padded_rank(params, batches):
     """The parameters with zero columns of loadings up to the latent dimension of the compiled kernel."""
-    k = padded_rank(params.loadings.shape[1])
+    k = batches.padded_rank(params.loadings.shape[1])
     return params._replace(loadings=pad_columns(params.loadings, k))
 
 
@@ -239,7 +257,7 @@ def solve_rows(batches, params, start=None):
     -------
     RowPosterior
     """
-    k, wide = params.loadings.shape[1], with_padded_rank(params)
+    k, wide = params.loadings.shape[1], with_padded_rank(params, batches)
     if start is None:
         start = np.zeros((batches.n_cells, wide.loadings.shape[1] + 1))
     on_device = jax.device_put(wide)
@@ -261,7 +279,7 @@ def gene_score_products(batches, params, start, free_dispersion):
     Shapes are (n_genes, p + k + 3, p + k + 3) and (n_genes,); the posterior is a `RowPosterior`. If log r is
     not free, its gradients omit the part that does not depend on the log-rates.
     """
-    k, wide = params.loadings.shape[1], with_padded_rank(params)
+    k, wide = params.loadings.shape[1], with_padded_rank(params, batches)
     p, k_padded = params.coef.shape[1], wide.loadings.shape[1]
     r = 1.0 / params.dispersion if free_dispersion else None
     params = jax.device_put(wide)
@@ -284,17 +302,23 @@ def gene_score_products(batches, params, start, free_dispersion):
     return total[0][:, keep][:, :, keep], total[1], solved
 
 
-def sum_over_batches(batches, params):
-    """A function that returns the sum of ``function(cells, params, *args)`` over the batches."""
+def sum_over_batches(batches, params, dtype=float):
+    """A function that returns the sum of ``function(cells, params, *args)`` over the batches.
+
+    The function is computed in this precision, and its results are added up in double.
+    """
+
+    def cast(args):
+        return jax.tree.map(lambda a: a.astype(dtype, copy=False), args)
 
     @float64
     def summed(function, *args):
-        kernel = compiled_once(function)
+        kernel, on_device = compiled_once(function), jax.device_put(cast((params, *args)))
 
         def part(rows, cells):
-            return jax.tree.map(np.asarray, kernel(cells, params, *args))
+            return jax.tree.map(lambda a: np.asarray(a, float), kernel(cells, *on_device))
 
-        return functools.reduce(_added, batches.map(part))
+        return functools.reduce(_added, batches.map(part, dtype))
 
     return summed
 
@@ -311,6 +335,8 @@ class Sweeper:
     tol : float, default=0.0
         Relative tolerance of the fit. The modes of the rows are solved so accurately that the error of the
         objective is far below it; 0 solves them to rounding.
+    single : bool, default=False
+        Begin in single precision, in half of the time, until `refine` is called.
 
     Attributes
     ----------
@@ -318,26 +344,38 @@ class Sweeper:
         Modes of the last sweep: scores, and the standardized deviation of the offset from its prior.
     """
 
-    def __init__(self, batches, k, tol=0.0):
-        self.batches, self.tol = batches, tol
-        self.scores = np.zeros((batches.n_cells, padded_rank(k) + 1))
+    def __init__(self, batches, k, tol=0.0, single=False):
+        self.batches, self.tol, self._single = batches, tol, single
+        self.scores = np.zeros((batches.n_cells, batches.padded_rank(k) + 1))
         self._last_step = LAST_STEP
+
+    @property
+    def rounding(self):
+        """Relative rounding error of the log-marginal."""
+        return _ROUNDING_SINGLE if self._single else _ROUNDING
+
+    def refine(self):
+        """Sweep in double precision from now on; whether it was single before."""
+        was, self._single = self._single, False
+        return was
 
     def rotate(self, rotation):
         """Rotate the scores by that of the loadings, (k, k); one with fewer columns drops the others."""
         k, kept = rotation.shape
-        scores = pad_columns(self.scores[:, :k] @ rotation, padded_rank(kept))
+        scores = pad_columns(self.scores[:, :k] @ rotation, self.batches.padded_rank(kept))
         self.scores = np.concatenate([scores, self.scores[:, -1:]], 1)
 
     @float64
     def __call__(self, params):
         """One pass over all rows: `BatchSums` of NumPy arrays for the unpadded latent dimension."""
-        wide = with_padded_rank(params)
-        on_device = jax.device_put(wide)
+        wide = with_padded_rank(params, self.batches)
+        dtype = np.float32 if self._single else float
+        on_device = jax.device_put(Params(*(a.astype(dtype, copy=False) for a in wide)))
+        last_step = max(self._last_step, _LAST_STEP_SINGLE) if self._single else self._last_step
 
         def solved(rows, cells):
-            start = self.batches.padded(self.scores[rows])
-            _, results, sums = self.batches.solve(cells, on_device, start, self._last_step)
+            start = self.batches.padded(self.scores[rows].astype(dtype, copy=False))
+            _, results, sums = self.batches.solve(cells, on_device, start, last_step)
             mode = np.asarray(results.zeta)[: rows.stop - rows.start]
             # trial parameters may overflow; the next sweep starts from the last finite scores
             is_finite = np.isfinite(mode).all(axis=1)
@@ -345,10 +383,12 @@ class Sweeper:
             return jax.tree.map(np.asarray, sums)
 
         total = no_sums(*wide.loadings.shape, wide.coef.shape[1])
-        for sums in self.batches.map(solved):
+        for sums in self.batches.map(solved, dtype):
             total = _added(total, sums)
         # the first sweep, before which the magnitude is unknown, is solved to rounding
         size = magnitude(float(total.log_marginal), max(self.batches.known.total_weight, 1))
+        if not np.isfinite(size) and not np.any(self.scores) and self.refine():
+            return self(params)  # the start overflows in single precision
         if np.isfinite(size):
             self._last_step = min(
                 max(LAST_STEP, (_MODE_SHARE * self.tol * size) ** 2), _LARGEST_LAST_STEP

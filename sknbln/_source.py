@@ -23,6 +23,7 @@ FREEZE_NAMES = {
 
 #: standard deviation of what the cascade's marginal mean and total overdispersion are wrong by, nats
 COUPLING_ERROR = 0.1
+_QUADRATURE_NODES = 15
 
 
 def canonical_freeze(names):
@@ -205,22 +206,24 @@ def total_overdispersion(source, offsets, known):
     return TotalOverdispersion.at(source.mean * scale, source.dispersion)
 
 
-def marginal_priors(source, total, free, tau, n_samples, rng):
+def marginal_priors(source, total, free, tau):
     """Priors of the marginal log-mean and of the log of the total overdispersion; flat where frozen.
 
     Their standard deviations are `tau` times those of the source's posterior, and `COUPLING_ERROR` for what
-    the coupling itself is wrong by.
+    the coupling itself is wrong by. That of log T(r) is integrated over the normal posterior of log r by
+    Gauss-Hermite quadrature.
     """
-    flat = GaussianPrior.flat(source.mean.size)
-    draws = source.log_draws(n_samples, rng)
+    flat, guide = GaussianPrior.flat(source.mean.size), source.guide
 
-    def anchored(loc, draws):
-        return GaussianPrior(loc, 1.0 / (tau**2 * draws.var(0) + COUPLING_ERROR**2))
+    def anchored(loc, variance):
+        return GaussianPrior(loc, 1.0 / (tau**2 * variance + COUPLING_ERROR**2))
 
-    level = np.log(total(np.log(source.dispersion)))
-    mean = anchored(np.log(source.mean), draws.mu)
+    loc, scale = guide.log_dispersion[0], guide.log_dispersion_scale
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_QUADRATURE_NODES)
+    level = np.log(total(loc + nodes[:, None] * scale))
+    weights = weights / weights.sum()
+    of_level = weights @ (level - weights @ level) ** 2
+    mean = anchored(np.log(source.mean), guide.log_mean_scale**2)
     mean = mean.times(weak_mean_prior(np.log(source.mean)))
-    return (
-        mean if free.mean else flat,
-        OverdispersionPrior(total, anchored(level, np.log(total(draws.r)))),
-    )
+    of_total = anchored(np.log(total(np.log(source.dispersion))), of_level)
+    return mean if free.mean else flat, OverdispersionPrior(total, of_total)

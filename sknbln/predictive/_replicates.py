@@ -220,7 +220,7 @@ class Replicates:
                 yield rows, params.mean + self._shift(params, rows) - capture[0][rows, None]
             return
         batches = RowBatches(self.X, *capture, batch_size=self.model.batch_size, known=self.known)
-        params = with_padded_rank(params)
+        params = with_padded_rank(params, batches)
         padded = params.loadings.shape[1]
         if self._scores is None:
             self._scores = np.zeros((self.n_rows, padded + 1))

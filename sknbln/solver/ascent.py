@@ -203,6 +203,7 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
             stages.append([value / n_cells for value in climb.values])
             if edges is not None:
                 x, free, information = _real_columns(objective, climb.point, free, edges, n_cells)
+                objective.refine()  # the sums have to be taken anew in any case
         has_columns = column_prior is not None and free.loadings
         climb = None if has_columns else _Climb(objective, x, free, n_cells, tol, plain)
         while outcome is None or not outcome.reason:
@@ -217,7 +218,14 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
                     climb.go_on_under(evaluate, x, rotation)
             accepted = climb.sweep()
             done = sum(len(stage) - 1 for stage in [*stages, climb.values])
-            note(climb, accepted, _ended(climb, columns, done == max_iter, max_iter))
+            ended = _ended(climb, columns, done == max_iter, max_iter)
+            if (ended[1] or done == max_iter - 1) and done < max_iter and objective.refine():
+                note(climb, accepted, (False, ""))
+                if not has_columns:
+                    stages.append([value / n_cells for value in climb.values])
+                    climb.go_on_under(objective, climb.point.x, np.eye(climb.point.x.loadings.shape[1]))
+                continue
+            note(climb, accepted, ended)
     except KeyboardInterrupt:
         if outcome is None:
             raise

@@ -22,11 +22,11 @@ from scipy.special import digamma, gammaln, polygamma
 _STIRLING = 30.0
 # From here on r counts as infinite: its term u^2 / 2r is below rounding for every count.
 _POISSON = 1e30
-# Log-rates are cut off here: far beyond any count, and the exponential is finite.
-MAX_LOG_RATE = 600.0
+# Log-rates are cut off here: far beyond any count, and the products of the exponential are finite.
+MAX_LOG_RATE, _MAX_LOG_RATE_SINGLE = 600.0, 60.0
 # Smallest overdispersion that is not 0: its reciprocal is finite, and its effect on any count is below
 # rounding.
-SMALLEST_OVERDISPERSION = 1e-280
+SMALLEST_OVERDISPERSION, _SMALLEST_OVERDISPERSION_SINGLE = 1e-280, 1e-35
 _SQRT_HALF_BITS = np.int64(0x3FE6A09E00000000)  # of a number just below sqrt(1/2)
 _TWO_52_BITS = np.int64(0x4330000000000000)
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -57,7 +57,15 @@ def channel_terms(u, y, phi):
 
     Parameters are ``u`` and ``y`` of shape (n_cells, n_genes) and ``phi`` of shape (1, n_genes).
     """
-    return terms_at(u, jnp.exp(jnp.minimum(y, MAX_LOG_RATE)), phi)
+    return terms_at(u, jnp.exp(_cut_off(y)), phi)
+
+
+def _is_single(x):
+    return x.dtype == jnp.float32
+
+
+def _cut_off(y):
+    return jnp.minimum(y, _MAX_LOG_RATE_SINGLE if _is_single(y) else MAX_LOG_RATE)
 
 
 def terms_at(u, rate, phi):
@@ -72,14 +80,15 @@ def log_odds_terms(phi, terms):
     """``log(1 + phi e^y)`` and ``log(1 + phi e^y) / phi``, which at ``phi = 0`` is ``e^y``."""
     # the barrier makes XLA compute the logarithm once and not in each of its uses
     log1p = jax.lax.optimization_barrier(log1p_of_positive(terms.odds))
-    positive = phi >= SMALLEST_OVERDISPERSION
+    least = _SMALLEST_OVERDISPERSION_SINGLE if _is_single(phi) else SMALLEST_OVERDISPERSION
+    positive = phi >= least
     return log1p, jnp.where(positive, log1p / jnp.where(positive, phi, 1.0), terms.rate)
 
 
 def log_likelihood_terms(u, y, logs):
     """``u y - (u + 1/phi) log(1 + phi e^y)``: the part of the log-likelihood that depends on y."""
     log1p, entropy = logs
-    return u * (jnp.minimum(y, MAX_LOG_RATE) - log1p) - entropy
+    return u * (_cut_off(y) - log1p) - entropy
 
 
 @jax.custom_jvp
@@ -90,6 +99,8 @@ def log1p_of_positive(x):
     ``1 + x = 2^n m`` and m near 1, and ``s = f / (2 + f)``, ``f = m - 1``, the series of
     ``log m = 2 artanh s`` is FreeBSD's.
     """
+    if _is_single(x):
+        return jnp.log1p(x)
     bits = jax.lax.bitcast_convert_type(1.0 + x, jnp.int64)
     above = bits - _SQRT_HALF_BITS
     n = jax.lax.shift_right_logical(above, np.int64(52))

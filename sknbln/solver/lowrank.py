@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_solve
 
-LOG_BLOCK = 8
+LOG_BLOCK, _LOG_BLOCK_SINGLE = 8, 4
 
 
 def triangle(n):
@@ -41,7 +41,7 @@ class Factors(NamedTuple):
         """Factors of loadings W, (n_genes, k)."""
         F = jnp.concatenate([W, jnp.ones((W.shape[0], 1), W.dtype)], 1)
         i, j, _ = triangle(F.shape[1])
-        twice = np.where(i == j, 1.0, 2.0)
+        twice = np.where(i == j, 1.0, 2.0).astype(W.dtype)
         return cls(F, F.T, F[:, i] * F[:, j], twice[:, None] * (F.T[i] * F.T[j]))
 
     def lift(self, zeta):
@@ -111,10 +111,12 @@ def row_sums(x):
 def sum_of_logs(x):
     """``sum_g log x`` of each row, for entries of at least 1 and far from overflow.
 
-    A logarithm costs several products, so logarithms are taken of products of `LOG_BLOCK` entries.
+    A logarithm costs several products, so logarithms are taken of products of `LOG_BLOCK` entries, half as
+    many in single precision.
     """
-    short = -x.shape[1] % LOG_BLOCK
+    block = _LOG_BLOCK_SINGLE if x.dtype == jnp.float32 else LOG_BLOCK
+    short = -x.shape[1] % block
     padded = jnp.pad(x, ((0, 0), (0, short)), constant_values=1.0)
     # the entries of a product lie far apart: that is vectorized, a product of neighbours is not
-    product = functools.reduce(jnp.multiply, jnp.split(padded, LOG_BLOCK, axis=1))
+    product = functools.reduce(jnp.multiply, jnp.split(padded, block, axis=1))
     return row_sums(jnp.log(product))

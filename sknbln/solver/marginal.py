@@ -110,6 +110,8 @@ def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
     Fits and new rows share this one kernel. The sums are about half of its work, but a kernel without them
     would take seconds more to compile for each number of genes.
 
+    The precision is that of the arrays. In single precision sums over blocks are added up in double.
+
     Parameters
     ----------
     cells : Cells
@@ -138,6 +140,7 @@ def solve_cells(cells, params, zeta, last_step=LAST_STEP, *, block=None):
 
     def solve(sums, part):
         own, *by_cell = _solve_block(part[0], params, factors, part[1], last_step)
+        own = jax.tree.map(lambda a, total: a.astype(total.dtype), own, sums)
         return jax.tree.map(jnp.add, sums, own), by_cell
 
     nothing = jax.tree.map(jnp.asarray, no_sums(n_genes, k, cells.design.shape[1]))

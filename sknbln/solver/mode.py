@@ -28,9 +28,9 @@ MAX_NEWTON = 100  # steps of a batch
 #: largest change of a log-rate by the first step, nats: where the curvature is next to nothing, the quadratic
 #: model has its maximum thousands of nats away, and the way back is long
 FARTHEST = 10.0
+_LARGEST_SINGLE = 100.0  # nats
 GENE_STEPS = 4  # steps of each gene alone, at fixed scores, before the first Newton step
 GENE_REACH = 2.0  # largest change of a log-rate by one of them, nats
-GENE_HIGHEST = 60.0  # largest log-rate in them: its exponential is finite in single precision
 
 
 class Linearization(NamedTuple):
@@ -128,7 +128,7 @@ def _genes_alone(cells, params, centre):
     )
     alpha = jnp.zeros_like(centre)
     for _ in range(GENE_STEPS):
-        terms = channel_terms(u, jnp.minimum(centre + d * alpha, GENE_HIGHEST), phi)
+        terms = channel_terms(u, centre + d * alpha, phi)
         step = (terms.gradient - alpha) / (1.0 + d * terms.curvature)
         alpha = alpha + step * (GENE_REACH / jnp.maximum(jnp.abs(d * step), GENE_REACH))
     return jnp.where(jnp.isfinite(alpha), alpha, 0.0).astype(cells.counts.dtype)
@@ -138,8 +138,11 @@ def _largest(move):
     """An upper bound of each cell's largest change of a log-rate, (n_cells,).
 
     It is the norm of order 16, at most 1.6 times the maximum over 2,000 genes. Its sum is a matrix product,
-    which takes a tenth of the time of a maximum.
+    which takes a tenth of the time of a maximum. In single precision a change counts as at most
+    `_LARGEST_SINGLE`, whose power is finite.
     """
+    if move.dtype == jnp.float32:
+        move = jnp.clip(move, -_LARGEST_SINGLE, _LARGEST_SINGLE)
     return lowrank.row_sums((move**2) ** 8) ** (1 / 16)
 
 
@@ -167,7 +170,7 @@ def _start(cells, params, factors, zeta):
         alpha=alpha,
         y=centre + params.noise[None, :] * alpha,
         rate=nowhere,
-        L=jnp.zeros((n, size, size)),
+        L=jnp.zeros((n, size, size), zeta.dtype),
         decrement=zero,
         converged=cells.weight <= 0,
         n_iter=jnp.full((), -1, jnp.int32),  # the first iteration takes no step
@@ -198,7 +201,7 @@ def _iterate(cells, params, factors, last_step, mode, search):
     before = search["slope"]
     accept = search["last"] | (slope >= -0.25 * before)
     length = search["length"] + t[:, 0]
-    secant = length * before / jnp.maximum(before - slope, 1e-300)
+    secant = length * before / jnp.maximum(before - slope, jnp.finfo(slope.dtype).tiny)
     cut = jnp.clip(secant, 0.1 * length, 0.7 * length)
     dzeta, dalpha, decrement, dy = _direction(params, factors, lin, zeta, alpha)
     largest = _largest(dy)

@@ -21,7 +21,7 @@ LOG_DISPERSION_PRIOR = (2.0, 1.0)
 #: standard deviation of the normal prior of the coefficients, nats per standard deviation of the covariate
 COEF_PRIOR_SCALE = 2.0
 NO_PRIOR = GaussianPrior(0.0, 0.0)
-#: relative rounding error of a sum over all counts: a few units in the last place of its terms
+#: relative rounding error of a sum over all counts in double precision
 ROUNDING = 1e-15
 
 
@@ -164,8 +164,15 @@ class Objective:
 
     def _rounding(self, own):
         """Rounding error of the log-likelihood, nats: its terms may be far larger than their sum."""
-        parts = sum(self._constants(own.dispersion)[0])
-        return ROUNDING * (abs(float(self._sums(own).log_marginal)) + parts)
+        parts = ROUNDING * sum(self._constants(own.dispersion)[0])
+        return self.sweep.rounding * abs(float(self._sums(own).log_marginal)) + parts
+
+    def refine(self):
+        """Go on in double precision; whether it was single before."""
+        was_single = self.sweep.refine()
+        if was_single:
+            self._last_sums = None
+        return was_single
 
     def rotate(self, rotation):
         """Rotate the last sums with the loadings, by a rotation (k, k), so that they need no new pass.

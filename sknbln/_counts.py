@@ -441,7 +441,7 @@ class CountHistogram:
 
     def constant_derivatives(self, r):
         """First and second derivatives of the constants with respect to ``log r``, two arrays (n_genes,)."""
-        first, second = log_rising_derivatives(self.count, r[self.gene])
+        first, second = log_rising_derivatives(self.count, r, self.gene)
         return self._sum(first), self._sum(second)
 
 

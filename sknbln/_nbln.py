@@ -95,7 +95,8 @@ class NBLNEstimator(
         Factor that multiplies the source's standard deviations in those priors, at least 1e-4 (to fix a
         parameter, freeze it). ``inf`` removes the priors; the capture offset keeps its capture prior.
     informative_priors_n_samples : int, default=1000
-        Number of posterior draws of the source from which the moments of those priors are computed.
+        Number of posterior draws of the source from which the moments of those priors are computed under
+        ``cascade="parameter"``; under ``"marginal"`` they are computed without draws.
     cascade : {"marginal", "parameter"}, default="marginal"
         Meaning of the source's m and r. ``"marginal"``: they describe each gene's marginal mean,
         ``log m = mu + Sigma_gg/2``, and total overdispersion, ``T(r_source) = Sigma_gg + T(r)``, with the

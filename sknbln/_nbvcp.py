@@ -16,6 +16,7 @@ from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validat
 from ._design import Design
 from ._known import Known, checked_weight, refuse_genes_not_seen
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
+from ._opening import sample_of_rows
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
@@ -226,7 +227,7 @@ class NBVCPEstimator(
         self._design = design
         self._known = known = self._known_at_fit(X, covariates, offset, weight, missing)
         problem = _problem(X, prior, histogram, known)
-        outcome, scores = self._maximum(X, problem, histogram, previous, known)
+        outcome, scores = self._maximum(X, problem, histogram, previous, known, rng)
         point = outcome.point
         batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size, known=known)
         rows = solve_rows(batches, in_model_units(point.x), scores)
@@ -292,17 +293,15 @@ class NBVCPEstimator(
 
         return report
 
-    def _maximum(self, X, problem, histogram, previous=None, known=None):
+    def _maximum(self, X, problem, histogram, previous=None, known=None, rng=None):
         """MAP estimate of log m, log r and B, with the offsets integrated out by Laplace's method.
 
-        Returns the `Outcome` of the ascent, and the rows' scores as start values of their modes.
+        Of many rows a sample is fitted first, and all rows go on from there. Returns the `Outcome` of the
+        ascent, and the rows' scores as start values of their modes.
         """
         n_cells, n_genes = X.shape
         known = Known.nothing(n_cells) if known is None else known
         offset, scale = (a.copy() for a in problem.row_prior)
-        priors = [
-            GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)
-        ]
         coef = np.zeros((n_genes, known.design.shape[1]))
         x = Params(
             _level(problem.column_totals, known, offset),
@@ -319,29 +318,43 @@ class NBVCPEstimator(
                 previous.log_dispersion[0],
                 previous.coef_mean,
             )
-        report = self._report("maximum a posteriori, sweep") if self.verbose else None
+        sample = None if previous is not None or rng is None else sample_of_rows(n_cells, rng)
+        if sample is not None:
+            some, of_some = X[sample], known.chosen(sample)
+            counts = CountHistogram(some, of_some.weight)
+            outcome, _ = self._ascent(
+                some, offset[sample], scale[sample], x, problem, counts, of_some
+            )
+            if outcome.interrupted:
+                raise KeyboardInterrupt  # no sweep over all rows is complete
+            x = outcome.point.x
         for _ in range(_PIN_ROUNDS):
-            batches = RowBatches(X, offset, scale, batch_size=self.batch_size, known=known)
-            sweeper = Sweeper(batches, 0)
-            objective = Objective(
-                sweeper, histogram, *priors, prior_coef=weak_coef_prior(coef.shape)
-            )
-            outcome = ascend(
-                [(objective, x)],
-                Params(mean=True, loadings=False, noise=False, dispersion=True),
-                n_cells=known.total_weight,
-                tol=_MAP_TOL,
-                max_iter=_MAP_MAX_ITER,
-                report=None
-                if report is None
-                else lambda i, p: report(i, p.value / known.total_weight),
-            )
+            outcome, scores = self._ascent(X, offset, scale, x, problem, histogram, known)
             x = outcome.point.x
             # the prior of an offset is truncated at 0: a mode below 0 is moved to 0 and held there
-            below = (scale > 0) & (offset - scale * sweeper.scores[:, -1] < 0)
+            below = (scale > 0) & (offset - scale * scores[:, -1] < 0)
             if outcome.interrupted or not below.any():
                 break
             offset[below] = scale[below] = 0.0
+        return outcome, scores
+
+    def _ascent(self, X, offset, scale, x, problem, histogram, known):
+        """The `Outcome` of an ascent from coordinates x, and the rows' scores."""
+        n_cells = known.total_weight
+        report = self._report("maximum a posteriori, sweep")
+        priors = (
+            GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)
+        )
+        sweeper = Sweeper(RowBatches(X, offset, scale, batch_size=self.batch_size, known=known), 0)
+        objective = Objective(sweeper, histogram, *priors, prior_coef=weak_coef_prior(x.coef.shape))
+        outcome = ascend(
+            [(objective, x)],
+            Params(mean=True, loadings=False, noise=False, dispersion=True),
+            n_cells=n_cells,
+            tol=_MAP_TOL,
+            max_iter=_MAP_MAX_ITER,
+            report=(lambda i, p: report(i, p.value / n_cells)) if self.verbose else None,
+        )
         return outcome, sweeper.scores
 
     def _curvature_guide(self, X, prior, point, rows, known=None):

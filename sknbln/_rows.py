@@ -21,9 +21,9 @@ from .solver.params import Cells, Params
 
 _ROW_BUCKET = 64  # rows of a batch are padded to a multiple of this
 _LEAST_ROWS = 64  # minimum of an automatic batch: each batch costs a set of sums for every gene
-# Latent dimensions are padded to a multiple of the first; where there are fewer counts than `FEW_ENTRIES`, of
-# the second, 0 too: one kernel then serves independent genes and all of up to 8 factors. Columns of zeros cost
-# less there than a kernel takes to compile, two seconds
+# Latent dimensions are padded to a multiple of the first. Where there are fewer counts than `FEW_ENTRIES`, of
+# the second, 0 too: one kernel then serves independent genes and up to 8 factors, and columns of zeros cost
+# less than the two seconds in which another is compiled
 _RANK_BUCKET, _RANK_BUCKET_OF_FEW = 4, 8
 FEW_ENTRIES = 2**20
 # Counts in an automatic batch, about; 8 bytes each in a few arrays

@@ -32,6 +32,9 @@ from .solver.gauge import EDGE_MARGIN
 MOST_ROWS, MOST_ENTRIES = 20_000, 2**24
 MOST_FACTORS = 50
 N_PERMUTATIONS = 8
+#: of more scores than `MANY_SCORES` fewer permutations: there all largest eigenvalues are nearly the same
+MANY_SCORES, FEW_PERMUTATIONS = 2**20, 3
+_TRACY_WIDOM_SD = 1.268  # of order 1
 #: a factor's eigenvalue is above the mean of the permutations' largest by this many standard deviations
 DEVIATIONS = 2.5
 #: a correlation that the factors leave shows a group of genes where it is this many times the largest of
@@ -53,16 +56,24 @@ class ScoreSpectrum:
     eigenvalues: np.ndarray  # (n_eigenvalues,), descending
     null: np.ndarray  # (n_permutations,)
     groups: np.ndarray  # (n_genes, n_groups) loadings at the start of groups of few genes
+    least_sd: float = 0.0  # of the null, whose own is that of few permutations
 
     @property
     def threshold(self):
         """Eigenvalues above it are those of factors."""
-        return float(self.null.mean() + DEVIATIONS * self.null.std(ddof=1))
+        sd = max(self.null.std(ddof=1), self.least_sd)
+        return float(self.null.mean() + DEVIATIONS * sd)
 
     @property
     def n_factors(self):
         """Number of leading eigenvalues above the threshold."""
         return int(np.sum(np.cumprod(self.eigenvalues > self.threshold)))
+
+
+def _edge_sd(n_genes, n_cells):
+    """Standard deviation of the largest eigenvalue of the correlations of noise (Johnstone 2001)."""
+    p, n = np.sqrt(n_genes), np.sqrt(n_cells)
+    return _TRACY_WIDOM_SD * (n + p) * (1.0 / n + 1.0 / p) ** (1 / 3) / n_cells
 
 
 def _products(A, most):
@@ -216,14 +227,16 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
     gram, of_most = _products(g, most)
     values, vectors = _leading(g, gram, min(MOST_FACTORS + 1, n, genes.size))
     generator, null, largest = np.random.default_rng(rng.randint(2**31)), [], []
-    for _ in range(N_PERMUTATIONS):
+    has_many = g.size > MANY_SCORES
+    for _ in range(FEW_PERMUTATIONS if has_many else N_PERMUTATIONS):
         _permuted(standard, g, generator)
         g *= root
         _standardize(g, i, known.design)
         gram, of_permuted = _products(g, most)
         null.append(_leading(g, gram, 1)[0][0])
         largest.append(_largest_correlation(of_permuted))
-    spectrum = ScoreSpectrum(values, np.array(null), np.zeros((n_genes, 0)))
+    least_sd = _edge_sd(*g.shape) if has_many else 0.0
+    spectrum = ScoreSpectrum(values, np.array(null), np.zeros((n_genes, 0)), least_sd)
     # an eigenvector just above the threshold may be half of a group's
     k = int(np.sum(values > 1.0 + EDGE_MARGIN * (spectrum.threshold - 1.0)))
     left = _correlations_left(of_most, values[:k], vectors[most, :k])

@@ -36,6 +36,8 @@ ALL = Params(True, True, True, True)
 
 
 def run(evaluate, start, free=ALL, *, tol=1e-6, max_iter=100, **options):
+    if not hasattr(evaluate, "refine"):  # a function around an objective
+        evaluate.refine = lambda: False
     return ascend([(evaluate, start)], free, n_cells=N, tol=tol, max_iter=max_iter, **options)
 
 

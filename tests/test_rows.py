@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sknbln import _rows as rows_module
 from sknbln._known import Known
 from sknbln._rows import (
+    FEW_ENTRIES,
     RowBatches,
     Sweeper,
     gene_score_products,
@@ -117,7 +118,8 @@ def test_automatic_batches_are_bounded_in_memory():
 
 
 def test_padded_rank_and_columns():
-    assert [padded_rank(k) for k in (0, 1, 4, 5, 8)] == [0, 4, 4, 8, 8]
+    assert [padded_rank(k, FEW_ENTRIES) for k in (0, 1, 4, 5, 8)] == [0, 4, 4, 8, 8]
+    assert [padded_rank(k, FEW_ENTRIES - 1) for k in (0, 1, 8, 9)] == [8, 8, 8, 16]
     a = np.arange(6.0).reshape(3, 2)
     assert_array_equal(pad_columns(a, 4), np.column_stack([a, np.zeros((3, 2))]))
     assert_array_equal(pad_columns(a, 2), a)
@@ -161,7 +163,7 @@ def test_sums_are_those_of_the_kernel_without_padding():
 
 def test_padded_columns_of_the_scores_stay_zero():
     sweeper, _ = sweep(*rows(), None)
-    assert sweeper.scores.shape == (20, padded_rank(K) + 1)
+    assert sweeper.scores.shape == (20, padded_rank(K, 0) + 1)
     assert_array_equal(sweeper.scores[:, K:-1], 0.0)
 
 
@@ -288,7 +290,7 @@ def test_score_products_are_sums_over_cells_of_their_gradients(free_dispersion):
 def test_score_products_of_poisson_counts_are_finite():
     X, offset, scale, precision, params = rows(small.N_CELLS)
     params = params._replace(dispersion=np.zeros(small.N_GENES))
-    start = np.zeros((small.N_CELLS, padded_rank(K) + 1))
+    start = np.zeros((small.N_CELLS, padded_rank(K, 0) + 1))
     batches = RowBatches(X, offset, scale, precision)
     products, *_ = gene_score_products(batches, params, start, False)
     assert np.all(np.isfinite(products))

@@ -137,11 +137,10 @@ def test_soft_priors_are_the_moments_of_the_draws(source):
 
 @pytest.mark.parametrize("tau", [0.0, 2.0, np.inf])
 def test_marginal_priors_have_the_draws_deviations_and_the_coupling_s_error(source, tau):
-    posterior, n = source._posterior(), 4000
+    posterior, n = source._posterior(), 20_000
     total = TotalOverdispersion(np.full(posterior.mean.size, 0.3))
     free = Params(True, True, True, True)
-    args = total, free, tau, n, np.random.RandomState(0)
-    mean, of_total = marginal_priors(posterior, *args)
+    mean, of_total = marginal_priors(posterior, total, free, tau)
     draws = posterior.log_draws(n, np.random.RandomState(0))
     weak = weak_mean_prior(np.log(posterior.mean)).precision
     for precision, log in (
@@ -149,7 +148,8 @@ def test_marginal_priors_have_the_draws_deviations_and_the_coupling_s_error(sour
         (of_total.prior.precision, np.log(total(draws.r))),
     ):
         expected = 1 / (tau**2 * log.var(0) + 0.1**2)
-        np.testing.assert_allclose(precision, expected, rtol=1e-9, atol=1e-12)
+        # 1 % is the error of the variance of so many draws
+        np.testing.assert_allclose(precision, expected, rtol=0.05)
     np.testing.assert_allclose(of_total.prior.loc, np.log(total(np.log(posterior.dispersion))))
     # the model whose r is the source's, without variance of the log-rates, is at the centre
     zeros = np.zeros((posterior.mean.size, 1))

@@ -223,7 +223,9 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
                 note(climb, accepted, (False, ""))
                 if not has_columns:
                     stages.append([value / n_cells for value in climb.values])
-                    climb.go_on_under(objective, climb.point.x, np.eye(climb.point.x.loadings.shape[1]))
+                    climb.go_on_under(
+                        objective, climb.point.x, np.eye(climb.point.x.loadings.shape[1])
+                    )
                 continue
             note(climb, accepted, ended)
     except KeyboardInterrupt:

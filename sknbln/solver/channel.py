@@ -174,17 +174,26 @@ def log_rising_slope(u, r):
     return out
 
 
-def log_rising_derivatives(u, r):
-    """First and second derivative of :func:`log_rising` in ``log r``."""
-    u, r = np.broadcast_arrays(np.asarray(u, float), np.asarray(r, float))
+def log_rising_derivatives(u, r, gene=None):
+    """First and second derivative of :func:`log_rising` in ``log r``.
+
+    With positions ``gene`` of the same length as ``u``, the r of an entry is ``r[gene]``; the functions of r
+    alone are then evaluated once for every gene.
+    """
+    if gene is None:
+        u, r = np.broadcast_arrays(np.asarray(u, float), np.asarray(r, float))
+        shape, u, r, gene = u.shape, u.ravel(), r.ravel(), np.arange(u.size)
+        return tuple(a.reshape(shape) for a in log_rising_derivatives(u, r, gene))
     first, second = np.zeros(u.shape), np.zeros(u.shape)
-    small = r < _STIRLING
-    us, rs = u[small], r[small]
-    slope = digamma(us + rs) - digamma(rs) - us / rs
+    small = (r < _STIRLING)[gene]
+    us, of = u[small], gene[small]
+    rs = r[of]
+    slope = digamma(us + rs) - digamma(r)[of] - us / rs
     first[small] = rs * slope
-    second[small] = rs * slope + rs**2 * (polygamma(1, us + rs) - polygamma(1, rs) + us / rs**2)
-    big = ~small & (r < _POISSON)
-    ub, rb = u[big], r[big]
+    second[small] = rs * slope + rs**2 * (polygamma(1, us + rs) - polygamma(1, r)[of] + us / rs**2)
+    rb = r[gene]
+    big = ~small & (rb < _POISSON)
+    ub, rb = u[big], rb[big]
     z = ub + rb
     # r (d/dr), once and twice, of (u+r-1/2) log1p(u/r) - u + tail(u+r) - tail(r)
     log1p = np.log1p(ub / rb)

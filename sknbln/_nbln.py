@@ -514,7 +514,9 @@ class NBLNEstimator(
         """
         capture = self._row_capture(X, known, source.params, offsets)
         rows = RowBatches(X, *capture, batch_size=self.batch_size, known=known)
-        sweeper = Sweeper(rows, loadings.shape[1], self.tol_, self._begins_in_single(X, previous))
+        # the rest of a fit that goes on is a few sweeps, and of few counts compiling takes longer
+        single = previous is None and X.shape[0] * X.shape[1] > FEW_ENTRIES
+        sweeper = Sweeper(rows, loadings.shape[1], self.tol_, single)
         candidates = _opening.candidates(
             Objective(sweeper, CountHistogram(X, known.weight), *priors),
             source,
@@ -547,14 +549,6 @@ class NBLNEstimator(
                 "noise_edge": edges[-1],
             }
         return outcome, rows
-
-    def _begins_in_single(self, X, previous):
-        """Whether the first sweeps are in single precision: where that saves more than compiling takes.
-
-        Where columns are dropped, it takes nothing: there is a kernel before and one after.
-        """
-        few = FEW_ENTRIES if self._selects() else 4 * FEW_ENTRIES
-        return previous is None and X.shape[0] * X.shape[1] > few
 
     def _selects(self):
         """Whether the fit finds the number of factors, or how many of the given number are real."""

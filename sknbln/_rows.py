@@ -370,7 +370,8 @@ class Sweeper:
         """One pass over all rows: `BatchSums` of NumPy arrays for the unpadded latent dimension."""
         wide = with_padded_rank(params, self.batches)
         dtype = np.float32 if self._single else float
-        on_device = jax.device_put(Params(*(a.astype(dtype, copy=False) for a in wide)))
+        with np.errstate(over="ignore"):  # what overflows in single precision is found below
+            on_device = jax.device_put(Params(*(a.astype(dtype, copy=False) for a in wide)))
         last_step = max(self._last_step, _LAST_STEP_SINGLE) if self._single else self._last_step
 
         def solved(rows, cells):

@@ -1,10 +1,19 @@
 """Negative binomial log-normal latent factor models of count matrices, for scikit-learn."""
 
+from . import tl
 from ._jax import warn_about_jaxlib as _warn_about_jaxlib
 from ._nbln import NBLNEstimator
 from ._nbvcp import NBVCPEstimator
 
 __version__ = "0.1.0"
-__all__ = ["NBLNEstimator", "NBVCPEstimator", "datasets", "exceptions", "plotting", "predictive"]
+__all__ = [
+    "NBLNEstimator",
+    "NBVCPEstimator",
+    "datasets",
+    "exceptions",
+    "plotting",
+    "predictive",
+    "tl",
+]
 
 _warn_about_jaxlib()

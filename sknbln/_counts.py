@@ -312,7 +312,7 @@ def _warn_about_values(name, X, fitting):
             "its priors. Look at what X holds."
         )
     elif fitting:
-        message = _scaled(name, X) or _same_depth(name, X)
+        message = _scaled(name, X) or same_depth(name, X)
     else:
         message = None
     if message:
@@ -344,7 +344,7 @@ def _scaled(name, X):
     )
 
 
-def _same_depth(name, X):
+def same_depth(name, X):
     """Message about rows whose totals are equal but for rounding; None if they are not.
 
     Totals of counts have at least the variance of Poisson variables, which is their mean. Totals are called

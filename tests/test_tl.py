@@ -1,6 +1,8 @@
 """AnnData in, results in its places, in scanpy's manner."""
 
 import logging
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import sknbln
 from sknbln import NBLNEstimator
-from sknbln.datasets import make_nbln_counts
+from sknbln.datasets import load_immune_cells, make_nbln_counts
 
 anndata = pytest.importorskip("anndata")
 
@@ -155,25 +157,37 @@ def test_project_takes_what_nbln_fitted(adata):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of scanpy and what it imports
-def test_the_embedding_feeds_scanpy(tmp_path):
-    """Counts in a file, two batches: neighbours, clusters and a picture's coordinates."""
-    sc = pytest.importorskip("scanpy")
-    from sknbln.datasets import load_immune_cells
+def test_the_lines_in_the_readme(tmp_path, monkeypatch):
+    """From counts in a file, with two batches, to clusters and a picture."""
+    pytest.importorskip("scanpy")
+    pytest.importorskip("leidenalg")
+    import matplotlib
 
+    matplotlib.use("Agg")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(import scanpy.*?)```", readme, re.DOTALL)
     cells = load_immune_cells()
-    obs = pd.DataFrame({"cell_type": np.asarray(cells.target).astype(str)})
-    obs.index = [f"cell{i}" for i in range(len(obs))]
-    adata = anndata.AnnData(
-        sp.csr_matrix(cells.data), obs=obs, var=pd.DataFrame(index=cells.feature_names)
+    rng = np.random.default_rng(0)
+    sample = rng.integers(2, size=cells.data.shape[0])
+    # the second sample has lost half of the counts of every third gene
+    keep = np.where((sample[:, None] == 1) & (np.arange(cells.data.shape[1]) % 3 == 0), 0.5, 1.0)
+    counts = rng.binomial(cells.data.toarray().astype(int), keep)
+    obs = pd.DataFrame(
+        {"cell_type": np.asarray(cells.target).astype(str), "sample": sample.astype(str)}
     )
-    sknbln.tl.nbln(adata, random_state=0)
-    adata.write_h5ad(tmp_path / "a.h5ad")
-    adata = anndata.read_h5ad(tmp_path / "a.h5ad")
-    sc.pp.neighbors(adata, use_rep="X_nbln")
-    sc.tl.leiden(adata, random_state=0, resolution=0.5)
-    sc.tl.umap(adata)
+    obs.index = [f"cell{i}" for i in range(len(obs))]
+    var = pd.DataFrame(index=cells.feature_names)
+    anndata.AnnData(sp.csr_matrix(counts), obs=obs, var=var).write_h5ad(tmp_path / "counts.h5ad")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(lines, names)
+    adata = names["adata"]
     assert adata.obsm["X_umap"].shape == (600, 2)
     # macrophages are apart, CD4+ and CD8+ T cells overlap: the share of cells in clusters of their own kind
     table = pd.crosstab(adata.obs["leiden"], adata.obs["cell_type"])
     macrophages, others = table["Macrophages"], table.drop(columns="Macrophages").sum(axis=1)
-    assert np.maximum(macrophages, others).sum() > 0.95 * len(adata)  # measured .985
+    assert np.maximum(macrophages, others).sum() > 0.95 * len(adata)  # measured .99
+    # each cell's neighbours are of both samples
+    same = adata.obsp["connectivities"].astype(bool).tocoo()
+    mixed = np.mean(sample[same.row] == sample[same.col])
+    assert 0.45 < mixed < 0.6  # measured .49; without batch_key .70

@@ -4,21 +4,16 @@ AnnData in one line
 
 :func:`sknbln.tl.nbln` fits the model to the counts of an ``AnnData`` object and writes the results
 where scanpy looks for them. The estimators themselves take matrices and return arrays.
-
-Where ``anndata`` is not installed (``pip install ".[anndata]"``), this page ends here.
+It takes ``pip install ".[anndata,plot]"``.
 """
 
+import anndata
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 import sknbln
 from sknbln.datasets import load_immune_cells
-
-try:
-    import anndata
-except ImportError:
-    raise SystemExit("anndata is not installed.") from None
 
 # %%
 # Counts of 600 immune cells. Most ``AnnData`` objects have *normalized* values in ``adata.X`` and the

@@ -1,6 +1,6 @@
 """Negative binomial log-normal latent factor models of count matrices, for scikit-learn."""
 
-from . import tl
+from . import model_selection, tl
 from ._jax import warn_about_jaxlib as _warn_about_jaxlib
 from ._nbln import NBLNEstimator
 from ._nbvcp import NBVCPEstimator
@@ -11,6 +11,7 @@ __all__ = [
     "NBVCPEstimator",
     "datasets",
     "exceptions",
+    "model_selection",
     "plotting",
     "predictive",
     "tl",

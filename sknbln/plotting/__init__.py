@@ -1,11 +1,12 @@
 """Pictures of fitted estimators, as Display classes like those of scikit-learn.
 
 Each has ``from_estimator(estimator, ...)``, which computes and draws, and ``plot()``, which draws again from
-what was computed. matplotlib is imported when something is drawn, not before
-(``pip install sknbln[plot]``).
+what was computed; `ComparisonDisplay` has ``from_comparison(result)``. matplotlib is imported when something
+is drawn, not before (``pip install sknbln[plot]``).
 """
 
 from ._calibration import CalibrationDisplay
+from ._comparison import ComparisonDisplay
 from ._convergence import ConvergenceDisplay
 from ._corner import CompositionalCornerDisplay
 from ._correlation import CorrelationDisplay
@@ -15,6 +16,7 @@ from ._ppc import PPCDisplay
 
 __all__ = [
     "CalibrationDisplay",
+    "ComparisonDisplay",
     "CompositionalCornerDisplay",
     "ConvergenceDisplay",
     "CorrelationDisplay",

@@ -1,9 +1,13 @@
 """Every display by name, and what its tests look for."""
 
+import numpy as np
+import pandas as pd
 import pytest
 
+from sknbln.model_selection import Comparison
 from sknbln.plotting import (
     CalibrationDisplay,
+    ComparisonDisplay,
     CompositionalCornerDisplay,
     ConvergenceDisplay,
     CorrelationDisplay,
@@ -25,6 +29,13 @@ def line(ax, label):
     return found
 
 
+def comparison():
+    """A comparison of three models, none of which was fitted."""
+    columns = {"difference": [0.0, -1.5, -20.0], "difference_standard_error": [0.0, 0.5, 2.0]}
+    names = ["negative binomial", "Poisson", "independent"]
+    return Comparison(pd.DataFrame(columns, index=names), pd.DataFrame(np.zeros((0, 3))))
+
+
 # name -> a function that draws the display from the small fits
 DRAW = {
     "spectrum": lambda model, X, **k: LoadingsSpectrumDisplay.from_estimator(model, **k),
@@ -42,6 +53,12 @@ DRAW = {
 SHAPE = {"convergence": (1, 2), "ppc": (2, 2), "corner": (2, 2), "calibration": (1, 2)}
 NEED_LOADINGS = ["spectrum", "correlation", "embedding"]
 NEED_COUNTS = ["embedding", "ppc", "corner", "calibration"]
+# and those that are drawn from a result, not from an estimator
+DRAW_ALL = {
+    **DRAW,
+    "comparison": lambda model, X, **k: ComparisonDisplay.from_comparison(comparison(), **k),
+}
+every_picture = pytest.mark.parametrize("name", sorted(DRAW_ALL))
 every_display = pytest.mark.parametrize("name", sorted(DRAW))
 
 

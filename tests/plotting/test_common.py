@@ -17,25 +17,27 @@ from sknbln.plotting import ConvergenceDisplay, PPCDisplay
 
 from .displays import (
     DRAW,
+    DRAW_ALL,
     NEED_COUNTS,
     NEED_LOADINGS,
     SHAPE,
     drawn_axes,
     every_display,
+    every_picture,
 )
 
 # ------------------------------------------------------------------ what all have in common
 
 
 def test_every_display_is_tested_here():
-    assert len(plotting.__all__) == len(DRAW)
+    assert len(plotting.__all__) == len(DRAW_ALL)
     assert all(name.endswith("Display") and hasattr(plotting, name) for name in plotting.__all__)
 
 
-@every_display
+@every_picture
 def test_a_new_figure_has_a_layout_and_nothing_global_changes(name, model, counts):
     before = matplotlib.rcParams.copy()
-    display = DRAW[name](model, counts)
+    display = DRAW_ALL[name](model, counts)
     assert type(display.figure_.get_layout_engine()).__name__ == "ConstrainedLayoutEngine"
     axes = drawn_axes(display)
     assert len(axes) == np.prod(SHAPE.get(name, 1))
@@ -47,11 +49,11 @@ def test_a_new_figure_has_a_layout_and_nothing_global_changes(name, model, count
     assert matplotlib.rcParams == before
 
 
-@every_display
+@every_picture
 def test_draws_on_the_callers_axes(name, model, counts):
     figure, axes = plt.subplots(*SHAPE.get(name, (1, 2)))
     axes = axes if name in SHAPE else axes[1]
-    display = DRAW[name](model, counts, ax=axes)
+    display = DRAW_ALL[name](model, counts, ax=axes)
     assert display.figure_ is figure
     assert drawn_axes(display) == list(np.atleast_1d(axes).flat)
     assert plt.get_fignums() == [figure.number]
@@ -63,11 +65,11 @@ def test_draws_on_the_callers_axes(name, model, counts):
     assert display.plot(elsewhere).figure_ is plt.gcf()  # the first argument, as in scikit-learn
 
 
-@every_display
+@every_picture
 def test_says_how_to_get_matplotlib(name, model, counts, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install sknbln\[plot\]"):
-        DRAW[name](model, counts)
+        DRAW_ALL[name](model, counts)
 
 
 @every_display

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from sknbln.plotting import CorrelationDisplay, EmbeddingDisplay
 from sknbln.plotting._common import PALETTE
 
-from .displays import DRAW, drawn_axes, every_display
+from .displays import DRAW_ALL, drawn_axes, every_picture
 
 # ------------------------------------------------------------------ text
 
@@ -22,13 +22,13 @@ def overlapping(labels):
     return [(a, b) for a, b in itertools.pairwise(boxes) if a.overlaps(b)]
 
 
-@every_display
+@every_picture
 def test_text_is_inside_the_figure_and_labels_are_apart(name, model, counts):
     """Names of 23 letters: identifiers of genes with their version and name."""
     renamed = copy.copy(model)
     names = np.array([f"ENSG000002887{i:02d}.11_CD3D" for i in range(counts.shape[1])], object)
     renamed.feature_names_in_ = names
-    display = DRAW[name](renamed, counts.set_axis(names, axis=1))
+    display = DRAW_ALL[name](renamed, counts.set_axis(names, axis=1))
     figure = display.figure_
     figure.canvas.draw()
     width, height = figure.get_size_inches()

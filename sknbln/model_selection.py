@@ -155,7 +155,7 @@ def compare(
         fits = {}
         for k, (name, model) in enumerate(models.items()):
             own = {key: _safe_indexing(a, train) for key, a in known[name].items()}
-            fits[name] = clone(model).fit(_safe_indexing(X, train), **own)
+            fits[name] = clone(model).fit(_safe_indexing(X, train), None, **own)
             own = {key: _safe_indexing(a, test) for key, a in known[name].items()}
             if given_totals:
                 own["given_totals"] = True

@@ -103,12 +103,13 @@ class ComparisonDisplay:
         self.errorbar_ = ax.errorbar(difference, place, xerr=error, **style)
         for at, value, own in zip(place[1:], difference[1:], error[1:], strict=True):
             ax.annotate(
-                f"{value:.3g} ± {own:.2g}".replace("-", "\N{MINUS SIGN}"),
+                _in_words(value, own),
                 (value, at),
-                (0, 6),
+                (0, 7),
                 textcoords="offset points",
                 ha="center",
                 fontsize="small",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )
         ax.set_yticks(place, self.names)
         ax.set_ylim(difference.size - 0.5, -0.5)
@@ -116,3 +117,10 @@ class ComparisonDisplay:
         ax.set(xlabel="difference to the best, held out (nats per row)")
         tidy(ax)
         return self
+
+
+def _in_words(value, error):
+    """A difference with its standard error, to two digits of the error."""
+    known = np.isfinite(error) and error > 0
+    digits = max(0, 1 - int(np.floor(np.log10(error)))) if known else 2
+    return f"{value:.{digits}f} ± {error:.{digits}f}".replace("-", "\N{MINUS SIGN}")

@@ -135,10 +135,8 @@ class ThinningSplit:
             share[known] = rng.beta(share[known] * size[known], (1 - share[known]) * size[known])
             test = X.copy()
             test.data = rng.binomial(X.data, share)
-            train = X - test
             test.eliminate_zeros()
-            train.eliminate_zeros()
-            yield train, test
+            yield X - test, test
 
     def _dispersion(self, n_genes):
         """Dispersion of each gene, inf for Poisson counts."""

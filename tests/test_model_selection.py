@@ -257,6 +257,15 @@ def test_thinned_counts_sum_to_the_counts(seed, share, dispersion, make):
     assert splits.offset == pytest.approx(np.log(share / (1 - share)))
 
 
+def test_thinning_leaves_the_callers_matrix_alone():
+    X = sp.csr_array(
+        ([2.0, 0.0, 3.0], [1, 0, 1], [0, 3]), shape=(1, 2)
+    )  # a zero, and one entry twice
+    [(train, test)] = ThinningSplit(1, random_state=0).split(X)
+    assert (train + test).toarray().tolist() == [[0, 5]]
+    assert X.data.tolist() == [2.0, 0.0, 3.0]
+
+
 N_DRAWS, MEAN, SIZE, SHARE = 20_000, 5.0, 2.0, 0.3
 
 

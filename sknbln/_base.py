@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture
-from ._counts import validate_counts
+from ._counts import validate_counts, validated_rows
 from ._design import checked_offset
 from ._differential import coefficient_table
 from ._known import Known, checked_weight
@@ -96,7 +96,15 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
     def _given(self, X, covariates, offset, prior=None):
         """Counts as canonical CSR, and the `Known` of their rows; NaN is a count that was not seen."""
         check_is_fitted(self)
-        X, missing = validate_counts(self, X, reset=False, missing=True)
+        return self._with_known(validate_counts, X, covariates, offset, prior)
+
+    def _given_rows(self, X, covariates, offset, prior=None):
+        """The same with counts as `Rows`, which need not be in memory."""
+        check_is_fitted(self)
+        return self._with_known(validated_rows, X, covariates, offset, prior)
+
+    def _with_known(self, validated, X, covariates, offset, prior):
+        X, missing = validated(self, X, reset=False, missing=True)
         _capture.warn_about_truncation(prior, X)
         return X, self._known_of(X, covariates, offset, missing)
 
@@ -246,7 +254,7 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         check_is_fitted(self)
         given_totals = given_totals or self._given_totals
         prior = None if given_totals else self.capture_prior_
-        X, known = self._given(X, covariates, offset, prior)
+        X, known = self._given_rows(X, covariates, offset, prior)
         params = self._params()
         if given_totals:
             return _capture.score_rows_given_totals(X, params, self.batch_size, known)

@@ -38,7 +38,7 @@ class EmbeddingMixin(TransformerMixin):
         ndarray of shape (n_cells, latent_dim)
             Principal coordinates. Those of a component that is zero are 0.
         """
-        X, known = self._given(X, covariates, offset, self._offset_prior())
+        X, known = self._given_rows(X, covariates, offset, self._offset_prior())
         return self._embedded(self._solve(X, known).scores)
 
     def _embedded(self, scores):
@@ -99,7 +99,7 @@ class EmbeddingMixin(TransformerMixin):
             Posterior covariances given the model's parameters; a capture offset that is not frozen is
             integrated out. In nats squared; of standardized scores if ``whiten=True``.
         """
-        X, known = self._given(X, covariates, offset, self._offset_prior())
+        X, known = self._given_rows(X, covariates, offset, self._offset_prior())
         posterior = self._solve(X, known)
         units, _ = self._units()
         return self._embedded(posterior.scores), posterior.score_covariance * np.outer(units, units)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from ._blocks import as_rows
 from ._jax import compiled_once, float64, in_order, n_workers, on_cpu
 from ._known import Known
 from .solver.ascent import magnitude
@@ -58,47 +59,13 @@ def _solved_at_once(rows, n_genes):
     return rows if rows <= wanted else math.gcd(rows, 2 ** int(math.log2(wanted)))
 
 
-class CSRRows:
-    """Source of rows: a count matrix in memory.
-
-    Another source of rows needs the same four members: `shape`, `dtype`, `block` and `chosen`. All other
-    code takes counts through these, block by block.
-
-    Parameters
-    ----------
-    X : csr_matrix of shape (n_cells, n_genes)
-        Canonical counts.
-
-    Attributes
-    ----------
-    shape : tuple (n_cells, n_genes)
-    dtype : dtype of the counts
-    """
-
-    def __init__(self, X):
-        self._X = X
-        self.shape, self.dtype = X.shape, X.dtype
-
-    def block(self, rows):
-        """The rows of a slice as CSR, a view of the same memory."""
-        X, start = self._X, self._X.indptr[rows.start]
-        inside = slice(start, X.indptr[rows.stop])
-        indptr = X.indptr[rows.start : rows.stop + 1] - start
-        shape = rows.stop - rows.start, X.shape[1]
-        return type(X)((X.data[inside], X.indices[inside], indptr), shape=shape, copy=False)
-
-    def chosen(self, positions):
-        """A `CSRRows` of the rows at these positions, in this order."""
-        return CSRRows(self._X[positions])
-
-
 class RowBatches:
     """Rows of a count matrix as padded dense batches of one shape, with the priors of their offsets.
 
     Parameters
     ----------
-    X : csr_matrix of shape (n_cells, n_genes), or another source of rows
-        Counts; for other sources see `CSRRows`.
+    X : csr_matrix of shape (n_cells, n_genes) or Rows
+        Counts.
     offset, scale : ndarray of shape (n_cells,)
         Prior location and scale of the capture offset, nats; scale 0 fixes the offset.
     precision : ndarray of shape (n_cells,), optional
@@ -111,7 +78,7 @@ class RowBatches:
     """
 
     def __init__(self, X, offset, scale, precision=None, *, batch_size=None, known=None):
-        self.counts = X if hasattr(X, "block") else CSRRows(X)
+        self.counts = as_rows(X)
         n, n_genes = self.counts.shape
         precision = np.ones(n) if precision is None else precision
         self.capture = np.stack([offset, scale, precision], 1).astype(float)

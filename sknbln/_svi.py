@@ -50,6 +50,7 @@ import optax
 from jax.scipy.special import gammaln
 from numpyro.infer import Trace_ELBO
 
+from ._blocks import as_rows
 from ._jax import compiled_once, float64
 from ._known import NO_WEIGHT
 from .solver.channel import log1p_of_positive
@@ -57,6 +58,9 @@ from .solver.objective import COEF_PRIOR_SCALE
 
 #: rows per step; independent of the estimator's batch_size, which only sets memory
 MINIBATCH = 256
+#: counts of the minibatches that are taken out of all rows at a time, zeros included, about: rows in a file
+#: are read in passes over it
+_POOL_ENTRIES = 2**24
 WINDOW = 50  # steps over which losses and iterates are averaged
 #: parts of the guide that are optimized
 _MOVING = "log_mean", "log_dispersion", "coef", "capture_offset"
@@ -259,18 +263,22 @@ def _minibatches(X, rng, weights=None):
 
     Rows of weight 0 are in none.
     """
-    weights = np.ones(X.shape[0]) if weights is None else weights
+    X, weights = as_rows(X), np.ones(X.shape[0]) if weights is None else weights
     used = np.flatnonzero(weights > NO_WEIGHT)
     n = used.size
     size = min(MINIBATCH, -(-n // 64) * 64)
+    pool = size * max(_POOL_ENTRIES // max(size * X.shape[1], 1), 1)
     while True:
         order = used[rng.permutation(n)]
         for start in range(0, n, size):
             rows = order[start : start + size]
             if rows.size < size and start:
                 break  # an incomplete minibatch is left out
+            at = start % pool
+            if at == 0:
+                ahead = X.chosen(order[start : start + pool]).in_memory()
             counts = np.zeros((size, X.shape[1]))
-            X[rows].toarray(out=counts[: rows.size])
+            ahead.block(slice(at, at + rows.size)).toarray(out=counts[: rows.size])
             weight = np.zeros(size)
             weight[: rows.size] = weights[rows]
             yield np.concatenate([rows, np.zeros(size - rows.size, rows.dtype)]), counts, weight

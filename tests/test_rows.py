@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln import _rows as rows_module
+from sknbln._blocks import Rows
 from sknbln._known import Known
 from sknbln._rows import (
     RowBatches,
@@ -56,11 +57,14 @@ def test_batches_cover_all_rows_once(batch_size):
     assert seen == list(range(20))
 
 
-class DenseRows:
-    """Rows that come from elsewhere: the interface of `CSRRows` over a dense array."""
+class DenseRows(Rows):
+    """Rows that come from elsewhere: a dense array."""
 
     def __init__(self, X):
-        self.whole, self.shape, self.dtype = X, X.shape, X.dtype
+        self.whole, self.shape = X, X.shape
+
+    def slices(self):
+        return [slice(0, 7), slice(7, self.shape[0])]
 
     def block(self, rows):
         return csr(self.whole[rows])

@@ -42,6 +42,10 @@ class Rows(ABC):
         """The same as `CSRRows`."""
         return CSRRows(self.block(slice(0, self.shape[0])))
 
+    def cluster(self):
+        """Where parts of the rows are solved, other than here; None where there is no such place."""
+        return None
+
     def __iter__(self):
         """Yield (slice of rows, their counts)."""
         for rows in self.slices():
@@ -68,6 +72,14 @@ class Rows(ABC):
 def as_rows(X):
     """Canonical CSR as `Rows`; `Rows` are returned as they are."""
     return X if isinstance(X, Rows) else CSRRows(X)
+
+
+def as_csr(X):
+    """CSR of an array or sparse matrix, of a type of numbers that SciPy knows."""
+    X = X if sp.issparse(X) else np.asarray(X)
+    if X.dtype.kind == "f" and X.dtype not in (np.float32, np.float64):
+        X = X.astype(np.float64)
+    return sp.csr_matrix(X)
 
 
 def _between(borders):
@@ -135,24 +147,16 @@ class StoredRows(Rows):
     """
 
     def __init__(self, read, shape, borders, missing=False):
-        self.shape, self.borders, self._read, self._missing = shape, borders, read, missing
+        self.shape, self.borders, self._read, self.missing = shape, borders, read, missing
         self._kept, self._reading = {}, threading.Lock()
 
     def slices(self):
         """The blocks that are read."""
         return _between(self.borders)
 
-    def raw(self, start, stop):
-        """These rows as they are read, an array or CSR of a type of numbers that SciPy knows."""
-        X = self._read(start, min(stop, self.shape[0]))
-        X = X if sp.issparse(X) else np.asarray(X)
-        if X.dtype.kind == "f" and X.dtype not in (np.float32, np.float64):
-            X = X.astype(np.float64)
-        return X
-
     def with_missing(self, rows):
         """The rows of a slice as canonical CSR, and a mask of missing counts, None where there are none."""
-        X, mask = canonical(sp.csr_matrix(self.raw(rows.start, rows.stop)), self._missing)
+        X, mask = canonical(as_csr(self._read(rows.start, rows.stop)), self.missing)
         return X.astype(np.float64, copy=False), mask
 
     def _stored(self, i):

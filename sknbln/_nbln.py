@@ -338,7 +338,8 @@ class NBLNEstimator(
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
+            Counts. They need not be in memory: a Dask array in chunks of rows, or a dataset of h5py, zarr or
+            AnnData (``read_h5ad(path, backed="r").X``), is read block by block in every pass over the rows.
         y : Ignored
             Present for scikit-learn's conventions.
         covariates : array-like of shape (n_cells,) or (n_cells, n_covariates) or DataFrame, default=None
@@ -370,7 +371,7 @@ class NBLNEstimator(
             complete sweep. An earlier Ctrl-C, or a second one, leaves the estimator unchanged.
         TypeError
             If `informative_prior_estimator` is not an NBVCPEstimator, or X is an object that holds a matrix
-            but is not one in memory, such as AnnData or a Dask array.
+            and is none, such as AnnData, or has no slices of rows.
 
         Warns
         -----
@@ -715,6 +716,14 @@ class NBLNEstimator(
             frozen="eta" in self.frozen_params_,
             tau=self.informative_priors_tau,
         )
+
+    _OF_TRAINING_ROWS = "_rows", "newton_decrement_", "informative_prior_estimator_"
+
+    def _for_new_rows(self):
+        model = super()._for_new_rows()
+        model.informative_prior_estimator = None
+        model._source = self._source.without_rows()
+        return model
 
     def _offset_prior(self):
         """The capture prior of the rows' offsets; None for a channel without one."""

@@ -11,7 +11,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _svi
-from ._base import CountModelMixin, whole_or_nothing
+from ._base import CountModelMixin, lazy_with_dask, whole_or_nothing
 from ._blocks import as_rows
 from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validated_rows
 from ._design import Design
@@ -174,7 +174,8 @@ class NBVCPEstimator(
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
+            Counts. They need not be in memory: a Dask array in chunks of rows, or a dataset of h5py, zarr or
+            AnnData (``read_h5ad(path, backed="r").X``), is read block by block in every pass over the rows.
         y : Ignored
             Present for scikit-learn's conventions.
         covariates : array-like of shape (n_cells,) or (n_cells, n_covariates) or DataFrame, default=None
@@ -200,7 +201,7 @@ class NBVCPEstimator(
             missing in some rows; under `warm_start`, if the number of genes or the covariates differ from the
             previous fit.
         TypeError
-            If X is an object that holds a matrix but is not one in memory, such as AnnData or a Dask array.
+            If X is an object that holds a matrix and is none, such as AnnData, or has no slices of rows.
         FitInterrupted
             After Ctrl-C, if at least one sweep is complete: the fitted attributes are those of the last
             complete sweep or variational step. An earlier Ctrl-C, or a second one, leaves the estimator
@@ -385,10 +386,18 @@ class NBVCPEstimator(
         """The parameters in the form that the cell solver takes."""
         return independent_params(self.mean_, self.dispersion_, self._guide.coef_mean)
 
+    _OF_TRAINING_ROWS = ()
+
+    def _for_new_rows(self):
+        model, posterior = super()._for_new_rows(), self._posterior().without_rows()
+        model._guide, model._training_offsets = posterior.guide, posterior.rows
+        return model
+
     def _offset_prior(self):
         """The capture prior of the rows' offsets."""
         return self.capture_prior_
 
+    @lazy_with_dask
     def transform(self, X, *, covariates=None, offset=None):
         """Denoised log-expression: log of the posterior mean of each rate at full capture.
 
@@ -406,7 +415,8 @@ class NBVCPEstimator(
         Returns
         -------
         ndarray of shape (n_cells, n_genes)
-            Log-expression in nats (natural logarithm of expected counts at full capture).
+            Log-expression in nats (natural logarithm of expected counts at full capture). A Dask array, not
+            computed yet, where X is one.
         """
         check_is_fitted(self)
         X, known = self._given_rows(X, covariates, offset, self.capture_prior_)

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ._blocks import as_rows
+from ._blocks import CSRRows, as_csr, as_rows
 from ._jax import compiled_once, float64, in_order, n_workers, on_cpu
 from ._known import Known
+from ._values import canonical
 from .solver.ascent import magnitude
 from .solver.channel import log_rising_slope
 from .solver.marginal import BatchSums, no_sums, score_products, solve_cells
@@ -91,15 +92,48 @@ class RowBatches:
         self.rows = -(-rows // bucket) * bucket
         self.starts = range(0, max(n, 1), self.rows)  # without rows, one batch of padding
         self.solved_at_once = _solved_at_once(self.rows, n_genes)
+        self.workers = None  # threads; by default the processors
 
     def without_capture(self, rows):
         """The rows at these positions with their offset held at 0, in batches of the same shape."""
-        other = copy.copy(self)
+        other = self._of(rows, rows.size)
         other.counts = self.counts.chosen(rows)
-        other.known = self.known.chosen(rows)
         other.capture = np.tile([0.0, 0.0, 1.0], (rows.size, 1))
-        other.starts = range(0, rows.size, self.rows)
         return other
+
+    def _of(self, rows, n):
+        """Batches of the same shape of these rows, n in all, to be given their counts."""
+        other = copy.copy(self)
+        other.counts, other.known = None, self.known.chosen(rows)
+        other.capture = self.capture[rows]
+        other.starts = range(0, max(n, 1), self.rows)
+        return other
+
+    def run(self, operation, *common, of_rows):
+        """``operation(batches, *common, of_rows)``; on a cluster of each chunk of rows, where it is.
+
+        An operation returns results of rows, a tree of arrays with a row for each, and sums over the rows.
+        The sums of chunks are added in order: where they are computed changes results by rounding only.
+        """
+        cluster = self.counts.cluster()
+        if cluster is None:
+            return operation(self, *common, of_rows)
+        total, results = None, None
+        tasks = (
+            ((chunk, rows), (self._of(rows, rows.stop - rows.start), of_rows[rows]))
+            for chunk, rows in cluster.chunks
+        )
+        common = operation, self.counts.missing, common
+        for rows, (part, sums) in cluster.in_order(_on_worker, common, tasks):
+            if results is None:
+                total = sums
+                results = jax.tree.map(
+                    lambda a: np.empty((self.n_cells, *a.shape[1:]), a.dtype), part
+                )
+            else:
+                total = _added(total, sums)
+            jax.tree.map(functools.partial(_put, rows), results, part)
+        return results, total
 
     def padded(self, a, value=0.0):
         """The array `a`, padded with `value` to the number of rows of a batch."""
@@ -133,12 +167,25 @@ class RowBatches:
     def map(self, function):
         """Iterator of ``function(rows, cells)`` over the batches, in order; several run at the same time."""
         slices = self.slices()
-        workers = min(n_workers(), len(slices))
+        workers = min(self.workers or n_workers(), len(slices))
         return in_order(lambda rows: function(rows, self.cells(rows)), slices, workers)
 
     def solve(self, cells, params, zeta, last_step=LAST_STEP):
         """Solve the cells by :func:`solve_cells`, a block of cells at a time."""
         return solve_cells(cells, params, zeta, last_step, block=self.solved_at_once)
+
+
+@float64
+def _on_worker(chunk, common, batches, of_rows):
+    """An operation on a chunk of rows, in a thread of a worker; see `RowBatches.run`."""
+    operation, missing, common = common
+    counts, _ = canonical(as_csr(chunk), missing)
+    batches.counts, batches.workers = CSRRows(counts), 1
+    return operation(batches, *common, np.array(of_rows))  # what came from elsewhere is read-only
+
+
+def _put(rows, whole, part):
+    whole[rows] = part
 
 
 class RowPosterior(NamedTuple):
@@ -206,10 +253,13 @@ def solve_rows(batches, params, start=None):
     -------
     RowPosterior
     """
-    k, wide = params.loadings.shape[1], with_padded_rank(params)
     if start is None:
-        start = np.zeros((batches.n_cells, wide.loadings.shape[1] + 1))
-    on_device = jax.device_put(wide)
+        start = np.zeros((batches.n_cells, padded_rank(params.loadings.shape[1]) + 1))
+    return batches.run(_solve_rows, params, of_rows=start)[0]
+
+
+def _solve_rows(batches, params, start):
+    k, on_device = params.loadings.shape[1], jax.device_put(with_padded_rank(params))
 
     def solved(rows, cells):
         results = batches.solve(cells, on_device, batches.padded(start[rows]))[1]
@@ -218,7 +268,7 @@ def solve_rows(batches, params, start=None):
     out = RowPosterior.empty(batches.n_cells, k)
     for part in batches.map(solved):
         out.fill(*part)
-    return out
+    return out, None
 
 
 @float64
@@ -228,6 +278,11 @@ def gene_score_products(batches, params, start, free_dispersion):
     Shapes are (n_genes, p + k + 3, p + k + 3) and (n_genes,); the posterior is a `RowPosterior`. If log r is
     not free, its gradients omit the part that does not depend on the log-rates.
     """
+    solved, sums = batches.run(_score_products, params, free_dispersion, of_rows=start)
+    return *sums, solved
+
+
+def _score_products(batches, params, free_dispersion, start):
     k, wide = params.loadings.shape[1], with_padded_rank(params)
     p, k_padded = params.coef.shape[1], wide.loadings.shape[1]
     r = 1.0 / params.dispersion if free_dispersion else None
@@ -248,7 +303,7 @@ def gene_score_products(batches, params, start, free_dispersion):
         total = part if total is None else _added(total, part)
         solved.fill(*batch)
     keep = np.r_[0 : p + k + 1, p + k_padded + 1, p + k_padded + 2]
-    return total[0][:, keep][:, :, keep], total[1], solved
+    return solved, (total[0][:, keep][:, :, keep], total[1])
 
 
 def sum_over_batches(batches, params):
@@ -299,21 +354,9 @@ class Sweeper:
     @float64
     def __call__(self, params):
         """One pass over all rows: `BatchSums` of NumPy arrays for the unpadded latent dimension."""
-        wide = with_padded_rank(params)
-        on_device = jax.device_put(wide)
-
-        def solved(rows, cells):
-            start = self.batches.padded(self.scores[rows])
-            _, results, sums = self.batches.solve(cells, on_device, start, self._last_step)
-            mode = np.asarray(results.zeta)[: rows.stop - rows.start]
-            # trial parameters may overflow; the next sweep starts from the last finite scores
-            is_finite = np.isfinite(mode).all(axis=1)
-            self.scores[rows][is_finite] = mode[is_finite]
-            return jax.tree.map(np.asarray, sums)
-
-        total = no_sums(*wide.loadings.shape, wide.coef.shape[1])
-        for sums in self.batches.map(solved):
-            total = _added(total, sums)
+        self.scores, total = self.batches.run(
+            _sweep, with_padded_rank(params), self._last_step, of_rows=self.scores
+        )
         # the first sweep, before which the magnitude is unknown, is solved to rounding
         size = magnitude(float(total.log_marginal), max(self.batches.known.total_weight, 1))
         if np.isfinite(size):
@@ -321,6 +364,24 @@ class Sweeper:
                 max(LAST_STEP, (_MODE_SHARE * self.tol * size) ** 2), _LARGEST_LAST_STEP
             )
         return _unpad(total, params.loadings.shape[1])
+
+
+def _sweep(batches, params, last_step, scores):
+    """The modes of the rows, written to their start values, and the sums of a pass over them."""
+    on_device = jax.device_put(params)
+
+    def solved(rows, cells):
+        _, results, sums = batches.solve(cells, on_device, batches.padded(scores[rows]), last_step)
+        mode = np.asarray(results.zeta)[: rows.stop - rows.start]
+        # trial parameters may overflow; the next sweep starts from the last finite scores
+        is_finite = np.isfinite(mode).all(axis=1)
+        scores[rows][is_finite] = mode[is_finite]
+        return jax.tree.map(np.asarray, sums)
+
+    total = no_sums(*params.loadings.shape, params.coef.shape[1])
+    for sums in batches.map(solved):
+        total = _added(total, sums)
+    return scores, total
 
 
 def _unpad(sums: BatchSums, k):

@@ -6,11 +6,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ._blocks import BLOCK_ENTRIES, StoredRows
-
-
-def is_dask(X):
-    """Whether X is a Dask array."""
-    return all(hasattr(type(X), name) for name in ("__dask_graph__", "to_delayed", "chunks"))
+from ._dask import DaskRows, chunks_of_rows, is_dask
 
 
 def is_stored(X):
@@ -45,7 +41,7 @@ def stored_rows(name, X, missing):
             "would read the whole file. Write it again as CSR, or give X.to_memory() if it fits in memory."
         )
     if is_dask(X):
-        return StoredRows(*_dask_blocks(name, X), missing)
+        return DaskRows(chunks_of_rows(name, X), X.shape, missing)
     n, n_genes = X.shape
     size = max(BLOCK_ENTRIES // max(n_genes, 1), 1)
     chunk = (getattr(X, "chunks", None) or (1,))[0]
@@ -53,34 +49,3 @@ def stored_rows(name, X, missing):
     if isinstance(chunk, int) and chunk <= size:
         size = size // chunk * chunk
     return StoredRows(lambda start, stop: X[start:stop], X.shape, [*range(0, n, size), n], missing)
-
-
-def _dask_blocks(name, X):
-    """How a Dask array is read, its shape and the borders of blocks: one or more chunks of rows each."""
-    rows, columns = X.chunks
-    if len(columns) > 1:
-        raise ValueError(
-            f"{name} expects a Dask array in chunks of rows, found {len(columns)} chunks of columns. Give "
-            "X.rechunk({1: -1})."
-        )
-    if np.isnan(X.shape).any():
-        raise ValueError(
-            f"{name} expects a Dask array of known shape, found {X.shape}: its chunks are of unknown size. "
-            "Give X.compute_chunk_sizes()."
-        )
-    chunks, ends = X.to_delayed().ravel(), np.cumsum(rows)
-    borders, size = [0], max(BLOCK_ENTRIES // max(X.shape[1], 1), 1)
-    for i, end in enumerate(ends):
-        is_last = i + 1 == len(ends)
-        if end > borders[-1] and (is_last or ends[i + 1] - borders[-1] > size):
-            borders.append(int(end))
-    starts = ends - rows
-
-    def read(start, stop):
-        import dask
-
-        first, last = np.searchsorted(starts, start, "right") - 1, np.searchsorted(starts, stop)
-        parts = map(sp.csr_matrix, dask.compute(*chunks[first:last]))
-        return sp.vstack(list(parts), format="csr")[start - starts[first] : stop - starts[first]]
-
-    return read, X.shape, borders

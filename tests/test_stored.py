@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 
-from sknbln import NBLNEstimator, NBVCPEstimator, _stored, _svi
+from sknbln import NBLNEstimator, NBVCPEstimator, _dask, _stored, _svi
 from sknbln._blocks import CSRRows
 from sknbln._counts import CountHistogram, validate_counts, validated_rows
 from sknbln.datasets import make_nbln_counts
@@ -95,7 +95,8 @@ def counts():
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(_stored, "BLOCK_ENTRIES", BLOCK * G)
+    for module in (_dask, _stored):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", BLOCK * G)
 
 
 def rows_of(X, **options):

@@ -8,6 +8,7 @@
 what is simulated is drawn there in chunks, as CSR. ``--device cpu`` or ``--device cuda`` asks JAX for
 that platform; the devices that are used are printed.
 
+"NBVCP MB" and "NBLN MB" are above what the process had with the counts, "all MB" above what it had without.
 ``--out-of-core`` writes the simulated counts to a file first, a chunk at a time, and fits them from there:
 the whole matrix is never in memory. ``--in-memory`` fits the same counts in memory too, and ``--dask N``
 as a Dask array on N local worker processes of one thread each.
@@ -34,9 +35,11 @@ COLUMNS = {
     "NBVCP s": "nbvcp_s",
     "NBLN s": "nbln_s",
     "sum s": "sum_s",
+    "CPU s": "cpu_s",
     "compile s": "compile_s",
     "NBVCP MB": "nbvcp_memory_mb",
     "NBLN MB": "nbln_memory_mb",
+    "all MB": "memory_mb",
     "process MB": "process_memory_mb",
     "NBVCP steps": "nbvcp_iterations",
     "NBLN sweeps": "iterations",
@@ -52,11 +55,17 @@ def measure(request):
             request["write"], *(request[name] for name in ("cells", "genes", "depth"))
         )
         return {"loadings": loadings.tolist(), "capture": prior}
+    import sknbln  # noqa: F401, its memory is that of the program
+
+    program = _process.PeakMemory()
     if "file" not in request:
-        return both_fits(request, *counts(request))
-    loadings, prior = np.array(request["loadings"]), tuple(request["capture"])
-    with workers(request), _stored.opened(request["file"], request["where"]) as X:
-        return both_fits(request, X, loadings, prior)
+        result = both_fits(request, *counts(request))
+    else:
+        loadings, prior = np.array(request["loadings"]), tuple(request["capture"])
+        with workers(request), _stored.opened(request["file"], request["where"]) as X:
+            result = both_fits(request, X, loadings, prior)
+    result["memory_mb"] = result["process_memory_mb"] - program.baseline
+    return result
 
 
 @contextlib.contextmanager
@@ -89,7 +98,7 @@ def both_fits(request, X, loadings, prior):
         parts = (X.data, X.indices, X.indptr)
         result |= {"nonzero": int(X.nnz), "matrix_mb": sum(a.nbytes for a in parts) / 1e6}
     first = _process.PeakMemory()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     source = NBVCPEstimator(capture_efficiency=prior, random_state=0).fit(X)
     result["nbvcp_s"] = time.perf_counter() - start
     result["nbvcp_compile_s"] = compilation.seconds
@@ -98,16 +107,13 @@ def both_fits(request, X, loadings, prior):
 
     second = _process.PeakMemory()
     start = time.perf_counter()
-    model = NBLNEstimator(
-        request["latent_dim"],
-        informative_prior_estimator=source,
-        random_state=0,
-        **OURS[request["setting"]],
-    ).fit(X)
+    options = {"latent_dim": request["latent_dim"], **OURS[request["setting"]]}
+    model = NBLNEstimator(informative_prior_estimator=source, random_state=0, **options).fit(X)
     result["nbln_s"] = time.perf_counter() - start
     result["nbln_memory_mb"] = second.peak() - first.baseline
     result |= {
         "sum_s": result["nbvcp_s"] + result["nbln_s"],
+        "cpu_s": time.process_time() - cpu,  # of this process: not of the workers of a cluster
         "compile_s": compilation.seconds,
         "nbln_compile_s": compilation.seconds - result["nbvcp_compile_s"],
         "compilations": compilation.count,
@@ -210,7 +216,8 @@ def main():
                     flush=True,
                 )
                 write_json(given.json, content | {"runs": found})
-    print(f"\nk = {given.latent_dim}, {given.setting}; {', '.join(found[0]['devices'])}\n")
+    k = OURS[given.setting].get("latent_dim", given.latent_dim)
+    print(f"\nk = {k}, {given.setting}; {', '.join(found[0]['devices'])}\n")
     rows = [[shown(f.get(column)) for column in COLUMNS.values()] for f in found]
     print(table(COLUMNS, rows))
     content["slopes"] = {}

@@ -109,6 +109,7 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         model = copy.copy(self)
         for name in ("_library_size", "capture_offset_", *self._OF_TRAINING_ROWS):
             delattr(model, name)
+        vars(model).pop("feature_names_in_", None)  # chunks have none
         model._known = self._known.chosen(slice(0, 0))
         return model
 

@@ -12,6 +12,8 @@ from ._values import canonical
 
 #: counts of a block that is read at a time, zeros included, about: 8 bytes each where they are dense
 BLOCK_ENTRIES = 2**22
+#: counts of rows at random places that are read at a time, in one pass over all blocks, zeros included
+_CHOSEN_ENTRIES = 2**24
 #: non-zero counts that are converted to double precision at a time
 _CONVERTED_AT_ONCE = 2**20
 #: blocks that are kept: neighbouring batches, solved at the same time, may lie in two of them
@@ -24,7 +26,11 @@ class Rows(ABC):
     Attributes
     ----------
     shape : tuple (n_cells, n_genes)
+    chosen_at_once : int
+        Number of rows at random places that are best taken together.
     """
+
+    chosen_at_once = 1
 
     @abstractmethod
     def slices(self):
@@ -149,6 +155,7 @@ class StoredRows(Rows):
     def __init__(self, read, shape, borders, missing=False):
         self.shape, self.borders, self._read, self.missing = shape, borders, read, missing
         self._kept, self._reading = {}, threading.Lock()
+        self.chosen_at_once = max(_CHOSEN_ENTRIES // max(shape[1], 1), 1)
 
     def slices(self):
         """The blocks that are read."""

@@ -38,7 +38,7 @@ _DATES = (
 #: objects that hold counts but are not a matrix in memory: an attribute of the class -> advice to the user
 _HOLDERS = {
     "X": "Give its matrix of raw counts: adata.X, adata.layers['counts'] or adata.raw.X.",
-    "dask": "Its values are not computed yet: give X.compute().",
+    "dask": "Its values are not computed yet: give X.compute(), or a Dask array.",
     "collect": "Its values are not computed yet: give X.collect().",
     "to_memory": "Its values are in a file: give X.to_memory(), or the rows that you need, as X[:1000].",
 }
@@ -192,10 +192,12 @@ def _refuse_holders(name, X):
     if array_like and not hasattr(type(X), "dask"):
         return
     advice = (advice for attribute, advice in _HOLDERS.items() if hasattr(type(X), attribute))
-    raise TypeError(
-        f"{name} expects a matrix of counts: an array, a SciPy sparse matrix or a DataFrame, all in memory; "
-        f"found {type(X).__module__}.{type(X).__qualname__}. {next(advice, '')}".rstrip()
+    message = (
+        f"{name} expects a matrix of counts: an array, a SciPy sparse matrix, a DataFrame, or what has "
+        f"shape, dtype and slices of rows; found {type(X).__module__}.{type(X).__qualname__}. "
+        f"{next(advice, '')}"
     )
+    raise TypeError(message.rstrip())
 
 
 def _numbers_of_frame(name, X):

@@ -1,5 +1,6 @@
 """Dask arrays: chunks of rows that are read here, or solved where they are, on the workers of a cluster."""
 
+import itertools
 import sys
 from collections import deque
 
@@ -102,7 +103,7 @@ class DaskRows(StoredRows):
     def __init__(self, chunks, shape, missing):
         self._chunks = chunks
         size, borders = BLOCK_ENTRIES // max(shape[1], 1), [0]
-        for (_, part), (_, following) in zip(chunks, [*chunks[1:], (None, None)], strict=True):
+        for (_, part), (_, following) in itertools.pairwise([*chunks, (None, None)]):
             if following is None or following.stop - borders[-1] > size:
                 borders.append(part.stop)
         super().__init__(self._compute, shape, borders, missing)

@@ -27,6 +27,8 @@ _RANK_BUCKET = 4  # latent dimensions are padded to a multiple of this
 # Counts in an automatic batch, about; 8 bytes each in a few arrays
 _BATCH_ENTRIES = 2**17
 _BATCH_ENTRIES_OF_ACCELERATOR = 2**22
+# Counts that stay on an accelerator, zeros included, 8 bytes each; more go there in every pass
+_MOST_ENTRIES_OF_ACCELERATOR = 2**31
 # Counts that are solved at a time: the dozen arrays of a Newton iteration then stay in the cache of a
 # processor
 _BLOCK_ENTRIES = 2**14
@@ -93,6 +95,8 @@ class RowBatches:
         self.starts = range(0, max(n, 1), self.rows)  # without rows, one batch of padding
         self.solved_at_once = _solved_at_once(self.rows, n_genes)
         self.workers = None  # threads; by default the processors
+        keeps = not on_cpu() and n * n_genes <= _MOST_ENTRIES_OF_ACCELERATOR
+        self._on_accelerator = {} if keeps else None  # `Cells` by their first row
 
     def without_capture(self, rows):
         """The rows at these positions with their offset held at 0, in batches of the same shape."""
@@ -107,6 +111,7 @@ class RowBatches:
         other.counts, other.known = None, self.known.chosen(rows)
         other.capture = self.capture[rows]
         other.starts = range(0, max(n, 1), self.rows)
+        other._on_accelerator = None
         return other
 
     def run(self, operation, *common, of_rows):
@@ -149,7 +154,15 @@ class RowBatches:
         return [slice(start, min(start + self.rows, self.n_cells)) for start in self.starts]
 
     def cells(self, rows):
-        """The rows of a batch as `Cells`."""
+        """The rows of a batch as `Cells`, which stay on an accelerator from the first pass on."""
+        kept = self._on_accelerator
+        if kept is None:
+            return self._cells(rows)
+        if rows.start not in kept:
+            kept[rows.start] = jax.device_put(self._cells(rows))
+        return kept[rows.start]
+
+    def _cells(self, rows):
         n = rows.stop - rows.start
         counts = np.zeros((self.rows, self.counts.shape[1]))
         self.counts.block(rows).toarray(out=counts[:n])
@@ -217,7 +230,7 @@ class RowPosterior(NamedTuple):
     def fill(self, rows, cells, results):
         """Write the `CellResults` of a batch to its rows."""
         k, covariance = self.scores.shape[1], results.covariance
-        offset, scale = cells.offset, cells.scale
+        offset, scale = np.asarray(cells.offset), np.asarray(cells.scale)
         parts = (
             results.log_marginal,
             results.zeta[:, :k],
@@ -289,10 +302,11 @@ def _score_products(batches, params, free_dispersion, start):
     params = jax.device_put(wide)
 
     def products(rows, cells):
-        constants = np.zeros_like(cells.counts)
+        counts = np.asarray(cells.counts)
+        constants = np.zeros_like(counts)
         if free_dispersion:
-            at, genes = np.nonzero(cells.counts)
-            constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
+            at, genes = np.nonzero(counts)
+            constants[at, genes] = log_rising_slope(counts[at, genes], r[genes])
         on_device = jax.device_put(cells)
         alpha, results, _ = batches.solve(on_device, params, batches.padded(start[rows]))
         gene_sums = score_products(on_device, params, alpha, results, constants)

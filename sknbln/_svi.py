@@ -58,9 +58,6 @@ from .solver.objective import COEF_PRIOR_SCALE
 
 #: rows per step; independent of the estimator's batch_size, which only sets memory
 MINIBATCH = 256
-#: counts of the minibatches that are taken out of all rows at a time, zeros included, about: rows in a file
-#: are read in passes over it
-_POOL_ENTRIES = 2**24
 WINDOW = 50  # steps over which losses and iterates are averaged
 #: parts of the guide that are optimized
 _MOVING = "log_mean", "log_dispersion", "coef", "capture_offset"
@@ -267,7 +264,7 @@ def _minibatches(X, rng, weights=None):
     used = np.flatnonzero(weights > NO_WEIGHT)
     n = used.size
     size = min(MINIBATCH, -(-n // 64) * 64)
-    pool = size * max(_POOL_ENTRIES // max(size * X.shape[1], 1), 1)
+    pool = size * max(X.chosen_at_once // size, 1)
     while True:
         order = used[rng.permutation(n)]
         for start in range(0, n, size):

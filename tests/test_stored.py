@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 
-from sknbln import NBLNEstimator, NBVCPEstimator, _dask, _stored, _svi
+from sknbln import NBLNEstimator, NBVCPEstimator, _blocks, _dask, _stored, _svi
 from sknbln._blocks import CSRRows
 from sknbln._counts import CountHistogram, validate_counts, validated_rows
 from sknbln.datasets import make_nbln_counts
@@ -176,6 +176,22 @@ def test_counts_in_memory_are_converted_block_by_block(counts, monkeypatch):
     assert_array_equal(np.concatenate([b.toarray() for _, b in rows]), counts)
 
 
+@pytest.mark.parametrize("at_once", [1, 10_000], ids="{} rows at once".format)
+def test_minibatches_are_those_of_counts_in_memory(at_once, monkeypatch):
+    monkeypatch.setattr(_blocks, "_CHOSEN_ENTRIES", at_once * 2)
+    monkeypatch.setattr(_stored, "BLOCK_ENTRIES", 100 * 2)
+    X = sp.csr_matrix(np.arange(1.0, 901)[:, None] * [1, 2])
+    stored = Slices(X)
+    expected, found = (
+        _svi._minibatches(rows, np.random.RandomState(0)) for rows in (X, rows_of(stored)[0])
+    )
+    stored.read = 0
+    for _ in range(7):  # three in an epoch
+        for a, b in zip(next(found), next(expected), strict=True):
+            assert_array_equal(a, b)
+    assert (stored.read > 3 * 900) == (at_once == 1)  # else at most a pass for each epoch
+
+
 # ------------------------------------------------------------------ messages
 
 
@@ -283,7 +299,7 @@ def same_fit(found, expected):
 @pytest.mark.parametrize("name", ["slices of CSR", "Dask of CSR chunks"])
 def test_fits_to_stored_rows_are_the_same(counts, fitted, name, tmp_path, monkeypatch):
     """Bit for bit: batches and minibatches do not depend on where the rows are."""
-    monkeypatch.setattr(_svi, "_POOL_ENTRIES", 64 * G)
+    monkeypatch.setattr(_blocks, "_CHOSEN_ENTRIES", 64 * G)
     X, expected = STORES[name](counts, tmp_path), fitted
     found = NBLNEstimator(random_state=0).fit(X)
     same_fit(found, expected)

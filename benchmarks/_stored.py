@@ -12,14 +12,15 @@ _CHUNK_ENTRIES = 2**23
 
 
 def write(path, n_cells, n_genes, depth):
-    """Write AnnData's sparse matrix `X` to an h5ad or zarr file; returns loadings and capture prior."""
-    truth, sizes = _genes(n_cells, n_genes), []
+    """Write AnnData's sparse `X` to an h5ad or zarr file; returns loadings, capture prior, counts > 0."""
+    truth, sizes, nonzero = _genes(n_cells, n_genes), [], 0
     with _group(path, "w") as group:
         for chunk in _chunks(truth, n_cells, depth):
             _append(group, chunk)
+            nonzero += chunk.nnz
             sizes.append(np.asarray(chunk.sum(axis=1)).ravel())
     log_m0 = CAPTURE[0] - np.log(depth) + np.log(np.median(np.concatenate(sizes)))
-    return truth.loadings, (log_m0, CAPTURE[1])
+    return truth.loadings, (log_m0, CAPTURE[1]), nonzero
 
 
 @contextlib.contextmanager

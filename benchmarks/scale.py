@@ -51,10 +51,10 @@ COLUMNS = {
 def measure(request):
     """Both fits of one matrix, in a worker process; or write the matrix to a file."""
     if "write" in request:
-        loadings, prior = _stored.write(
+        loadings, prior, nonzero = _stored.write(
             request["write"], *(request[name] for name in ("cells", "genes", "depth"))
         )
-        return {"loadings": loadings.tolist(), "capture": prior}
+        return {"loadings": loadings.tolist(), "capture": prior, "nonzero": nonzero}
     import sknbln  # noqa: F401, its memory is that of the program
 
     program = _process.PeakMemory()
@@ -63,7 +63,7 @@ def measure(request):
     else:
         loadings, prior = np.array(request["loadings"]), tuple(request["capture"])
         with workers(request), _stored.opened(request["file"], request["where"]) as X:
-            result = both_fits(request, X, loadings, prior)
+            result = {"nonzero": request["nonzero"]} | both_fits(request, X, loadings, prior)
     result["memory_mb"] = result["process_memory_mb"] - program.baseline
     return result
 

@@ -14,7 +14,8 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
 from . import _capture, _fit_warnings, _opening, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
-from ._counts import CountHistogram, validate_counts
+from ._blocks import CSRRows
+from ._counts import CountHistogram, validated_rows
 from ._covariance import CovarianceMixin
 from ._design import Design
 from ._draws import PosteriorMixin
@@ -338,7 +339,8 @@ class NBLNEstimator(
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
+            Counts. They need not be in memory: a Dask array in chunks of rows, or a dataset of h5py, zarr or
+            AnnData (``read_h5ad(path, backed="r").X``), is read block by block in every pass over the rows.
         y : Ignored
             Present for scikit-learn's conventions.
         covariates : array-like of shape (n_cells,) or (n_cells, n_covariates) or DataFrame, default=None
@@ -370,7 +372,7 @@ class NBLNEstimator(
             complete sweep. An earlier Ctrl-C, or a second one, leaves the estimator unchanged.
         TypeError
             If `informative_prior_estimator` is not an NBVCPEstimator, or X is an object that holds a matrix
-            but is not one in memory, such as AnnData or a Dask array.
+            and is none, such as AnnData, or has no slices of rows.
 
         Warns
         -----
@@ -435,7 +437,12 @@ class NBLNEstimator(
         # a source that is fitted here issues the warnings about counts itself
         fitted_here = _source.needs_fit(source)
         X_original = X
-        X, missing = validate_counts(self, X, reset=True, warn=not fitted_here, missing=True)
+        X, missing = validated_rows(self, X, reset=True, warn=not fitted_here, missing=True)
+        if self.memory is not None and not isinstance(X, CSRRows):
+            raise ValueError(
+                f"memory={self.memory!r} keeps the source's fit by the values of X, and X is not in memory. "
+                "Set memory=None, or fit the source first and give it as informative_prior_estimator."
+            )
         names = getattr(self, "feature_names_in_", None)
         weight = checked_weight(sample_weight, X.shape[0])
         refuse_genes_not_seen(self, missing, weight)
@@ -444,7 +451,7 @@ class NBLNEstimator(
         given = dict(covariates=covariates, offset=offset, sample_weight=weight)
         source = _source.fitted_source(
             source,
-            X if names is None and missing is None else X_original,
+            X.X if isinstance(X, CSRRows) and names is None and missing is None else X_original,
             self.memory,
             None if previous is None else self.informative_prior_estimator_,
             {name: value for name, value in given.items() if value is not None},
@@ -460,8 +467,7 @@ class NBLNEstimator(
             _capture.warn_about_truncation(source.capture_prior_, X)
         self.capture_prior_ = source.capture_prior_
         if not (isinstance(self.capture_efficiency, str) and self.capture_efficiency == "auto"):
-            counted = X if weight is None else X[weight > 0]
-            self.capture_prior_ = _capture.resolve(self.capture_efficiency, counted)
+            self.capture_prior_ = _capture.resolve(self.capture_efficiency, X, weight)
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
     def _maximum(self, X, source, offsets, free, column_prior, previous, rng):
@@ -478,7 +484,11 @@ class NBLNEstimator(
             sample = _opening.sample_of_rows(X.shape[0], rng)
             some = whole
             if sample is not None:
-                some = X[sample], offsets.chosen(sample), self._known.chosen(sample)
+                some = (
+                    X.chosen(sample).in_memory(),
+                    offsets.chosen(sample),
+                    self._known.chosen(sample),
+                )
             outcome, rows = ascent(*some, self._start_loadings(*some, source, rng))
             if outcome.interrupted and sample is not None:
                 raise KeyboardInterrupt  # no sweep over all rows is complete
@@ -710,6 +720,14 @@ class NBLNEstimator(
             frozen="eta" in self.frozen_params_,
             tau=self.informative_priors_tau,
         )
+
+    _OF_TRAINING_ROWS = "_rows", "newton_decrement_", "informative_prior_estimator_"
+
+    def _for_new_rows(self):
+        model = super()._for_new_rows()
+        model.informative_prior_estimator = None
+        model._source = self._source.without_rows()
+        return model
 
     def _offset_prior(self):
         """The capture prior of the rows' offsets; None for a channel without one."""

@@ -180,7 +180,7 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
 
     Parameters
     ----------
-    counts : CSRRows or another source of rows
+    counts : Rows
     mean, dispersion : ndarray of shape (n_genes,)
         Means at full capture and dispersions of independent genes.
     offset : ndarray of shape (n_cells,)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix, issparse
 
-from ._counts import n_fractional, same_depth
 from ._nbln import NBLNEstimator
 from ._nbvcp import NBVCPEstimator
+from ._values import Values, n_fractional
 
 __all__ = ["nbln", "nbvcp", "project"]
 
@@ -332,7 +332,9 @@ def _not_counts(matrix):
     if fractional:
         example = values[values != np.floor(values)][0]
         return f"{fractional} of {values.size} values are fractional ({example:g}), as after normalizing"
-    if same_depth("", csr_matrix(rows)) is not None:
+    looked_at = Values("", fitting=True)
+    looked_at.add(csr_matrix(rows, dtype=float))
+    if looked_at.same_depth() is not None:
         return "all rows have nearly the same total, as after normalizing"
     return None
 

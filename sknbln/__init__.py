@@ -3,8 +3,18 @@
 from ._jax import warn_about_jaxlib as _warn_about_jaxlib
 from ._nbln import NBLNEstimator
 from ._nbvcp import NBVCPEstimator
+from ._pairs import CorrelationTest
 
 __version__ = "0.1.0"
-__all__ = ["NBLNEstimator", "NBVCPEstimator", "datasets", "exceptions", "plotting", "predictive"]
+__all__ = [
+    "CorrelationTest",
+    "NBLNEstimator",
+    "NBVCPEstimator",
+    "datasets",
+    "exceptions",
+    "network",
+    "plotting",
+    "predictive",
+]
 
 _warn_about_jaxlib()

@@ -22,6 +22,7 @@ from ._known import NO_WEIGHT, checked_weight
 from ._scores import IndependentScores, mirrored, pair_blocks, pair_moments
 from .predictive._arguments import gene_positions, validated_options
 
+_ROUNDS = 5  # Newton steps of each gene's mean in each group or block
 _SMALL_SKEW = 0.01  # where r* is accurate to 1e-5
 
 
@@ -201,13 +202,13 @@ class PairTestMixin(ABC):
     def _gene_names(self):
         return getattr(self, "feature_names_in_", np.arange(self.n_features_in_))
 
-    def _scores_of(self, X, covariates, offset, columns, weight=None):
+    def _scores_of(self, X, covariates, offset, columns, weight=None, n_rounds=0):
         """`IndependentScores` of rows, less what these columns and the covariates take."""
         X, known = self._given(X, covariates, offset)
         if weight is not None:
             known = known._replace(weight=np.maximum(weight, NO_WEIGHT))
         columns = np.concatenate([columns, known.design], 1)
-        return IndependentScores(X, self._independent(), known, columns, self.batch_size)
+        return IndependentScores(X, self._independent(), known, columns, self.batch_size, n_rounds)
 
     @validated_options(alternative=[StrOptions({"two-sided", "greater", "less"})])
     def correlation_test(
@@ -321,7 +322,7 @@ class PairTestMixin(ABC):
         Of each group the scores of :meth:`correlation_test` estimate ``Sigma_jk``, by ``T / V``. The
         statistic is their difference divided by ``sqrt(1 / V_1 + 1 / V_2)``, and standardized by its mean and
         standard deviation over permutations of the rows' groups; p-values are those of the Pearson III law
-        that has the skewness of the permutations too [1]_. Each gene's means in the groups are taken out
+        that has the skewness of the permutations too [1]_. Each gene's means in the groups are fitted
         first, so that differential expression is no difference of correlations. The fit should be of the rows
         of both groups.
 
@@ -334,7 +335,7 @@ class PairTestMixin(ABC):
             second.
         blocks : array-like of shape (n_cells,) or None, default=None
             Donor, batch or other unit of each row, which belongs to one group as a whole. Blocks are then
-            permuted instead of rows, and each gene's mean in each block is taken out. Rows of one donor are
+            permuted instead of rows, and each gene's mean in each block is fitted. Rows of one donor are
             no independent samples of its group: without blocks their p-values are too small.
         genes : array-like or None, default=None
             Names or positions of the genes whose pairs with each other are tested; None for all.
@@ -383,7 +384,7 @@ class PairTestMixin(ABC):
         positions = gene_positions(self, genes)
         rng = check_random_state(self.random_state if random_state is None else random_state)
         units = Units.of(groups, blocks, np.shape(X)[0])
-        rows = self._scores_of(X, covariates, offset, units.columns)
+        rows = self._scores_of(X, covariates, offset, units.columns, n_rounds=_ROUNDS)
         parts = [(g[:, positions], i[:, positions], a) for _, g, i, _, a in rows]
         parts = [np.concatenate(part) for part in zip(*parts, strict=True)]
         statistic, skew, difference = permuted_differences(*parts, units, n_permutations, rng)

@@ -19,6 +19,7 @@ from ._rows import CSRRows
 
 #: entries of a block of dense rows, and of a block of pairs; 8 bytes each in a few arrays
 _ROW_ENTRIES, _PAIR_ENTRIES = 2**21, 2**21
+_LARGEST_STEP = 1.0  # nats
 _RIDGE = 1e-6  # of a gene's information: keeps that of its coefficients regular
 
 
@@ -61,9 +62,11 @@ class IndependentScores:
         Covariates and exposures of the rows; rows count with their weights.
     columns : ndarray of shape (n_cells, q)
         Columns with coefficients of every gene, which are taken out of the scores.
+    n_rounds : int, default=0
+        Newton steps by which the means are fitted to the columns first, where the fit does not know of them.
     """
 
-    def __init__(self, X, fit, known, columns, batch_size=None):
+    def __init__(self, X, fit, known, columns, batch_size=None, n_rounds=0):
         self.counts, self.fit, self.known, self.columns = CSRRows(X), fit, known, columns
         self.offsets = fit.offsets(X, batch_size, known)
         self.n_cells, self.n_genes = X.shape
@@ -73,11 +76,15 @@ class IndependentScores:
         ]
         self.has_counts = np.asarray(X.getnnz(axis=0)) > 0
         self._log_mean = np.log(fit.mean)
+        self._coef = np.zeros((self.n_genes, columns.shape[1]))
+        for _ in range(n_rounds):
+            self._coef += np.clip(self._coefficients(), -_LARGEST_STEP, _LARGEST_STEP)
         self._taken = self._coefficients()
 
     def _of_rows(self, rows):
         known = self.known.chosen(rows)
         m = self._log_mean + known.log_scale(self.fit.coef) - self.offsets.loc[rows, None]
+        m += self.columns[rows] @ self._coef.T
         return scores(self.counts.block(rows).toarray(), np.exp(m, out=m), self.fit.dispersion)
 
     def _coefficients(self):

@@ -222,7 +222,7 @@ def sparse_network(
     >>> from sknbln.network import sparse_network
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
     >>> model = NBLNEstimator(2, random_state=0).fit(X)
-    >>> network = sparse_network(model, genes=range(8), select="ebic")
+    >>> network = sparse_network(model, genes=range(8), select="ebic", gamma=0.0)
     >>> network.edges().columns.tolist()
     ['gene_1', 'gene_2', 'partial_correlation']
     """

@@ -184,7 +184,7 @@ class NetworkDisplay:
     >>> from sknbln.plotting import NetworkDisplay
     >>> X = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
     >>> model = NBLNEstimator(latent_dim=2, random_state=0).fit(X)
-    >>> network = sparse_network(model, genes=range(8), select="ebic")
+    >>> network = sparse_network(model, genes=range(8), select="ebic", gamma=0.0)
     >>> display = NetworkDisplay.from_network(network)
     >>> len(display.positions_) <= 8
     True

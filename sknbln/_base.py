@@ -13,6 +13,7 @@ from ._dask import is_dask, transformed
 from ._design import checked_offset
 from ._differential import coefficient_table
 from ._known import Known, checked_weight
+from ._pairs import PairTestMixin
 from .exceptions import FitInterrupted, InconsistentVersionWarning
 from .predictive._mixin import PredictiveMixin
 
@@ -94,7 +95,7 @@ class VersionedStateMixin:
         super().__setstate__(state)
 
 
-class CountModelMixin(VersionedStateMixin, PredictiveMixin):
+class CountModelMixin(VersionedStateMixin, PairTestMixin, PredictiveMixin):
     """Tags, validated rows, held-out scores, versioned pickles and replicated counts of both estimators."""
 
     def __sklearn_tags__(self):

@@ -15,6 +15,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from . import _capture, _fit_warnings, _opening, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
 from ._blocks import CSRRows
+from ._correlation import with_prior_of_noise
 from ._counts import CountHistogram, validated_rows
 from ._covariance import CovarianceMixin
 from ._design import Design
@@ -631,21 +632,20 @@ class NBLNEstimator(
         if outcome.columns is not None:
             precision = outcome.columns.penalty.precision
             precision = np.pad(precision, (0, k - precision.size), constant_values=1.0)
-        params = objective.coupling.expand(outcome.point.x)._replace(
-            mean=self.mean_, loadings=self.loadings_
-        )
-        self._standard_deviation, self._rows = _posterior.standard_deviations(
+        own = objective.coupling.expand(outcome.point.x)
+        params = own._replace(mean=self.mean_, loadings=self.loadings_)
+        self._standard_deviation, of_variances, self._rows = _posterior.standard_deviations(
             rows,
             objective.sweep.scores,
             in_model_units(params),
             free,
             objective.prior_mean.precision,
-            objective.prior_log_r.precision
-            + objective.gene_priors.dispersion_precision(
-                objective.coupling.expand(outcome.point.x)
-            ),
+            objective.prior_log_r.precision + objective.gene_priors.dispersion_precision(own),
             precision,
             objective.prior_coef.precision,
+        )
+        self._gene_covariance = with_prior_of_noise(
+            of_variances, objective.gene_priors.noise_precision(own)
         )
         of_coef = self._source.guide.coef_scale
         if free.coef and of_coef.shape[1]:
@@ -732,6 +732,10 @@ class NBLNEstimator(
     def _offset_prior(self):
         """The capture prior of the rows' offsets; None for a channel without one."""
         return None if self.observation == "multinomial" else self._source.capture_prior
+
+    def _independent(self):
+        """The `NBVCPPosterior` of independent genes: the source's."""
+        return self._source
 
     def _params(self):
         """The parameters in the form that the cell solver takes."""

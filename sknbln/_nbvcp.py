@@ -395,6 +395,8 @@ class NBVCPEstimator(
             self.mean_, self.dispersion_, self._guide, self._training_offsets, self.capture_prior_
         )
 
+    _independent = _posterior
+
     def _params(self):
         """The parameters in the form that the cell solver takes."""
         return independent_params(self.mean_, self.dispersion_, self._guide.coef_mean)

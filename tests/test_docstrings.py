@@ -9,9 +9,11 @@ import pytest
 
 import sknbln._nbln
 import sknbln._nbvcp
+import sknbln._pairs
 import sknbln.datasets._real
 import sknbln.datasets._simulate
 import sknbln.exceptions
+import sknbln.network
 import sknbln.plotting
 import sknbln.predictive._checks
 import sknbln.predictive._draws
@@ -28,9 +30,11 @@ DISPLAYS = [
     [
         sknbln._nbln,
         sknbln._nbvcp,
+        sknbln._pairs,
         sknbln.datasets._real,
         sknbln.datasets._simulate,
         sknbln.exceptions,
+        sknbln.network,
         sknbln.predictive._checks,
         sknbln.predictive._draws,
         *DISPLAYS,

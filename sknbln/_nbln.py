@@ -23,6 +23,7 @@ from ._draws import PosteriorMixin
 from ._embedding import EmbeddingMixin
 from ._known import checked_weight, refuse_genes_not_seen
 from ._nbvcp import NBVCPEstimator
+from ._progress import Progress
 from ._rows import FEW_ENTRIES, RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .solver import column_priors
@@ -141,7 +142,9 @@ class NBLNEstimator(
         Seed of the source's fit, of its posterior draws, and of the randomized range finder for the start
         values.
     verbose : int, default=0
-        Verbosity; 1 prints a line per sweep.
+        1 says after each sweep the objective, what the next one promises, the number of factors and the
+        seconds; 2 says more. The lines go to the logger ``"sknbln"``, and are printed where no logging is set
+        up.
     warm_start : bool, default=False
         When True, `fit` starts the free parameters from the previous fit of this estimator, which must have
         the same genes and the same `latent_dim`. A source that was fitted inside `fit` continues from its
@@ -552,7 +555,7 @@ class NBLNEstimator(
             max_iter=self.max_iter,
             edges=edges,
             column_prior=column_prior,
-            report=self._report(n_cells) if self.verbose else None,
+            report=Progress(self, self.verbose).sweeps(),
         )
         if outcome.information is not None:
             self.rank_diagnostics_ |= {
@@ -591,13 +594,6 @@ class NBLNEstimator(
         split = SplitPrior(self._total, EVEN) if self.observation == "nb" else None
         genes = GenePriors(NOISE_POOL, split, None if hard else of_total)
         return mean, flat, coupling, genes, coef
-
-    def _report(self, n_cells):
-        def report(iteration, point):
-            value = point.value / n_cells
-            print(f"[NBLNEstimator] sweep {iteration}: {value:.4f} nats per cell", flush=True)
-
-        return report
 
     def _set_parameters(self, objective, point):
         """Set the fitted parameters; those frozen at the source's values equal them bit for bit."""

@@ -18,6 +18,7 @@ from ._design import Design
 from ._known import Known, checked_weight, refuse_genes_not_seen
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
 from ._opening import sample_of_rows
+from ._progress import Progress
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
@@ -76,7 +77,7 @@ class NBVCPEstimator(
     random_state : int, RandomState instance or None, default=None
         Seed of the variational fit.
     verbose : int, default=0
-        Verbosity; 1 prints progress.
+        1 says how far the fit is, 2 says more, as in `NBLNEstimator`.
     warm_start : bool, default=False
         When True, `fit` starts from the previous fit of this estimator, which must have the same genes.
 
@@ -246,7 +247,7 @@ class NBVCPEstimator(
             learning_rate=self.learning_rate,
             tol=self.tol,
             rng=rng,
-            report=self._report("ELBO step") if self.verbose else None,
+            report=Progress(self, self.verbose).steps("ELBO step", self.n_steps),
             known=known,
         )
         self.capture_prior_ = prior
@@ -288,12 +289,6 @@ class NBVCPEstimator(
             )
         self._refuse_other_covariates(design)
         return guide
-
-    def _report(self, what):
-        def report(step, value):
-            print(f"[NBVCPEstimator] {what} {step}: {value:.4f} nats per cell", flush=True)
-
-        return report
 
     def _maximum(self, X, problem, histogram, previous=None, known=None, rng=None):
         """MAP estimate of log m, log r and B, with the offsets integrated out by Laplace's method.
@@ -343,7 +338,6 @@ class NBVCPEstimator(
     def _ascent(self, X, offset, scale, x, problem, histogram, known):
         """The `Outcome` of an ascent from coordinates x, and the rows' scores."""
         n_cells = known.total_weight
-        report = self._report("maximum a posteriori, sweep")
         priors = (
             GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)
         )
@@ -355,7 +349,7 @@ class NBVCPEstimator(
             n_cells=n_cells,
             tol=_MAP_TOL,
             max_iter=_MAP_MAX_ITER,
-            report=(lambda i, p: report(i, p.value / n_cells)) if self.verbose else None,
+            report=Progress(self, self.verbose).sweeps("maximum a posteriori, sweep"),
         )
         return outcome, sweeper.scores
 

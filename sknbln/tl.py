@@ -3,19 +3,17 @@
 The package anndata is not imported: objects only have to have its attributes.
 """
 
-import logging
-
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix, issparse
 
 from ._nbln import NBLNEstimator
 from ._nbvcp import NBVCPEstimator
+from ._progress import LOG
 from ._values import Values, n_fractional
 
 __all__ = ["nbln", "nbvcp", "project"]
 
-_LOG = logging.getLogger("sknbln")
 _HIGHLY_VARIABLE = "highly_variable"
 _LOOKED_AT = 2000  # rows in which counts are told from other values
 
@@ -272,7 +270,7 @@ def _genes(adata, mask_var):
         raise ValueError("mask_var leaves no gene.")
     genes = np.flatnonzero(mask)
     name = f"adata.var[{mask_var!r}]" if isinstance(mask_var, str) else "mask_var"
-    _LOG.info("%d of %d genes are used, those in %s", genes.size, adata.n_vars, name)
+    LOG.info("%d of %d genes are used, those in %s", genes.size, adata.n_vars, name)
     return genes
 
 

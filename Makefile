@@ -2,13 +2,16 @@
 #
 # PYTHON  the interpreter that makes the virtual environment (3.11 or newer)
 # VENV    where the virtual environment is made
+# WORKERS processes that run the tests, each a file at a time
 # PYTHONS versions that `make test-pythons` tries; PYTHONS=3.13 for one of them
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 PYTHONS ?= 3.11 3.12 3.13
 
 VPYTHON := $(VENV)/bin/python
+PYTEST := "$(VPYTHON)" -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-lowest test-pythons test-package lint docs
@@ -22,13 +25,13 @@ demo: $(VENV)/.installed-plot  ## Install the package and run examples/plot_quic
 	"$(VPYTHON)" examples/plot_quickstart.py
 
 test: $(VENV)/.installed-test  ## Run the tests, without the slow ones
-	"$(VPYTHON)" -m pytest
+	$(PYTEST)
 
 # Exit status 5 of pytest: nothing is marked slow.
 test-slow: $(VENV)/.installed-test  ## Run the slow tests
 	@status=0; "$(VPYTHON)" -m pytest -m slow --collect-only -q >/dev/null || status=$$?; \
 	if [ $$status -eq 5 ]; then echo "There are no slow tests."; \
-	else set -x; "$(VPYTHON)" -m pytest -m slow; fi
+	else set -x; $(PYTEST) -m slow; fi
 
 test-lowest:  ## Run the tests with the lowest version of every dependency
 	$(MAKE) test VENV="$(VENV)-lowest" LOWEST=1

@@ -121,7 +121,7 @@ for _ in range(5):
     ).fit(train.iloc[rows])
     refits.append(refit.get_correlation())
 refits = np.array(refits)
-correlation = model.get_correlation()
+correlation = model.get_correlation().to_numpy()
 upper = np.triu_indices(len(X.columns), 1)
 spread = refits.std(axis=0, ddof=1)
 print(f"median standard error of a correlation: {np.median(spread[upper]):.2f}")

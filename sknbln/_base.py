@@ -1,16 +1,19 @@
 """What both estimators share: validated rows, the held-out score, all-or-nothing fits, versioned pickles."""
 
+import copy
 import functools
 import warnings
 
 import numpy as np
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from . import _capture
-from ._counts import validate_counts
+from ._counts import validate_counts, validated_rows
+from ._dask import is_dask, transformed
 from ._design import checked_offset
 from ._differential import coefficient_table
 from ._known import Known, checked_weight
+from ._pairs import PairTestMixin
 from .exceptions import FitInterrupted, InconsistentVersionWarning
 from .predictive._mixin import PredictiveMixin
 
@@ -49,6 +52,22 @@ def whole_or_nothing(fit):
     return wrapped
 
 
+def lazy_with_dask(transform):
+    """Decorate `transform` so that it returns a Dask array, not computed yet, where X is one."""
+
+    @functools.wraps(transform)
+    def wrapped(self, X, *, covariates=None, offset=None):
+        if not is_dask(X):
+            return transform(self, X, covariates=covariates, offset=offset)
+        check_is_fitted(self)
+        validate_data(self, X, reset=False, skip_check_array=True)
+        self._known_of(X, covariates, offset)  # the errors about them
+        n_columns = len(self.get_feature_names_out())
+        return transformed(self._for_new_rows(), X, covariates, offset, n_columns)
+
+    return wrapped
+
+
 class VersionedStateMixin:
     """Store the version of this library in pickles, as scikit-learn does for its own estimators.
 
@@ -76,7 +95,7 @@ class VersionedStateMixin:
         super().__setstate__(state)
 
 
-class CountModelMixin(VersionedStateMixin, PredictiveMixin):
+class CountModelMixin(VersionedStateMixin, PairTestMixin, PredictiveMixin):
     """Tags, validated rows, held-out scores, versioned pickles and replicated counts of both estimators."""
 
     def __sklearn_tags__(self):
@@ -85,6 +104,15 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         tags.input_tags.positive_only = True
         tags.input_tags.allow_nan = True
         return tags
+
+    def _for_new_rows(self):
+        """A copy without what is as long as the training rows, to be sent to workers."""
+        model = copy.copy(self)
+        for name in ("_library_size", "capture_offset_", *self._OF_TRAINING_ROWS):
+            delattr(model, name)
+        vars(model).pop("feature_names_in_", None)  # chunks have none
+        model._known = self._known.chosen(slice(0, 0))
+        return model
 
     def _validated(self, X, prior=None):
         """Counts as canonical CSR; warns if rows have more counts than the M0 of the capture prior."""
@@ -96,7 +124,15 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
     def _given(self, X, covariates, offset, prior=None):
         """Counts as canonical CSR, and the `Known` of their rows; NaN is a count that was not seen."""
         check_is_fitted(self)
-        X, missing = validate_counts(self, X, reset=False, missing=True)
+        return self._with_known(validate_counts, X, covariates, offset, prior)
+
+    def _given_rows(self, X, covariates, offset, prior=None):
+        """The same with counts as `Rows`, which need not be in memory."""
+        check_is_fitted(self)
+        return self._with_known(validated_rows, X, covariates, offset, prior)
+
+    def _with_known(self, validated, X, covariates, offset, prior):
+        X, missing = validated(self, X, reset=False, missing=True)
         _capture.warn_about_truncation(prior, X)
         return X, self._known_of(X, covariates, offset, missing)
 
@@ -246,7 +282,7 @@ class CountModelMixin(VersionedStateMixin, PredictiveMixin):
         check_is_fitted(self)
         given_totals = given_totals or self._given_totals
         prior = None if given_totals else self.capture_prior_
-        X, known = self._given(X, covariates, offset, prior)
+        X, known = self._given_rows(X, covariates, offset, prior)
         params = self._params()
         if given_totals:
             return _capture.score_rows_given_totals(X, params, self.batch_size, known)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import gammaln, log_ndtr, logsumexp
 
+from ._blocks import as_rows
 from ._counts import row_constants, user_stacklevel
 from ._known import Known
 from ._rows import RowBatches, solve_rows
@@ -37,11 +38,13 @@ class CapturePrior(NamedTuple):
 
 def library_sizes(X):
     """Row totals, shape (n_cells,)."""
-    return np.asarray(X.sum(axis=1), float).ravel()
+    return as_rows(X).totals
 
 
-def resolve(capture_efficiency, X):
+def resolve(capture_efficiency, X, weight=None):
     """The capture prior that `capture_efficiency` specifies for the training counts X; None for no capture.
+
+    Rows without a weight have no part in it.
 
     Raises
     ------
@@ -52,7 +55,8 @@ def resolve(capture_efficiency, X):
         return None
     if isinstance(capture_efficiency, str):
         if capture_efficiency == "auto":
-            largest = max(float(library_sizes(X).max()), 1.0)
+            sizes = library_sizes(X)
+            largest = max(float((sizes if weight is None else sizes[weight > 0]).max()), 1.0)
             return CapturePrior(np.log(largest) + 3 * _DEFAULT_SIGMA, _DEFAULT_SIGMA)
         if capture_efficiency not in ORGANISMS:
             raise ValueError(
@@ -276,7 +280,7 @@ def score_rows_given_totals(X, params, batch_size=None, known=None):
     value = np.zeros(X.shape[0])  # log 1: a row without counts has one possible composition
     value[has_counts] = (
         log_marginal[has_counts]
-        + row_constants(X[has_counts], dispersion(params))
+        + row_constants(X, dispersion(params))[has_counts]
         + 0.5 * np.log(2 * np.pi)
         + np.log(n)
         + stirling

@@ -1,6 +1,7 @@
-"""Validation of counts: canonical CSR, every message about input, and the distinct counts of genes."""
+"""Counts in: canonical rows in memory or in blocks, every message about input, distinct counts of genes."""
 
 import datetime
+import functools
 import os
 import sys
 import warnings
@@ -14,18 +15,20 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import sklearn
-from scipy.stats import chi2
 from sklearn.utils import check_scalar
 from sklearn.utils.validation import validate_data
 
-from ._known import without_missing
+from ._blocks import CSRRows, as_rows
+from ._stored import described, how_to_read, is_stored, stored_rows
+from ._values import RAW, Values, canonical, in_parts, n_fractional
 from .solver.channel import log_factorial, log_rising, log_rising_derivatives
 
 #: directories of frames that are not the user's own code
 _NOT_THE_USERS = tuple(
     os.path.dirname(file) + os.sep for file in (__file__, sklearn.__file__, joblib.__file__)
 )
-_RAW = "Give raw counts, not normalized, centred or log-transformed values."
+#: types of numbers in which counts are kept, in memory; others become the first
+_TYPES = [np.dtype(t) for t in ("f8", "f4", *(f"{k}{size}" for k in "iu" for size in (1, 2, 4, 8)))]
 #: types of objects that count as numbers; missing values become NaN
 _NUMBERS = (Real, Decimal, np.bool_, type(None), type(pd.NA))
 _DATES = (
@@ -34,16 +37,14 @@ _DATES = (
 )
 #: objects that hold counts but are not a matrix in memory: an attribute of the class -> advice to the user
 _HOLDERS = {
-    "X": "Give its matrix of raw counts: adata.X, adata.layers['counts'] or adata.raw.X.",
-    "dask": "Its values are not computed yet: give X.compute().",
+    "X": (
+        "Call sknbln.tl.nbln(adata) or sknbln.tl.nbvcp(adata), or give its matrix of raw counts: adata.X, "
+        "adata.layers['counts'] or adata.raw.X."
+    ),
+    "dask": "Its values are not computed yet: give X.compute(), or a Dask array.",
     "collect": "Its values are not computed yet: give X.collect().",
     "to_memory": "Its values are in a file: give X.to_memory(), or the rows that you need, as X[:1000].",
 }
-#: relative and absolute distance from a whole number that is treated as rounding error
-_ROUNDING = 1e-6, 1e-8
-#: least number of non-zero counts for which a common divisor is not chance: 20 large counts are all even
-#: with probability 1e-6
-_NOT_TINY = 20
 
 
 def user_stacklevel():
@@ -57,18 +58,19 @@ def user_stacklevel():
     return level
 
 
-def validate_counts(estimator, X, *, reset, warn=True, missing=False):
-    """Check a count matrix and return it as float64 CSR, sorted, without duplicates or zeros.
+def validated_rows(estimator, X, *, reset, warn=True, missing=False):
+    """Check a count matrix and return it as `Rows`: canonical CSR in memory, or read block by block.
 
     Values within 1e-8, or within a relative 1e-6, of a whole number are rounded to it. The caller's matrix
-    is never modified.
+    is never modified. One that is not in memory is read once, a block at a time.
 
     Parameters
     ----------
     estimator : estimator instance
         Receives ``n_features_in_`` and ``feature_names_in_`` when `reset`.
     X : array-like, sparse matrix, sparse array or DataFrame of shape (n_cells, n_genes)
-        Counts.
+        Counts. Also a Dask array in chunks of rows, or what has ``shape``, ``dtype`` and slices of rows, as
+        datasets of h5py, zarr and AnnData have.
     reset : bool
         True in `fit`, False afterwards.
     warn : bool, default=True
@@ -78,20 +80,21 @@ def validate_counts(estimator, X, *, reset, warn=True, missing=False):
 
     Returns
     -------
-    csr_matrix of shape (n_cells, n_genes), float64
-        With ``missing=True`` a tuple of it, with 0 for missing counts, and of a csr_matrix that is True
-        there, None where none is missing.
+    rows : Rows
+        With 0 for missing counts.
+    mask : csr_matrix of shape (n_cells, n_genes) or None
+        True where a count is missing; None where none is.
 
     Raises
     ------
     ValueError
         "Negative values in data ...", "NaN in data ...", "inf in data ...", "Text in data ...", "Dates in
         data ...", "Complex data not supported ...", with the value and its place; "Masked entries in data
-        ..."; "Columns of the same name in data ..."; scikit-learn's messages about shapes, numbers of
-        features and names of features.
+        ..."; "Columns of the same name in data ..."; "... chunks of columns ..."; scikit-learn's messages
+        about shapes, numbers of features and names of features.
     TypeError
-        "... expects a matrix of counts ..." for an object that holds a matrix, or whose values are not
-        computed yet or not in memory; "Objects in data ..." with the type and its place.
+        "... expects a matrix of counts ..." for an object that holds a matrix, or has no slices of rows;
+        "Objects in data ..." with the type and its place.
 
     Warns
     -----
@@ -100,29 +103,66 @@ def validate_counts(estimator, X, *, reset, warn=True, missing=False):
         divisor, and if all rows have the same total.
     """
     name = type(estimator).__name__
-    X = _numbers(name, X)
-    X = validate_data(
+    as_numbers = functools.partial(
+        validate_data,
         estimator,
-        X,
         reset=reset,
         accept_sparse=["csr", "csc", "coo"],
-        dtype=np.float64,
+        dtype=_TYPES,
         ensure_all_finite=False,
         copy=False,
     )
-    X = sp.csr_matrix(X)
-    if not X.has_canonical_format or not X.data.all():
-        X = X.copy()  # the next lines work in place, and the arrays may be the caller's
-        X.sum_duplicates()
-        X.eliminate_zeros()
-    not_seen = None
-    if missing:
-        X, not_seen = without_missing(X)
-    X = _rounded(X)
-    _refuse_values(name, X, getattr(estimator, "feature_names_in_", None))
+    if is_stored(X):
+        _refuse_type(name, np.dtype(X.dtype))
+        rows, mask = stored_rows(name, X, missing), None
+        as_numbers(np.broadcast_to(0.0, X.shape))  # the messages about shapes; nothing is read
+    else:
+        X, mask = canonical(sp.csr_matrix(as_numbers(_numbers(name, X))), missing)
+        rows = CSRRows(X)
+    values, masks = Values(name, warn and reset), []
+    for part in rows.slices():
+        block, of_block = rows.with_missing(part)
+        values.add(block)
+        masks.append(sp.csr_matrix(block.shape, dtype=bool) if of_block is None else of_block)
+    values.refuse(getattr(estimator, "feature_names_in_", None))
     if warn:
-        _warn_about_values(name, X, reset)
-    return (X, not_seen) if missing else X
+        message = values.warning(rows.shape[1])
+        if message:
+            warnings.warn(message, UserWarning, stacklevel=user_stacklevel())
+    rows.totals = np.concatenate(values.totals)
+    if mask is None and any(m.nnz for m in masks):
+        mask = sp.vstack(masks, format="csr")
+    return rows, mask
+
+
+def validate_counts(estimator, X, *, reset, warn=True, missing=False):
+    """Check a count matrix in memory and return it as float64 CSR, sorted, without duplicates or zeros.
+
+    For what is not done block by block. See :func:`validated_rows` for parameters, errors and warnings.
+
+    Returns
+    -------
+    csr_matrix of shape (n_cells, n_genes), float64
+        With ``missing=True`` a tuple of it, with 0 for missing counts, and of a csr_matrix that is True
+        there, None where none is missing.
+
+    Raises
+    ------
+    TypeError
+        "... counts in memory ..." for counts in a file or a Dask array.
+    """
+    if is_stored(X):
+        raise TypeError(
+            f"{type(estimator).__name__} needs counts in memory here, found {described(X)}: give "
+            f"{how_to_read(X)}, or the rows that you need. fit, transform, score and score_samples read "
+            "counts block by block."
+        )
+    rows, mask = validated_rows(estimator, X, reset=reset, warn=warn, missing=missing)
+    X = rows.block(slice(0, rows.shape[0]))
+    return (X, mask) if missing else X
+
+
+# ------------------------------------------------------------------ numbers of any kind
 
 
 def _numbers(name, X):
@@ -142,10 +182,8 @@ def _numbers(name, X):
             "counts were not seen, give X.astype(float).filled(numpy.nan); else fill the mask with counts."
         )
     kind = getattr(getattr(X, "dtype", None), "kind", None)
-    if kind == "c":
-        _refuse_complex(name)
-    if kind in ("m", "M"):
-        _refuse_dates(name, X.dtype)
+    if kind in ("c", "m", "M"):
+        _refuse_type(name, X.dtype)
     if kind in ("O", "S", "U", "T") and not sp.issparse(X) and X.ndim == 2:
         return _numbers_of_objects(name, np.asarray(X))
     return X
@@ -157,10 +195,12 @@ def _refuse_holders(name, X):
     if array_like and not hasattr(type(X), "dask"):
         return
     advice = (advice for attribute, advice in _HOLDERS.items() if hasattr(type(X), attribute))
-    raise TypeError(
-        f"{name} expects a matrix of counts: an array, a SciPy sparse matrix or a DataFrame, all in memory; "
-        f"found {type(X).__module__}.{type(X).__qualname__}. {next(advice, '')}".rstrip()
+    message = (
+        f"{name} expects a matrix of counts: an array, a SciPy sparse matrix, a DataFrame, or what has "
+        f"shape, dtype and slices of rows; found {type(X).__module__}.{type(X).__qualname__}. "
+        f"{next(advice, '')}"
     )
+    raise TypeError(message.rstrip())
 
 
 def _numbers_of_frame(name, X):
@@ -203,8 +243,18 @@ def _numbers_of_column(name, values, j, label):
     return values
 
 
+def _refuse_type(name, dtype):
+    """Refuse types of values that are not numbers, of which counts could be read."""
+    if dtype.kind == "c":
+        _refuse_complex(name)
+    if dtype.kind in ("m", "M"):
+        _refuse_dates(name, dtype)
+    if dtype.kind not in "biuf":
+        _refuse_objects(name, dtype, "")
+
+
 def _refuse_complex(name):
-    raise ValueError(f"Complex data not supported: {name} expects counts. {_RAW}")
+    raise ValueError(f"Complex data not supported: {name} expects counts. {RAW}")
 
 
 def _refuse_objects(name, found, where):
@@ -261,131 +311,12 @@ def checked_n_samples(n_samples):
     return check_scalar(n_samples, "n_samples", Integral, min_val=1)
 
 
-def _rounded(X):
-    """X, or a copy with values close to whole numbers rounded to them, without explicit zeros."""
-    if not n_fractional(X.data):
-        return X
-    X = X.copy()
-    relative, absolute = _ROUNDING
-    for part in in_parts(X.data):
-        whole = np.round(part)
-        with np.errstate(invalid="ignore"):  # inf - inf
-            near = np.abs(part - whole) <= absolute + relative * np.abs(whole)
-        part[near] = whole[near]
-    X.eliminate_zeros()
-    return X
-
-
-def _refuse_values(name, X, genes):
-    """Refuse NaN, inf and negative values in canonical CSR; the message names the place of the first."""
-    for what, is_bad, advice in (
-        (
-            "NaN",
-            np.isnan,
-            "Drop those rows or genes; a count that was looked for and not seen is 0.",
-        ),
-        ("inf", np.isinf, _RAW),
-        ("Negative values", lambda a: a < 0, _RAW),
-    ):
-        bad = is_bad(X.data)
-        if not bad.any():
-            continue
-        at = int(np.flatnonzero(bad)[0])
-        row, column = int(np.searchsorted(X.indptr, at, side="right")) - 1, int(X.indices[at])
-        gene = "" if genes is None else f" ({genes[column]!r})"
-        raise ValueError(
-            f"{what} in data passed to {name}: expected counts, finite and >= 0, found {X.data[at]:g} at "
-            f"row {row}, column {column}{gene}, {bad.sum()} such in all. {advice}"
-        )
-
-
-def _warn_about_values(name, X, fitting):
-    fractional = n_fractional(X.data)
-    if fractional:
-        message = (
-            f"{name} expects counts, found values that are not whole numbers ({fractional / X.nnz:.1%} of "
-            "the non-zero entries). They are used as they are; give raw counts if you have them."
-        )
-    elif fitting and X.nnz == 0:
-        message = (
-            f"{name} is fitted to a matrix without a single count, shape {X.shape}: what it returns are "
-            "its priors. Look at what X holds."
-        )
-    elif fitting:
-        message = _scaled(name, X) or same_depth(name, X)
-    else:
-        message = None
-    if message:
-        warnings.warn(message, UserWarning, stacklevel=user_stacklevel())
-
-
-def _scaled(name, X):
-    """Message about rows with a common divisor, as counts times a constant have; None if there are few."""
-    size = np.diff(X.indptr)
-    starts, size = X.indptr[:-1][size > 0], size[size > 0]
-    if size.max() < _NOT_TINY:  # short rows: treat the whole matrix as one row
-        starts, size = X.indptr[:1], np.array([X.nnz])
-    large = size >= _NOT_TINY
-    half = large.sum() / 2
-    # most rows of real counts contain a 1
-    above_one = large & (np.minimum.reduceat(X.data, starts) > 1)
-    # above 2^53 float64 represents even numbers only
-    if np.count_nonzero(above_one) <= half or X.data.max() > 2**53:
-        return None
-    divisor = np.gcd.reduceat(X.data.astype(np.int64), starts)
-    divisible = np.flatnonzero(large & (divisor > 1))
-    if divisible.size <= half:
-        return None
-    rows = f"of {divisible.size} of {large.sum()} rows" if large.size > 1 else "of all rows"
-    return (
-        f"{name} expects counts, found whole numbers that look like counts times a constant: the values "
-        f"{rows} have a common divisor ({divisor[divisible[0]]} in the first). Their dispersion is not that "
-        "of counts: give the counts themselves."
-    )
-
-
-def same_depth(name, X):
-    """Message about rows whose totals are equal but for rounding; None if they are not.
-
-    Totals of counts have at least the variance of Poisson variables, which is their mean. Totals are called
-    equal if their standard deviation is below 0.2 % of the mean, and their variance, plus 1/12 for rounding,
-    is below a quarter of the mean and below the 1e-6 quantile of the sample variance of Poisson variables.
-    With very few rows the last condition is never met.
-    """
-    totals = np.asarray(X.sum(axis=1)).ravel()
-    totals = totals[totals > 0]
-    mean, df = totals.mean(), totals.size - 1
-    if df == 0 or mean < _NOT_TINY:  # a few counts per row, as in one-hot or very shallow rows
-        return None
-    variance = totals.var(ddof=1)
-    if variance > (0.002 * mean) ** 2 or variance + 1 / 12 > mean * min(
-        0.25, chi2.ppf(1e-6, df) / df
-    ):
-        return None
-    return (
-        f"{name} expects counts, found rows whose totals are equal but for rounding ({totals.min():.0f} to "
-        f"{totals.max():.0f}). A table that was rarefied, subsampled to one depth, has such totals, and "
-        "nothing is wrong. Rounded counts per million have them too, but not the dispersion of counts: "
-        "give raw counts."
-    )
-
-
 # ------------------------------------------------------------------ distinct counts
 
 #: largest number of multiplicities that are counted in one array, 8 bytes each
 _COUNTED_KEYS = 2**22
 #: number of counts that are processed at a time
 _COUNTED_AT_ONCE = 2**18
-
-
-def in_parts(a, size=_COUNTED_AT_ONCE):
-    """Views of about ``size`` entries each, which bound the size of temporary arrays."""
-    return np.array_split(a, max(a.size // size, 1))
-
-
-def n_fractional(values):
-    """Number of values that are not whole numbers."""
-    return sum(np.count_nonzero(part != np.floor(part)) for part in in_parts(values))
 
 
 class CountHistogram:
@@ -395,7 +326,7 @@ class CountHistogram:
 
     Parameters
     ----------
-    X : csr_matrix of shape (n_cells, n_genes)
+    X : csr_matrix of shape (n_cells, n_genes) or Rows
         Canonical (sorted, no duplicates, no explicit zeros).
     weight : ndarray of shape (n_cells,) or None
         How often each row counts; None is once. ``n_cells`` is their sum.
@@ -405,31 +336,10 @@ class CountHistogram:
         self.n_cells, self.n_genes = X.shape
         if weight is not None:
             self.n_cells = float(weight.sum())
-            weight = np.repeat(weight, np.diff(X.indptr))
-        values, code = X.data, X.data
-        if values.size == 0 or values.max() >= 2**31 or n_fractional(values):
-            values, code = np.unique(X.data, return_inverse=True)
-        # one integer key per pair of gene and count; with few possible keys, counting is faster than sorting
-        width = int(code.max(initial=0)) + 1
-        n_keys = self.n_genes * width
-        if n_keys <= max(_COUNTED_KEYS, code.size):
-            times = np.zeros(n_keys, np.int64 if weight is None else float)
-            size = max(_COUNTED_AT_ONCE, n_keys)
-            weights = [None] * len(in_parts(code, size))
-            weights = weights if weight is None else in_parts(weight, size)
-            parts = zip(in_parts(X.indices, size), in_parts(code, size), weights, strict=True)
-            for gene, part, own in parts:
-                key = gene * np.int64(width) + part.astype(np.int64)
-                times += np.bincount(key, own, minlength=n_keys)
-            key = np.flatnonzero(times)
-            self.times = times[key]
-        else:
-            key = X.indices * np.int64(width) + code.astype(np.int64)
-            key, at, times = np.unique(key, return_inverse=True, return_counts=True)
-            self.times = times if weight is None else np.bincount(at.ravel(), weight)
-        self.gene, code = (key // width).astype(np.intp), key % width
-        self.count = code.astype(float) if values is X.data else values[code]
-        self.times = self.times.astype(float)
+        self.gene, self.count, self.times = functools.reduce(
+            _merged,
+            (_distinct(X, None if weight is None else weight[rows]) for rows, X in as_rows(X)),
+        )
         self.log_factorials = float(np.sum(self.times * log_factorial(self.count)))
 
     def _sum(self, values):
@@ -445,8 +355,53 @@ class CountHistogram:
         return self._sum(first), self._sum(second)
 
 
+def _distinct(X, weight):
+    """Distinct pairs of gene and count in CSR, sorted, and how often each occurs: three arrays."""
+    if weight is not None:
+        weight = np.repeat(weight, np.diff(X.indptr))
+    values, code = X.data, X.data
+    if values.size == 0 or values.max() >= 2**31 or n_fractional(values):
+        values, code = np.unique(X.data, return_inverse=True)
+    # one integer key per pair of gene and count; with few possible keys, counting is faster than sorting
+    width = int(code.max(initial=0)) + 1
+    n_keys = X.shape[1] * width
+    if n_keys <= max(_COUNTED_KEYS, code.size):
+        times = np.zeros(n_keys, np.int64 if weight is None else float)
+        size = max(_COUNTED_AT_ONCE, n_keys)
+        weights = [None] * len(in_parts(code, size))
+        weights = weights if weight is None else in_parts(weight, size)
+        parts = zip(in_parts(X.indices, size), in_parts(code, size), weights, strict=True)
+        for gene, part, own in parts:
+            key = gene * np.int64(width) + part.astype(np.int64)
+            times += np.bincount(key, own, minlength=n_keys)
+        key = np.flatnonzero(times)
+        times = times[key]
+    else:
+        key = X.indices * np.int64(width) + code.astype(np.int64)
+        key, at, times = np.unique(key, return_inverse=True, return_counts=True)
+        times = times if weight is None else np.bincount(at.ravel(), weight)
+    code = key % width
+    count = code.astype(float) if values is X.data else values[code]
+    return (key // width).astype(np.intp), count, times.astype(float)
+
+
+def _merged(one, other):
+    """The distinct counts of both, see :func:`_distinct`."""
+    gene, count, times = (np.concatenate(pair) for pair in zip(one, other, strict=True))
+    order = np.lexsort((count, gene))
+    gene, count = gene[order], count[order]
+    if not gene.size:
+        return gene, count, times
+    first = np.flatnonzero(np.r_[True, (np.diff(gene) != 0) | (np.diff(count) != 0)])
+    return gene[first], count[first], np.add.reduceat(times[order], first)
+
+
 def row_constants(X, r):
     """Per cell ``sum_genes [log_rising(u, r) - log u!]``, shape (n_cells,)."""
-    values = log_rising(X.data, r[X.indices]) - log_factorial(X.data)
-    rows = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr))
-    return np.bincount(rows, values, minlength=X.shape[0])
+
+    def of_block(rows, X):
+        values = log_rising(X.data, r[X.indices]) - log_factorial(X.data)
+        of = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr))
+        return np.bincount(of, values, minlength=X.shape[0])
+
+    return as_rows(X).of_rows(of_block)

@@ -80,7 +80,7 @@ class PosteriorMixin:
         check_is_fitted(self)
         known = None
         if X is not None:
-            X, known = self._given(X, covariates, offset, self._offset_prior())
+            X, known = self._given_rows(X, covariates, offset, self._offset_prior())
         n_samples = checked_n_samples(
             self.informative_priors_n_samples if n_samples is None else n_samples
         )

@@ -4,6 +4,8 @@ import numpy as np
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_array, check_is_fitted
 
+from ._base import lazy_with_dask
+
 
 class EmbeddingMixin(TransformerMixin):
     """Methods of a fitted NBLN model that map rows to principal coordinates, and back."""
@@ -19,6 +21,7 @@ class EmbeddingMixin(TransformerMixin):
         units = np.ones_like(norms) if self.whiten else np.where(is_zero, 0.0, norms)
         return units, is_zero
 
+    @lazy_with_dask
     def transform(self, X, *, covariates=None, offset=None):
         r"""Principal coordinates of the rows: posterior means of the factor scores in the units of `whiten`.
 
@@ -36,9 +39,10 @@ class EmbeddingMixin(TransformerMixin):
         Returns
         -------
         ndarray of shape (n_cells, latent_dim)
-            Principal coordinates. Those of a component that is zero are 0.
+            Principal coordinates. Those of a component that is zero are 0. A Dask array, not computed yet,
+            where X is one.
         """
-        X, known = self._given(X, covariates, offset, self._offset_prior())
+        X, known = self._given_rows(X, covariates, offset, self._offset_prior())
         return self._embedded(self._solve(X, known).scores)
 
     def _embedded(self, scores):
@@ -99,7 +103,7 @@ class EmbeddingMixin(TransformerMixin):
             Posterior covariances given the model's parameters; a capture offset that is not frozen is
             integrated out. In nats squared; of standardized scores if ``whiten=True``.
         """
-        X, known = self._given(X, covariates, offset, self._offset_prior())
+        X, known = self._given_rows(X, covariates, offset, self._offset_prior())
         posterior = self._solve(X, known)
         units, _ = self._units()
         return self._embedded(posterior.scores), posterior.score_covariance * np.outer(units, units)

@@ -74,13 +74,14 @@ def compiled_once(kernel):
 
     @functools.wraps(kernel)
     def called(*args, **kwargs):
+        # each device has a compilation of its own
         kinds = [(np.shape(a), getattr(a, "dtype", None)) for a in jax.tree.leaves(args)]
-        kinds = (*kinds, *kwargs.items())
-        if kinds in seen:
+        key = (jax.config.jax_default_device, *kinds, *kwargs.items())
+        if key in seen:
             return kernel(*args, **kwargs)
         with _COMPILING:
             result = kernel(*args, **kwargs)
-            seen.add(kinds)
+            seen.add(key)
         give_back()
         return result
 
@@ -94,10 +95,20 @@ def on_cpu():
     return platform == "cpu"
 
 
+def local_devices():
+    """Devices that batches go round, as `jax.default_device` takes them: all of this process.
+
+    One where there is only one, or where the user set a default.
+    """
+    device = jax.config.jax_default_device
+    devices = jax.local_devices()
+    return devices if device is None and len(devices) > 1 else [device]
+
+
 def n_workers():
-    """Number of batches that are solved at the same time: the processors of this process, at most 8."""
+    """Number of batches that are solved at the same time: processors, at most 8, or accelerators."""
     if not on_cpu():
-        return 1
+        return len(local_devices())
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
     return min(os.cpu_count() or 1, _MOST_WORKERS)
@@ -106,23 +117,24 @@ def n_workers():
 def in_order(function, tasks, workers):
     """Yield ``function(task)`` of each task in order; ``workers`` threads run at the same time.
 
-    The memory freed by the threads is returned to the system at the end.
+    Where there are several devices, tasks go round them. The memory freed by the threads is returned to the
+    system at the end.
     """
     if workers == 1:
         yield from map(function, tasks)
         return
-    device = jax.config.jax_default_device
+    devices = local_devices()
 
     @float64
-    def run(task):
+    def run(task, device):
         with jax.default_device(device):
             return function(task)
 
     with ThreadPoolExecutor(workers) as pool:
         ahead = deque()
         try:
-            for task in tasks:
-                ahead.append(pool.submit(run, task))
+            for i, task in enumerate(tasks):
+                ahead.append(pool.submit(run, task, devices[i % len(devices)]))
                 if len(ahead) > workers:
                     yield ahead.popleft().result()
             while ahead:

@@ -147,7 +147,7 @@ class Known(NamedTuple):
         return total
 
     def totals(self, X, coef):
-        """``sum_g u (B c + o)`` of each row of counts X, (n_rows,)."""
+        """``sum_g u (B c + o)`` of each of these rows, CSR X, (n_rows,)."""
         total = np.sum((X @ coef) * self.design, 1)
         if self.exposure.shape[1]:
             total = total + np.asarray(X.multiply(self.exposure).sum(1)).ravel()

@@ -14,13 +14,16 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
 from . import _capture, _fit_warnings, _opening, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
-from ._counts import CountHistogram, validate_counts
+from ._blocks import CSRRows
+from ._correlation import with_prior_of_noise
+from ._counts import CountHistogram, validated_rows
 from ._covariance import CovarianceMixin
 from ._design import Design
 from ._draws import PosteriorMixin
 from ._embedding import EmbeddingMixin
 from ._known import checked_weight, refuse_genes_not_seen
 from ._nbvcp import NBVCPEstimator
+from ._progress import Progress
 from ._rows import FEW_ENTRIES, RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .solver import column_priors
@@ -139,7 +142,9 @@ class NBLNEstimator(
         Seed of the source's fit, of its posterior draws, and of the randomized range finder for the start
         values.
     verbose : int, default=0
-        Verbosity; 1 prints a line per sweep.
+        1 says after each sweep the objective, what the next one promises, the number of factors and the
+        seconds; 2 says more. The lines go to the logger ``"sknbln"``, and are printed where no logging is set
+        up.
     warm_start : bool, default=False
         When True, `fit` starts the free parameters from the previous fit of this estimator, which must have
         the same genes and the same `latent_dim`. A source that was fitted inside `fit` continues from its
@@ -338,7 +343,8 @@ class NBLNEstimator(
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
+            Counts. They need not be in memory: a Dask array in chunks of rows, or a dataset of h5py, zarr or
+            AnnData (``read_h5ad(path, backed="r").X``), is read block by block in every pass over the rows.
         y : Ignored
             Present for scikit-learn's conventions.
         covariates : array-like of shape (n_cells,) or (n_cells, n_covariates) or DataFrame, default=None
@@ -370,7 +376,7 @@ class NBLNEstimator(
             complete sweep. An earlier Ctrl-C, or a second one, leaves the estimator unchanged.
         TypeError
             If `informative_prior_estimator` is not an NBVCPEstimator, or X is an object that holds a matrix
-            but is not one in memory, such as AnnData or a Dask array.
+            and is none, such as AnnData, or has no slices of rows.
 
         Warns
         -----
@@ -435,7 +441,12 @@ class NBLNEstimator(
         # a source that is fitted here issues the warnings about counts itself
         fitted_here = _source.needs_fit(source)
         X_original = X
-        X, missing = validate_counts(self, X, reset=True, warn=not fitted_here, missing=True)
+        X, missing = validated_rows(self, X, reset=True, warn=not fitted_here, missing=True)
+        if self.memory is not None and not isinstance(X, CSRRows):
+            raise ValueError(
+                f"memory={self.memory!r} keeps the source's fit by the values of X, and X is not in memory. "
+                "Set memory=None, or fit the source first and give it as informative_prior_estimator."
+            )
         names = getattr(self, "feature_names_in_", None)
         weight = checked_weight(sample_weight, X.shape[0])
         refuse_genes_not_seen(self, missing, weight)
@@ -444,7 +455,7 @@ class NBLNEstimator(
         given = dict(covariates=covariates, offset=offset, sample_weight=weight)
         source = _source.fitted_source(
             source,
-            X if names is None and missing is None else X_original,
+            X.X if isinstance(X, CSRRows) and names is None and missing is None else X_original,
             self.memory,
             None if previous is None else self.informative_prior_estimator_,
             {name: value for name, value in given.items() if value is not None},
@@ -460,8 +471,7 @@ class NBLNEstimator(
             _capture.warn_about_truncation(source.capture_prior_, X)
         self.capture_prior_ = source.capture_prior_
         if not (isinstance(self.capture_efficiency, str) and self.capture_efficiency == "auto"):
-            counted = X if weight is None else X[weight > 0]
-            self.capture_prior_ = _capture.resolve(self.capture_efficiency, counted)
+            self.capture_prior_ = _capture.resolve(self.capture_efficiency, X, weight)
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
     def _maximum(self, X, source, offsets, free, column_prior, previous, rng):
@@ -478,7 +488,11 @@ class NBLNEstimator(
             sample = _opening.sample_of_rows(X.shape[0], rng)
             some = whole
             if sample is not None:
-                some = X[sample], offsets.chosen(sample), self._known.chosen(sample)
+                some = (
+                    X.chosen(sample).in_memory(),
+                    offsets.chosen(sample),
+                    self._known.chosen(sample),
+                )
             outcome, rows = ascent(*some, self._start_loadings(*some, source, rng))
             if outcome.interrupted and sample is not None:
                 raise KeyboardInterrupt  # no sweep over all rows is complete
@@ -541,7 +555,7 @@ class NBLNEstimator(
             max_iter=self.max_iter,
             edges=edges,
             column_prior=column_prior,
-            report=self._report(n_cells) if self.verbose else None,
+            report=Progress(self, self.verbose).sweeps(),
         )
         if outcome.information is not None:
             self.rank_diagnostics_ |= {
@@ -581,13 +595,6 @@ class NBLNEstimator(
         genes = GenePriors(NOISE_POOL, split, None if hard else of_total)
         return mean, flat, coupling, genes, coef
 
-    def _report(self, n_cells):
-        def report(iteration, point):
-            value = point.value / n_cells
-            print(f"[NBLNEstimator] sweep {iteration}: {value:.4f} nats per cell", flush=True)
-
-        return report
-
     def _set_parameters(self, objective, point):
         """Set the fitted parameters; those frozen at the source's values equal them bit for bit."""
         x = objective.coupling.expand(point.x)
@@ -621,21 +628,20 @@ class NBLNEstimator(
         if outcome.columns is not None:
             precision = outcome.columns.penalty.precision
             precision = np.pad(precision, (0, k - precision.size), constant_values=1.0)
-        params = objective.coupling.expand(outcome.point.x)._replace(
-            mean=self.mean_, loadings=self.loadings_
-        )
-        self._standard_deviation, self._rows = _posterior.standard_deviations(
+        own = objective.coupling.expand(outcome.point.x)
+        params = own._replace(mean=self.mean_, loadings=self.loadings_)
+        self._standard_deviation, of_variances, self._rows = _posterior.standard_deviations(
             rows,
             objective.sweep.scores,
             in_model_units(params),
             free,
             objective.prior_mean.precision,
-            objective.prior_log_r.precision
-            + objective.gene_priors.dispersion_precision(
-                objective.coupling.expand(outcome.point.x)
-            ),
+            objective.prior_log_r.precision + objective.gene_priors.dispersion_precision(own),
             precision,
             objective.prior_coef.precision,
+        )
+        self._gene_covariance = with_prior_of_noise(
+            of_variances, objective.gene_priors.noise_precision(own)
         )
         of_coef = self._source.guide.coef_scale
         if free.coef and of_coef.shape[1]:
@@ -711,9 +717,21 @@ class NBLNEstimator(
             tau=self.informative_priors_tau,
         )
 
+    _OF_TRAINING_ROWS = "_rows", "newton_decrement_", "informative_prior_estimator_"
+
+    def _for_new_rows(self):
+        model = super()._for_new_rows()
+        model.informative_prior_estimator = None
+        model._source = self._source.without_rows()
+        return model
+
     def _offset_prior(self):
         """The capture prior of the rows' offsets; None for a channel without one."""
         return None if self.observation == "multinomial" else self._source.capture_prior
+
+    def _independent(self):
+        """The `NBVCPPosterior` of independent genes: the source's."""
+        return self._source
 
     def _params(self):
         """The parameters in the form that the cell solver takes."""

@@ -11,12 +11,14 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from . import _capture, _svi
-from ._base import CountModelMixin, whole_or_nothing
-from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validate_counts
+from ._base import CountModelMixin, lazy_with_dask, whole_or_nothing
+from ._blocks import as_rows
+from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validated_rows
 from ._design import Design
 from ._known import Known, checked_weight, refuse_genes_not_seen
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
 from ._opening import sample_of_rows
+from ._progress import Progress
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
@@ -75,7 +77,7 @@ class NBVCPEstimator(
     random_state : int, RandomState instance or None, default=None
         Seed of the variational fit.
     verbose : int, default=0
-        Verbosity; 1 prints progress.
+        1 says how far the fit is, 2 says more, as in `NBLNEstimator`.
     warm_start : bool, default=False
         When True, `fit` starts from the previous fit of this estimator, which must have the same genes.
 
@@ -174,7 +176,8 @@ class NBVCPEstimator(
         Parameters
         ----------
         X : {array-like, sparse matrix} of shape (n_cells, n_genes)
-            Counts.
+            Counts. They need not be in memory: a Dask array in chunks of rows, or a dataset of h5py, zarr or
+            AnnData (``read_h5ad(path, backed="r").X``), is read block by block in every pass over the rows.
         y : Ignored
             Present for scikit-learn's conventions.
         covariates : array-like of shape (n_cells,) or (n_cells, n_covariates) or DataFrame, default=None
@@ -200,7 +203,7 @@ class NBVCPEstimator(
             missing in some rows; under `warm_start`, if the number of genes or the covariates differ from the
             previous fit.
         TypeError
-            If X is an object that holds a matrix but is not one in memory, such as AnnData or a Dask array.
+            If X is an object that holds a matrix and is none, such as AnnData, or has no slices of rows.
         FitInterrupted
             After Ctrl-C, if at least one sweep is complete: the fitted attributes are those of the last
             complete sweep or variational step. An earlier Ctrl-C, or a second one, leaves the estimator
@@ -215,12 +218,12 @@ class NBVCPEstimator(
             all rows) or are all zero; if more than a few cells have more counts than M0; if the offset looks
             like the exposure itself, or stands beside a capture model.
         """
-        X, missing = validate_counts(self, X, reset=True, missing=True)
+        X, missing = validated_rows(self, X, reset=True, missing=True)
         weight = checked_weight(sample_weight, X.shape[0])
         refuse_genes_not_seen(self, missing, weight)
         design = Design.learned(covariates, X.shape[0], weight)
         rng = check_random_state(self.random_state)
-        prior = _capture.resolve(self.capture_efficiency, X if weight is None else X[weight > 0])
+        prior = _capture.resolve(self.capture_efficiency, X, weight)
         _capture.warn_about_truncation(prior, X)
         histogram = CountHistogram(X, weight)
         previous = self._previous(X.shape[1], design)
@@ -239,12 +242,12 @@ class NBVCPEstimator(
             problem,
             start,
             # the part of the log-likelihood that is estimated from minibatches
-            rows.log_marginal - X @ point.x.mean - known.totals(X, point.x.coef),
+            rows.log_marginal - _linear(X, point.x, known),
             n_steps=0 if outcome.interrupted else self.n_steps,
             learning_rate=self.learning_rate,
             tol=self.tol,
             rng=rng,
-            report=self._report("ELBO step") if self.verbose else None,
+            report=Progress(self, self.verbose).steps("ELBO step", self.n_steps),
             known=known,
         )
         self.capture_prior_ = prior
@@ -287,12 +290,6 @@ class NBVCPEstimator(
         self._refuse_other_covariates(design)
         return guide
 
-    def _report(self, what):
-        def report(step, value):
-            print(f"[NBVCPEstimator] {what} {step}: {value:.4f} nats per cell", flush=True)
-
-        return report
-
     def _maximum(self, X, problem, histogram, previous=None, known=None, rng=None):
         """MAP estimate of log m, log r and B, with the offsets integrated out by Laplace's method.
 
@@ -320,7 +317,7 @@ class NBVCPEstimator(
             )
         sample = None if previous is not None or rng is None else sample_of_rows(n_cells, rng)
         if sample is not None:
-            some, of_some = X[sample], known.chosen(sample)
+            some, of_some = as_rows(X).chosen(sample).in_memory(), known.chosen(sample)
             counts = CountHistogram(some, of_some.weight)
             outcome, _ = self._ascent(
                 some, offset[sample], scale[sample], x, problem, counts, of_some
@@ -341,7 +338,6 @@ class NBVCPEstimator(
     def _ascent(self, X, offset, scale, x, problem, histogram, known):
         """The `Outcome` of an ascent from coordinates x, and the rows' scores."""
         n_cells = known.total_weight
-        report = self._report("maximum a posteriori, sweep")
         priors = (
             GaussianPrior(loc, sd**-2) for loc, sd in (problem.mean_prior, problem.dispersion_prior)
         )
@@ -353,7 +349,7 @@ class NBVCPEstimator(
             n_cells=n_cells,
             tol=_MAP_TOL,
             max_iter=_MAP_MAX_ITER,
-            report=(lambda i, p: report(i, p.value / n_cells)) if self.verbose else None,
+            report=Progress(self, self.verbose).sweeps("maximum a posteriori, sweep"),
         )
         return outcome, sweeper.scores
 
@@ -393,14 +389,24 @@ class NBVCPEstimator(
             self.mean_, self.dispersion_, self._guide, self._training_offsets, self.capture_prior_
         )
 
+    _independent = _posterior
+
     def _params(self):
         """The parameters in the form that the cell solver takes."""
         return independent_params(self.mean_, self.dispersion_, self._guide.coef_mean)
+
+    _OF_TRAINING_ROWS = ()
+
+    def _for_new_rows(self):
+        model, posterior = super()._for_new_rows(), self._posterior().without_rows()
+        model._guide, model._training_offsets = posterior.guide, posterior.rows
+        return model
 
     def _offset_prior(self):
         """The capture prior of the rows' offsets."""
         return self.capture_prior_
 
+    @lazy_with_dask
     def transform(self, X, *, covariates=None, offset=None):
         """Denoised log-expression: log of the posterior mean of each rate at full capture.
 
@@ -418,11 +424,17 @@ class NBVCPEstimator(
         Returns
         -------
         ndarray of shape (n_cells, n_genes)
-            Log-expression in nats (natural logarithm of expected counts at full capture).
+            Log-expression in nats (natural logarithm of expected counts at full capture). A Dask array, not
+            computed yet, where X is one.
         """
         check_is_fitted(self)
-        X, known = self._given(X, covariates, offset, self.capture_prior_)
-        capture = np.exp(-self._posterior().offsets(X, self.batch_size, known).loc)[:, None]
+        X, known = self._given_rows(X, covariates, offset, self.capture_prior_)
+        offsets = self._posterior().offsets(X, self.batch_size, known).loc
+        return X.of_rows(lambda rows, U: self._denoised(U, known.chosen(rows), offsets[rows]))
+
+    def _denoised(self, X, known, offsets):
+        """Logarithms of the posterior means of the rates of a few rows."""
+        capture = np.exp(-offsets)[:, None]
         r, mean = self.dispersion_, self.mean_
         exposure = known.dense().exposure
         if exposure.shape[1]:
@@ -459,7 +471,7 @@ class NBVCPEstimator(
         check_is_fitted(self)
         known = None
         if X is not None:
-            X, known = self._given(X, covariates, offset, self.capture_prior_)
+            X, known = self._given_rows(X, covariates, offset, self.capture_prior_)
         n_samples = checked_n_samples(self.n_posterior_samples if n_samples is None else n_samples)
         rng = check_random_state(self.random_state if random_state is None else random_state)
         draws = self._posterior().draws(n_samples, rng, X, self.batch_size, known=known)
@@ -485,6 +497,11 @@ def _level(columns, known, offset):
     return np.log(columns + 0.5) - np.log(known.sum_of_scales(offset, nothing))
 
 
+def _linear(X, x, known):
+    """``sum_g u (log m + B c + o)`` of each row."""
+    return X.of_rows(lambda rows, U: U @ x.mean + known.chosen(rows).totals(U, x.coef))
+
+
 def _of_coefficients(x, metric):
     """Of the guide: location and scale of the coefficients, and the share of their information that is left.
 
@@ -504,12 +521,10 @@ def _of_coefficients(x, metric):
 def _problem(X, prior, histogram, known=None):
     """The fixed part of the variational problem: priors and totals."""
     known = Known.nothing(X.shape[0]) if known is None else known
-    n_genes = X.shape[1]
+    X, n_genes = as_rows(X), X.shape[1]
     offset, scale = _capture.row_prior(prior, X)
-    of_rows = X if known.weight is None else X.multiply(known.weight[:, None]).tocsr()
-    columns = np.asarray(of_rows.sum(axis=0), float).ravel()
+    columns, coef_totals, exposure_total = _column_sums(X, known)
     level = _level(columns, known, offset)
-    exposed = known.exposure.shape[1] > 0
     return _svi.Problem(
         (np.full(n_genes, level.mean()), np.full(n_genes, LOG_MEAN_PRIOR_SCALE)),
         tuple(np.full(n_genes, v) for v in LOG_DISPERSION_PRIOR),
@@ -521,6 +536,20 @@ def _problem(X, prior, histogram, known=None):
         histogram.times,
         histogram.log_factorials,
         float(known.total_weight),
-        of_rows.T @ known.design if known.design.shape[1] else None,
-        float(of_rows.multiply(known.exposure).sum()) if exposed else 0.0,
+        coef_totals if known.design.shape[1] else None,
+        exposure_total,
     )
+
+
+def _column_sums(X, known):
+    """Sums over the weighted rows of counts, (n_genes,), of counts times covariates, and log-exposures."""
+    sums = [0.0, 0.0, 0.0]
+    for rows, block in X:
+        part = known.chosen(rows)
+        if part.weight is not None:
+            block = block.multiply(part.weight[:, None]).tocsr()
+        sums[0] += np.asarray(block.sum(axis=0), float).ravel()
+        sums[1] += block.T @ part.design
+        if part.exposure.shape[1]:
+            sums[2] += float(block.multiply(part.exposure).sum())
+    return sums

@@ -75,6 +75,13 @@ class NBVCPPosterior:
             guide = guide._replace(capture_offset=(offsets.raw_loc, offsets.scale))
         return replace(self, rows=offsets, guide=guide)
 
+    def without_rows(self):
+        """The posterior of the genes alone."""
+        guide, none = self.guide, slice(0, 0)
+        if guide.capture_offset is not None:
+            guide = guide._replace(capture_offset=tuple(a[none] for a in guide.capture_offset))
+        return replace(self, guide=guide, rows=self.rows.chosen(none))
+
     def log_draws(self, n_samples, rng):
         """Draws of log r, log m and B, a `Bunch` of ``r`` and ``mu`` (n_samples, n_genes) and ``coef``.
 

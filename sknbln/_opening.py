@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._rows import CSRRows, RowBatches, pad_columns, sum_over_batches
+from ._rows import RowBatches, pad_columns, sum_over_batches
 from ._spectrum import MOST_FACTORS, score_spectrum
 from .solver.coupling import MarginalCoupling
 from .solver.gene_priors import EVEN, NEARLY_ALL_IN_NOISE, NEARLY_ALL_IN_R
@@ -30,7 +30,7 @@ def number_of_factors(X, source, offsets, most, rng, known):
     Both together are at most ``most`` and `MOST_FACTORS`. The third result is the `rank_diagnostics_`.
     """
     spectrum = score_spectrum(
-        CSRRows(X), source.mean, source.dispersion, offsets.loc, rng, known, source.coef
+        X, source.mean, source.dispersion, offsets.loc, rng, known, source.coef
     )
     most = min(most, MOST_FACTORS)
     k = min(spectrum.n_factors, most)

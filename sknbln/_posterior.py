@@ -111,9 +111,10 @@ def coef_standard_deviations(moments, loadings, known):
 def standard_deviations(
     batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings, prior_coef
 ):
-    """Standard deviations of mu, W, log d and log r at the fit, and the rows' posterior, in one pass.
+    """Standard deviations of mu, W, log d and log r, their covariance, and the rows' posterior, in one pass.
 
-    The standard deviations are `Params`, 0 where frozen; the posterior is a `RowPosterior`. ``scores`` are
+    The standard deviations are `Params`, 0 where frozen; the covariance is that of each gene's w, log d and
+    log r, (n_genes, k + 2, k + 2); the posterior is a `RowPosterior`. ``scores`` are
     start values of the rows' modes, ``prior_*`` the precisions of the priors. The information of a gene's
     parameters, taken together, is the sum of outer products of the cells' exact gradients.
     """
@@ -139,8 +140,10 @@ def standard_deviations(
     # where d is at its floor.
     unit = np.sqrt(conditional)
     J = J * unit[:, :, None] * unit[:, None, :] + 1e-9 * np.eye(keep.size)
-    variance = np.zeros_like(precision)
-    variance[:, keep] = np.maximum(np.einsum("gii->gi", np.linalg.inv(J)), 0.0) * conditional
+    inverse = np.linalg.inv(J) * unit[:, :, None] * unit[:, None, :]
+    covariance = np.zeros((n_genes, sum(sizes), sum(sizes)))
+    covariance[:, keep[:, None], keep] = inverse
+    variance = np.maximum(np.einsum("gii->gi", covariance), 0.0)
     sd = np.sqrt(variance)
     if free.mean:
         mean_variance = mean_covariance_diagonal(information, params.loadings, n_cells, prior_mean)
@@ -153,7 +156,9 @@ def standard_deviations(
     squares = params.loadings**2
     shared = (squares + squares.sum(1, keepdims=True)) / (4 * n_cells)
     loadings_sd = np.sqrt(sd[:, columns] ** 2 + shared) * np.any(params.loadings, axis=0)
-    return Params(mean_sd, loadings_sd, sd[:, noise[0]], log_r_sd, np.zeros((n_genes, p))), rows
+    of_variances = covariance[:, 1 + p :, 1 + p :].copy()
+    sds = Params(mean_sd, loadings_sd, sd[:, noise[0]], log_r_sd, np.zeros((n_genes, p)))
+    return sds, of_variances, rows
 
 
 def source_dispersion(guide, coupling=None):

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from ._blocks import CSRRows, as_csr, as_rows
 from ._jax import compiled_once, float64, in_order, n_workers, on_cpu
 from ._known import Known
+from ._values import canonical
 from .solver.ascent import magnitude
 from .solver.channel import log_rising_slope
 from .solver.marginal import BatchSums, no_sums, score_products, solve_cells
@@ -29,6 +31,8 @@ FEW_ENTRIES = 2**20
 # Counts in an automatic batch, about; 8 bytes each in a few arrays
 _BATCH_ENTRIES = 2**17
 _BATCH_ENTRIES_OF_ACCELERATOR = 2**22
+# Counts that stay on an accelerator, zeros included, 8 bytes each; more go there in every pass
+_MOST_ENTRIES_OF_ACCELERATOR = 2**31
 # Counts that are solved at a time: the dozen arrays of a Newton iteration then stay in the cache of a
 # processor
 _BLOCK_ENTRIES = 2**14
@@ -71,47 +75,13 @@ def _solved_at_once(rows, n_genes):
     return rows if rows <= wanted else math.gcd(rows, 2 ** int(math.log2(wanted)))
 
 
-class CSRRows:
-    """Source of rows: a count matrix in memory.
-
-    Another source of rows needs the same four members: `shape`, `dtype`, `block` and `chosen`. All other
-    code takes counts through these, block by block.
-
-    Parameters
-    ----------
-    X : csr_matrix of shape (n_cells, n_genes)
-        Canonical counts.
-
-    Attributes
-    ----------
-    shape : tuple (n_cells, n_genes)
-    dtype : dtype of the counts
-    """
-
-    def __init__(self, X):
-        self._X = X
-        self.shape, self.dtype = X.shape, X.dtype
-
-    def block(self, rows):
-        """The rows of a slice as CSR, a view of the same memory."""
-        X, start = self._X, self._X.indptr[rows.start]
-        inside = slice(start, X.indptr[rows.stop])
-        indptr = X.indptr[rows.start : rows.stop + 1] - start
-        shape = rows.stop - rows.start, X.shape[1]
-        return type(X)((X.data[inside], X.indices[inside], indptr), shape=shape, copy=False)
-
-    def chosen(self, positions):
-        """A `CSRRows` of the rows at these positions, in this order."""
-        return CSRRows(self._X[positions])
-
-
 class RowBatches:
     """Rows of a count matrix as padded dense batches of one shape, with the priors of their offsets.
 
     Parameters
     ----------
-    X : csr_matrix of shape (n_cells, n_genes), or another source of rows
-        Counts; for other sources see `CSRRows`.
+    X : csr_matrix of shape (n_cells, n_genes) or Rows
+        Counts.
     offset, scale : ndarray of shape (n_cells,)
         Prior location and scale of the capture offset, nats; scale 0 fixes the offset.
     precision : ndarray of shape (n_cells,), optional
@@ -124,7 +94,7 @@ class RowBatches:
     """
 
     def __init__(self, X, offset, scale, precision=None, *, batch_size=None, known=None):
-        self.counts = X if hasattr(X, "block") else CSRRows(X)
+        self.counts = as_rows(X)
         n, n_genes = self.counts.shape
         precision = np.ones(n) if precision is None else precision
         self.capture = np.stack([offset, scale, precision], 1).astype(float)
@@ -137,15 +107,51 @@ class RowBatches:
         self.rows = -(-rows // bucket) * bucket
         self.starts = range(0, max(n, 1), self.rows)  # without rows, one batch of padding
         self.solved_at_once = _solved_at_once(self.rows, n_genes)
+        self.workers = None  # threads; by default the processors
+        keeps = not on_cpu() and n * n_genes <= _MOST_ENTRIES_OF_ACCELERATOR
+        self._on_accelerator = {} if keeps else None  # `Cells` by their first row
 
     def without_capture(self, rows):
         """The rows at these positions with their offset held at 0, in batches of the same shape."""
-        other = copy.copy(self)
+        other = self._of(rows, rows.size)
         other.counts = self.counts.chosen(rows)
-        other.known = self.known.chosen(rows)
         other.capture = np.tile([0.0, 0.0, 1.0], (rows.size, 1))
-        other.starts = range(0, rows.size, self.rows)
         return other
+
+    def _of(self, rows, n):
+        """Batches of the same shape of these rows, n in all, to be given their counts."""
+        other = copy.copy(self)
+        other.counts, other.known = None, self.known.chosen(rows)
+        other.capture = self.capture[rows]
+        other.starts = range(0, max(n, 1), self.rows)
+        other._on_accelerator = None
+        return other
+
+    def run(self, operation, *common, of_rows):
+        """``operation(batches, *common, of_rows)``; on a cluster of each chunk of rows, where it is.
+
+        An operation returns results of rows, a tree of arrays with a row for each, and sums over the rows.
+        The sums of chunks are added in order: where they are computed changes results by rounding only.
+        """
+        cluster = self.counts.cluster()
+        if cluster is None:
+            return operation(self, *common, of_rows)
+        total, results = None, None
+        tasks = (
+            ((chunk, rows), (self._of(rows, rows.stop - rows.start), of_rows[rows]))
+            for chunk, rows in cluster.chunks
+        )
+        common = operation, self.counts.missing, common
+        for rows, (part, sums) in cluster.in_order(_on_worker, common, tasks):
+            if results is None:
+                total = sums
+                results = jax.tree.map(
+                    lambda a: np.empty((self.n_cells, *a.shape[1:]), a.dtype), part
+                )
+            else:
+                total = _added(total, sums)
+            jax.tree.map(functools.partial(_put, rows), results, part)
+        return results, total
 
     def padded(self, a, value=0.0):
         """The array `a`, padded with `value` to the number of rows of a batch."""
@@ -165,7 +171,16 @@ class RowBatches:
         return [slice(start, min(start + self.rows, self.n_cells)) for start in self.starts]
 
     def cells(self, rows, dtype=float):
-        """The rows of a batch as `Cells` of this precision."""
+        """The rows of a batch as `Cells` of this precision, which stay on an accelerator."""
+        kept = self._on_accelerator
+        if kept is None:
+            return self._cells(rows, dtype)
+        key = rows.start, np.dtype(dtype)
+        if key not in kept:
+            kept[key] = jax.device_put(self._cells(rows, dtype))
+        return kept[key]
+
+    def _cells(self, rows, dtype):
         n = rows.stop - rows.start
         counts = np.zeros((self.rows, self.counts.shape[1]), dtype)
         self.counts.block(rows).astype(dtype, copy=False).toarray(out=counts[:n])
@@ -184,12 +199,25 @@ class RowBatches:
     def map(self, function, dtype=float):
         """Iterator of ``function(rows, cells)`` over the batches, in order; several run at the same time."""
         slices = self.slices()
-        workers = min(n_workers(), len(slices))
+        workers = min(self.workers or n_workers(), len(slices))
         return in_order(lambda rows: function(rows, self.cells(rows, dtype)), slices, workers)
 
     def solve(self, cells, params, zeta, last_step=LAST_STEP):
         """Solve the cells by :func:`solve_cells`, a block of cells at a time."""
         return solve_cells(cells, params, zeta, last_step, block=self.solved_at_once)
+
+
+@float64
+def _on_worker(chunk, common, batches, of_rows):
+    """An operation on a chunk of rows, in a thread of a worker; see `RowBatches.run`."""
+    operation, missing, common = common
+    counts, _ = canonical(as_csr(chunk), missing)
+    batches.counts, batches.workers = CSRRows(counts), 1
+    return operation(batches, *common, np.array(of_rows))  # what came from elsewhere is read-only
+
+
+def _put(rows, whole, part):
+    whole[rows] = part
 
 
 class RowPosterior(NamedTuple):
@@ -221,7 +249,7 @@ class RowPosterior(NamedTuple):
     def fill(self, rows, cells, results):
         """Write the `CellResults` of a batch to its rows."""
         k, covariance = self.scores.shape[1], results.covariance
-        offset, scale = cells.offset, cells.scale
+        offset, scale = np.asarray(cells.offset), np.asarray(cells.scale)
         parts = (
             results.log_marginal,
             results.zeta[:, :k],
@@ -260,6 +288,10 @@ def solve_rows(batches, params, start=None):
     k, wide = params.loadings.shape[1], with_padded_rank(params, batches)
     if start is None:
         start = np.zeros((batches.n_cells, wide.loadings.shape[1] + 1))
+    return batches.run(_solve_rows, wide, k, of_rows=start)[0]
+
+
+def _solve_rows(batches, wide, k, start):
     on_device = jax.device_put(wide)
 
     def solved(rows, cells):
@@ -269,7 +301,7 @@ def solve_rows(batches, params, start=None):
     out = RowPosterior.empty(batches.n_cells, k)
     for part in batches.map(solved):
         out.fill(*part)
-    return out
+    return out, None
 
 
 @float64
@@ -280,15 +312,21 @@ def gene_score_products(batches, params, start, free_dispersion):
     not free, its gradients omit the part that does not depend on the log-rates.
     """
     k, wide = params.loadings.shape[1], with_padded_rank(params, batches)
-    p, k_padded = params.coef.shape[1], wide.loadings.shape[1]
-    r = 1.0 / params.dispersion if free_dispersion else None
+    solved, sums = batches.run(_score_products, wide, k, free_dispersion, of_rows=start)
+    return *sums, solved
+
+
+def _score_products(batches, wide, k, free_dispersion, start):
+    p, k_padded = wide.coef.shape[1], wide.loadings.shape[1]
+    r = 1.0 / wide.dispersion if free_dispersion else None
     params = jax.device_put(wide)
 
     def products(rows, cells):
-        constants = np.zeros_like(cells.counts)
+        counts = np.asarray(cells.counts)
+        constants = np.zeros_like(counts)
         if free_dispersion:
-            at, genes = np.nonzero(cells.counts)
-            constants[at, genes] = log_rising_slope(cells.counts[at, genes], r[genes])
+            at, genes = np.nonzero(counts)
+            constants[at, genes] = log_rising_slope(counts[at, genes], r[genes])
         on_device = jax.device_put(cells)
         alpha, results, _ = batches.solve(on_device, params, batches.padded(start[rows]))
         gene_sums = score_products(on_device, params, alpha, results, constants)
@@ -299,7 +337,7 @@ def gene_score_products(batches, params, start, free_dispersion):
         total = part if total is None else _added(total, part)
         solved.fill(*batch)
     keep = np.r_[0 : p + k + 1, p + k_padded + 1, p + k_padded + 2]
-    return total[0][:, keep][:, :, keep], total[1], solved
+    return solved, (total[0][:, keep][:, :, keep], total[1])
 
 
 def sum_over_batches(batches, params, dtype=float):
@@ -369,23 +407,12 @@ class Sweeper:
     def __call__(self, params):
         """One pass over all rows: `BatchSums` of NumPy arrays for the unpadded latent dimension."""
         wide = with_padded_rank(params, self.batches)
-        dtype = np.float32 if self._single else float
-        with np.errstate(over="ignore"):  # what overflows in single precision is found below
-            on_device = jax.device_put(Params(*(a.astype(dtype, copy=False) for a in wide)))
-        last_step = max(self._last_step, _LAST_STEP_SINGLE) if self._single else self._last_step
-
-        def solved(rows, cells):
-            start = self.batches.padded(self.scores[rows].astype(dtype, copy=False))
-            _, results, sums = self.batches.solve(cells, on_device, start, last_step)
-            mode = np.asarray(results.zeta)[: rows.stop - rows.start]
-            # trial parameters may overflow; the next sweep starts from the last finite scores
-            is_finite = np.isfinite(mode).all(axis=1)
-            self.scores[rows][is_finite] = mode[is_finite]
-            return jax.tree.map(np.asarray, sums)
-
-        total = no_sums(*wide.loadings.shape, wide.coef.shape[1])
-        for sums in self.batches.map(solved, dtype):
-            total = _added(total, sums)
+        last_step = self._last_step
+        if self._single:
+            last_step = max(last_step, _LAST_STEP_SINGLE)
+            with np.errstate(over="ignore"):  # what overflows in single precision is found below
+                wide = Params(*(a.astype(np.float32) for a in wide))
+        self.scores, total = self.batches.run(_sweep, wide, last_step, of_rows=self.scores)
         # the first sweep, before which the magnitude is unknown, is solved to rounding
         size = magnitude(float(total.log_marginal), max(self.batches.known.total_weight, 1))
         if not np.isfinite(size) and not np.any(self.scores) and self.refine():
@@ -395,6 +422,25 @@ class Sweeper:
                 max(LAST_STEP, (_MODE_SHARE * self.tol * size) ** 2), _LARGEST_LAST_STEP
             )
         return _unpad(total, params.loadings.shape[1])
+
+
+def _sweep(batches, params, last_step, scores):
+    """The modes of the rows, written to their start values, and the sums of a pass over them."""
+    on_device, dtype = jax.device_put(params), params.loadings.dtype
+
+    def solved(rows, cells):
+        start = batches.padded(scores[rows].astype(dtype, copy=False))
+        _, results, sums = batches.solve(cells, on_device, start, last_step)
+        mode = np.asarray(results.zeta)[: rows.stop - rows.start]
+        # trial parameters may overflow; the next sweep starts from the last finite scores
+        is_finite = np.isfinite(mode).all(axis=1)
+        scores[rows][is_finite] = mode[is_finite]
+        return jax.tree.map(np.asarray, sums)
+
+    total = no_sums(*params.loadings.shape, params.coef.shape[1])
+    for sums in batches.map(solved, dtype):
+        total = _added(total, sums)
+    return scores, total
 
 
 def _unpad(sums: BatchSums, k):

@@ -26,6 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 
 from ._known import Known
+from ._scores import coefficients, scores
 from .solver.gauge import EDGE_MARGIN
 
 #: rows that are used at most, and entries of the dense matrix of scores, 4 bytes each
@@ -138,9 +139,7 @@ def _take_out(g, i, design):
     columns = np.concatenate([np.ones((len(design), 1)), design], 1).astype(g.dtype)
     products = (columns[:, :, None] * columns[:, None, :]).reshape(len(columns), -1)
     A = (i @ products).reshape(-1, columns.shape[1], columns.shape[1])
-    A += 1e-6 * np.trace(A, axis1=1, axis2=2)[:, None, None] * np.eye(A.shape[1], dtype=g.dtype)
-    A[:, 0, 0] += 1e-30
-    g -= i * (np.linalg.solve(A, (g @ columns)[:, :, None])[:, :, 0] @ columns.T)
+    g -= i * (coefficients(A, g @ columns) @ columns.T)
 
 
 def _standardize(g, i, design):
@@ -180,7 +179,7 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
 
     Parameters
     ----------
-    counts : CSRRows or another source of rows
+    counts : Rows
     mean, dispersion : ndarray of shape (n_genes,)
         Means at full capture and dispersions of independent genes.
     offset : ndarray of shape (n_cells,)
@@ -212,10 +211,7 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
         shift = known.log_scale(coef)
         log_mean += (shift[:, genes] if shift.shape[1] > 1 else shift).T
     m = np.exp(log_mean).astype(np.float32)
-    share = 1.0 / (1.0 + m / dispersion[genes].astype(np.float32)[:, None])
-    g -= m
-    g *= share
-    i = m * share
+    g, i, _ = scores(g, m, dispersion[genes].astype(np.float32)[:, None])
     root = np.sqrt(i)
     standard = np.divide(g, root, out=np.zeros_like(g), where=root > 0)
     if known.weight is not None:

@@ -50,6 +50,7 @@ import optax
 from jax.scipy.special import gammaln
 from numpyro.infer import Trace_ELBO
 
+from ._blocks import as_rows
 from ._jax import compiled_once, float64
 from ._known import NO_WEIGHT
 from .solver.channel import log1p_of_positive
@@ -259,18 +260,22 @@ def _minibatches(X, rng, weights=None):
 
     Rows of weight 0 are in none.
     """
-    weights = np.ones(X.shape[0]) if weights is None else weights
+    X, weights = as_rows(X), np.ones(X.shape[0]) if weights is None else weights
     used = np.flatnonzero(weights > NO_WEIGHT)
     n = used.size
     size = min(MINIBATCH, -(-n // 64) * 64)
+    pool = size * max(X.chosen_at_once // size, 1)
     while True:
         order = used[rng.permutation(n)]
         for start in range(0, n, size):
             rows = order[start : start + size]
             if rows.size < size and start:
                 break  # an incomplete minibatch is left out
+            at = start % pool
+            if at == 0:
+                ahead = X.chosen(order[start : start + pool]).in_memory()
             counts = np.zeros((size, X.shape[1]))
-            X[rows].toarray(out=counts[: rows.size])
+            ahead.block(slice(at, at + rows.size)).toarray(out=counts[: rows.size])
             weight = np.zeros(size)
             weight[: rows.size] = weights[rows]
             yield np.concatenate([rows, np.zeros(size - rows.size, rows.dtype)]), counts, weight

@@ -3,19 +3,17 @@
 The package anndata is not imported: objects only have to have its attributes.
 """
 
-import logging
-
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix, issparse
 
-from ._counts import n_fractional, same_depth
 from ._nbln import NBLNEstimator
 from ._nbvcp import NBVCPEstimator
+from ._progress import LOG
+from ._values import Values, n_fractional
 
 __all__ = ["nbln", "nbvcp", "project"]
 
-_LOG = logging.getLogger("sknbln")
 _HIGHLY_VARIABLE = "highly_variable"
 _LOOKED_AT = 2000  # rows in which counts are told from other values
 
@@ -97,10 +95,13 @@ def nbln(
 
     Examples
     --------
-    >>> import sknbln
-    >>> adata = sc.read_h5ad("counts.h5ad")  # doctest: +SKIP
-    >>> sknbln.tl.nbln(adata, layer="counts", batch_key="sample", random_state=0)  # doctest: +SKIP
-    >>> sc.pp.neighbors(adata, use_rep="X_nbln")  # doctest: +SKIP
+    >>> import anndata, sknbln
+    >>> from sknbln.datasets import make_nbln_counts
+    >>> counts = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
+    >>> adata = anndata.AnnData(counts)
+    >>> sknbln.tl.nbln(adata, random_state=0)
+    >>> adata.obsm["X_nbln"].shape
+    (150, 2)
     """
     if "latent_dim" in estimator_parameters:
         raise TypeError("nbln() takes the number of factors as n_components, found latent_dim.")
@@ -159,8 +160,13 @@ def nbvcp(
 
     Examples
     --------
-    >>> import sknbln
-    >>> sknbln.tl.nbvcp(adata, layer="counts", random_state=0)  # doctest: +SKIP
+    >>> import anndata, sknbln
+    >>> from sknbln.datasets import make_nbln_counts
+    >>> counts = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
+    >>> adata = anndata.AnnData(counts)
+    >>> sknbln.tl.nbvcp(adata, random_state=0)
+    >>> list(adata.var)
+    ['nbvcp_mean', 'nbvcp_dispersion']
     """
     estimator = NBVCPEstimator(**estimator_parameters)
     keys = dict(batch_key=batch_key, covariate_keys=covariate_keys, layer=layer)
@@ -207,9 +213,15 @@ def project(adata, estimator, *, layer=None, key_added="nbln", copy=False):
 
     Examples
     --------
-    >>> import sknbln
-    >>> model = sknbln.tl.nbln(adata, return_estimator=True)  # doctest: +SKIP
-    >>> sknbln.tl.project(new_cells, model)  # doctest: +SKIP
+    >>> import anndata, sknbln
+    >>> from sknbln.datasets import make_nbln_counts
+    >>> counts = make_nbln_counts(n_cells=150, n_genes=24, n_factors=2, random_state=0).data
+    >>> adata = anndata.AnnData(counts)
+    >>> model = sknbln.tl.nbln(adata, random_state=0, return_estimator=True)
+    >>> new = adata[:10, ::-1].copy()
+    >>> sknbln.tl.project(new, model)
+    >>> new.obsm["X_nbln"].shape
+    (10, 2)
     """
     fitted_on = getattr(estimator, "anndata_", None)
     if not isinstance(estimator, NBLNEstimator) or fitted_on is None:
@@ -272,7 +284,7 @@ def _genes(adata, mask_var):
         raise ValueError("mask_var leaves no gene.")
     genes = np.flatnonzero(mask)
     name = f"adata.var[{mask_var!r}]" if isinstance(mask_var, str) else "mask_var"
-    _LOG.info("%d of %d genes are used, those in %s", genes.size, adata.n_vars, name)
+    LOG.info("%d of %d genes are used, those in %s", genes.size, adata.n_vars, name)
     return genes
 
 
@@ -332,7 +344,9 @@ def _not_counts(matrix):
     if fractional:
         example = values[values != np.floor(values)][0]
         return f"{fractional} of {values.size} values are fractional ({example:g}), as after normalizing"
-    if same_depth("", csr_matrix(rows)) is not None:
+    looked_at = Values("", fitting=True)
+    looked_at.add(csr_matrix(rows, dtype=float))
+    if looked_at.same_depth() is not None:
         return "all rows have nearly the same total, as after normalizing"
     return None
 

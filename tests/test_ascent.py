@@ -178,7 +178,9 @@ def test_poisson_counts_and_no_noise_stay(noise):
 def test_max_iter_is_kept_and_reported():
     evaluate, start = problem(8)
     seen = []
-    outcome = run(evaluate, start, max_iter=3, tol=0.0, report=lambda i, p: seen.append((i, p)))
+    outcome = run(
+        evaluate, start, max_iter=3, tol=0.0, report=lambda o: seen.append((o.n_iter, o.point))
+    )
     assert not outcome.converged
     assert outcome.reason == "max_iter=3 sweeps were done"
     assert outcome.n_iter == 3
@@ -318,7 +320,7 @@ def test_first_steps_stay_out_of_the_memory(monkeypatch):
     evaluate, start = problem(10)
     added, seen = [], []
     monkeypatch.setattr(ascent._Memory, "add", lambda self, *pair: added.append(pair))
-    outcome = run(evaluate, start, tol=0.0, max_iter=7, report=lambda i, p: seen.append(p))
+    outcome = run(evaluate, start, tol=0.0, max_iter=7, report=lambda o: seen.append(o.point))
     assert outcome.n_iter == 7
     assert len(added) == 7 - ascent.PLAIN_SWEEPS
     for (s, y, expected), before, after in zip(added[::-1], seen[-2::-1], seen[::-1], strict=False):
@@ -415,7 +417,7 @@ def test_of_several_candidates_the_most_likely_is_kept():
             n_cells=N,
             tol=1e-7,
             max_iter=200,
-            report=lambda i, p, seen=seen: seen.append(p),
+            report=lambda o, seen=seen: seen.append(o.point),
         )
         assert outcome.objective is evaluate
         assert outcome.converged

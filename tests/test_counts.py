@@ -220,15 +220,6 @@ class LazyFrame(Holder):
         raise AssertionError("it is computed")
 
 
-class Lazy(Holder):
-    dask = property(lambda self: {})
-    dtype = np.dtype(float)
-    ndim = 2
-
-    def __array__(self, dtype=None, copy=None):
-        raise AssertionError("it is computed")
-
-
 def annotated():
     ad = pytest.importorskip("anndata")
     return ad.AnnData(sp.csr_array(np.eye(4, 3, dtype=np.float32)))
@@ -259,14 +250,6 @@ def sparse_dataset(group):
     return ad.io.sparse_dataset(group)
 
 
-def dask_array():
-    return pytest.importorskip("dask.array").ones((4, 3))
-
-
-def dask_sparse():
-    return dask_array().map_blocks(sp.csr_matrix)
-
-
 def polars_lazy():
     return pytest.importorskip("polars").LazyFrame({"a": [1, 2]})
 
@@ -278,13 +261,10 @@ HOLDERS = {
         r"SparseDataset. Its values are in a file: .*X\.to_memory\(\)",
     ),
     "lazy frame": (LazyFrame, r"LazyFrame. .* give X\.collect\(\)"),
-    "lazy array": (Lazy, r"Lazy. .* give X\.compute\(\)"),
     "mapping": (dict, r"found builtins.dict\.$"),
     "nothing": (lambda: None, r"found builtins.NoneType\.$"),
     "real AnnData": (annotated, r"adata\.X"),
     "real Raw": (raw, r"adata\.X, .*adata\.raw\.X"),
-    "real Dask array": (dask_array, r"X\.compute\(\)"),
-    "real Dask array of sparse chunks": (dask_sparse, r"X\.compute\(\)"),
     "real polars LazyFrame": (polars_lazy, r"X\.collect\(\)"),
 }
 
@@ -300,11 +280,9 @@ def test_what_holds_a_matrix_is_refused_at_once(estimator, make, message):
 
 
 @pytest.mark.parametrize("store", [in_hdf5, in_zarr])
-def test_sparse_matrices_in_files_are_refused_and_taken_once_read(store, tmp_path):
+def test_sparse_matrices_in_files_are_refused_where_all_is_needed(store, tmp_path):
     X = sparse_dataset(store(tmp_path))
-    with pytest.raises(
-        TypeError, match=r"X\.to_memory\(\), or the rows that you need, as X\[:1000\]"
-    ):
+    with pytest.raises(TypeError, match=r"X\.to_memory\(\), or the rows that you need"):
         validated(X)
     assert_array_equal(validated(X.to_memory()).toarray(), np.eye(4, 3))
     assert_array_equal(validated(X[:2]).toarray(), np.eye(2, 3))

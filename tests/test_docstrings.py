@@ -9,14 +9,17 @@ import pytest
 
 import sknbln._nbln
 import sknbln._nbvcp
+import sknbln._pairs
 import sknbln._thinning
 import sknbln.datasets._real
 import sknbln.datasets._simulate
 import sknbln.exceptions
 import sknbln.model_selection
+import sknbln.network
 import sknbln.plotting
 import sknbln.predictive._checks
 import sknbln.predictive._draws
+import sknbln.tl
 
 DISPLAYS = [
     importlib.import_module(f"sknbln.plotting.{module.name}")
@@ -30,13 +33,16 @@ DISPLAYS = [
     [
         sknbln._nbln,
         sknbln._nbvcp,
+        sknbln._pairs,
         sknbln._thinning,
         sknbln.datasets._real,
         sknbln.datasets._simulate,
         sknbln.exceptions,
         sknbln.model_selection,
+        sknbln.network,
         sknbln.predictive._checks,
         sknbln.predictive._draws,
+        sknbln.tl,
         *DISPLAYS,
     ],
     ids=lambda module: module.__name__,

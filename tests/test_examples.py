@@ -52,7 +52,7 @@ def documented_names():
     for line in (ROOT / "docs" / "api.rst").read_text(encoding="utf-8").splitlines():
         if line.startswith(".. currentmodule::"):
             module = line.split("::")[1].strip()
-            found[module] = set()
+            found.setdefault(module, set())
         elif re.fullmatch(r"   \w+", line):
             found[module].add(line.strip())
     return found

@@ -127,8 +127,8 @@ def test_before_the_first_sweep_there_is_nothing_to_keep(counts, nbvcp, interrup
 
 
 def test_a_report_may_interrupt(counts, nbvcp, monkeypatch):
-    def stop(iteration, point):
-        if iteration == 3:
+    def stop(outcome):
+        if outcome.n_iter == 3:
             raise KeyboardInterrupt
 
     from sknbln import _nbln

@@ -1,11 +1,13 @@
 """Precision, import, threads and compilation: where the library meets JAX."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -189,3 +191,31 @@ def test_memory_is_given_back_after_a_compilation_and_only_then(monkeypatch):
     monkeypatch.setattr(jax_module, "_TRIM", None)
     assert_array_equal(kernel(np.zeros(4)), 1.0)
     assert len(given) == 2
+
+
+# ------------------------------------------------------------------ devices
+
+
+TWO_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from sknbln._jax import compiled_once, in_order
+from sknbln._rows import RowBatches, Sweeper
+from tests.reference.small import K_ROWS, rows
+
+used = lambda task: next(iter(jnp.ones(task).devices())).id
+assert list(in_order(used, [1, 2, 3, 4], 2)) == [0, 1, 0, 1]
+X, *capture, params = rows()
+whole, parts = (Sweeper(RowBatches(X, *capture, batch_size=size), K_ROWS) for size in (None, 8))
+one = jax.tree.leaves(whole(params))
+with jax.default_device(jax.local_devices()[1]):
+    assert list(in_order(used, [1, 2, 3, 4], 2)) == [1] * 4
+for a, b in zip(one, jax.tree.leaves(parts(params)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * np.max(np.abs(a), initial=1))
+"""
+
+
+@pytest.mark.slow
+def test_batches_go_round_the_devices_of_a_machine():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", TWO_DEVICES], check=True, cwd=root, env=env)

@@ -463,6 +463,7 @@ def test_verbose_reports_both_stages(sim, capture, capsys):
     assert all(line.startswith("[NBVCPEstimator] ") for line in out)
     assert any("maximum a posteriori, sweep 1: -" in line for line in out)
     assert any("ELBO step 100: " in line and "nats per cell" in line for line in out)
+    assert all(line.endswith(" s") for line in out)
 
 
 def test_same_seed_same_bits(sim, capture, model):

@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln import _rows as rows_module
+from sknbln._blocks import Rows
 from sknbln._known import Known
 from sknbln._rows import (
     FEW_ENTRIES,
@@ -57,11 +58,14 @@ def test_batches_cover_all_rows_once(batch_size):
     assert seen == list(range(20))
 
 
-class DenseRows:
-    """Rows that come from elsewhere: the interface of `CSRRows` over a dense array."""
+class DenseRows(Rows):
+    """Rows that come from elsewhere: a dense array."""
 
     def __init__(self, X):
-        self.whole, self.shape, self.dtype = X, X.shape, X.dtype
+        self.whole, self.shape = X, X.shape
+
+    def slices(self):
+        return [slice(0, 7), slice(7, self.shape[0])]
 
     def block(self, rows):
         return csr(self.whole[rows])
@@ -123,6 +127,34 @@ def test_padded_rank_and_columns():
     a = np.arange(6.0).reshape(3, 2)
     assert_array_equal(pad_columns(a, 4), np.column_stack([a, np.zeros((3, 2))]))
     assert_array_equal(pad_columns(a, 2), a)
+
+
+def test_counts_stay_on_an_accelerator(monkeypatch):
+    """On a CPU that passes for one: the same sums, and rows are read in the first pass alone."""
+    X, *capture, params = rows()
+    expected = Sweeper(RowBatches(X, *capture, batch_size=8), K)
+    products = gene_score_products(expected.batches, params, expected.scores, True)
+    first, second = (expected(params) for _ in range(2))
+    monkeypatch.setattr(rows_module, "on_cpu", lambda: False)
+    elsewhere, read = DenseRows(X.toarray()), []
+    batches = RowBatches(elsewhere, *capture, batch_size=8)
+    monkeypatch.setattr(
+        elsewhere, "block", lambda rows: read.append(rows) or csr(elsewhere.whole[rows])
+    )
+    sweeper = Sweeper(batches, K)
+    for a, b in zip(
+        gene_score_products(batches, params, sweeper.scores, True), products, strict=True
+    ):
+        assert_sums_close(a, b)
+    assert_sums_close(sweeper(params), first)
+    assert_sums_close(sweeper(params), second)
+    assert read == batches.slices()
+    some = np.array([3, 4])
+    assert_array_equal(
+        batches.without_capture(some).cells(slice(0, 2)).counts[:2], X[some].toarray()
+    )
+    monkeypatch.setattr(rows_module, "_MOST_ENTRIES_OF_ACCELERATOR", 1)
+    assert isinstance(RowBatches(X, *capture).cells(slice(0, 20)).counts, np.ndarray)
 
 
 # ------------------------------------------------------------------ sums

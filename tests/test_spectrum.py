@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln import NBLNEstimator, _spectrum
-from sknbln._rows import CSRRows
+from sknbln._blocks import CSRRows
 from sknbln._spectrum import LEAST_ROWS, N_PERMUTATIONS, ScoreSpectrum, score_spectrum
 
 from .reference.csr import csr

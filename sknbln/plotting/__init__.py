@@ -1,8 +1,8 @@
 """Pictures of fitted estimators, as Display classes like those of scikit-learn.
 
-Each has ``from_estimator(estimator, ...)``, which computes and draws, and ``plot()``, which draws again from
-what was computed; `ComparisonDisplay` has ``from_comparison(result)``. matplotlib is imported when something
-is drawn, not before (``pip install sknbln[plot]``).
+Each has ``from_estimator(estimator, ...)``, or ``from_test``, ``from_network`` or ``from_comparison``, which
+computes and draws, and ``plot()``, which draws again from what was computed. matplotlib is imported when
+something is drawn, not before (``pip install sknbln[plot]``).
 """
 
 from ._calibration import CalibrationDisplay
@@ -12,6 +12,7 @@ from ._corner import CompositionalCornerDisplay
 from ._correlation import CorrelationDisplay
 from ._embedding import EmbeddingDisplay
 from ._loadings import LoadingsSpectrumDisplay
+from ._pairs import NetworkDisplay, VolcanoDisplay
 from ._ppc import PPCDisplay
 
 __all__ = [
@@ -22,5 +23,7 @@ __all__ = [
     "CorrelationDisplay",
     "EmbeddingDisplay",
     "LoadingsSpectrumDisplay",
+    "NetworkDisplay",
     "PPCDisplay",
+    "VolcanoDisplay",
 ]

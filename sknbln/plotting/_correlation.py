@@ -1,14 +1,15 @@
 """Heat map of correlations of genes."""
 
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from .._correlation import SCALES
 from ..predictive._arguments import gene_positions, validated_options
-from ._common import fitted, gene_names, one_axes
+from ._common import BLACK, fitted, gene_names, one_axes
 
 #: smallest legible type, in points: where it does not fit, genes are not named
 _SMALLEST_TYPE = 5.0
@@ -16,14 +17,20 @@ _SMALLEST_TYPE = 5.0
 _SCALES = np.array([0.1, 0.2, 0.3, 0.5, 0.7, 1.0])
 #: most genes whose leaves are ordered optimally: the cost grows at least with the square
 _OPTIMAL = 300
+_TITLES = {
+    "compositional": "Compositional correlation of log-rates",
+    "log_rate": "Correlation of log-rates",
+    "expression": "Correlation of expression",
+    "factors": "Compositional correlation of loadings",
+}
 
 
 class CorrelationDisplay:
     r"""Heat map of the correlations of genes, neighbours in a hierarchical clustering side by side.
 
-    ``kind="log_rates"`` is :meth:`NBLNEstimator.get_correlation`, from :math:`P \Sigma P`: correlations of
-    log-rates relative to the cell's mean log-rate, a gene's own variance d included. ``kind="factors"`` is
-    the correlation of :math:`W_\perp W_\perp'`: the cosines between genes' loadings.
+    ``scale="compositional"``, ``"log_rate"`` and ``"expression"`` are those of
+    :meth:`NBLNEstimator.get_correlation`, a gene's own variance d included. ``scale="factors"`` is the
+    correlation of :math:`W_\perp W_\perp'`: the cosines between genes' loadings.
 
     The first is the default because it says how much of a gene's variance is shared. The cosines do
     not: with k factors all genes lie in k dimensions, so that a gene with hardly any loadings has
@@ -40,6 +47,8 @@ class CorrelationDisplay:
         Names of the genes, in that order.
     title : str, default=""
         Title.
+    marked : ndarray of shape (n_genes, n_genes) or None, default=None
+        Pairs that are marked by a point, in the order of the picture.
 
     Attributes
     ----------
@@ -48,6 +57,8 @@ class CorrelationDisplay:
         `from_estimator` made the display.
     im_ : matplotlib AxesImage
         The heat map.
+    marks_ : matplotlib PathCollection or None
+        The points of the pairs that are marked.
     colorbar_ : matplotlib Colorbar or None
         Its scale.
     ax_ : matplotlib Axes
@@ -67,7 +78,8 @@ class CorrelationDisplay:
     (10, 10)
     """
 
-    def __init__(self, correlation, names, *, title="", genes=None):
+    def __init__(self, correlation, names, *, title="", genes=None, marked=None):
+        self.marked = marked
         self.correlation = correlation
         self.names = names
         self.title = title
@@ -75,14 +87,17 @@ class CorrelationDisplay:
 
     @classmethod
     @validated_options(
-        kind=[StrOptions({"log_rates", "factors"})],
+        scale=[StrOptions({*SCALES, "factors"})],
+        q=[Interval(Real, 0, 1, closed="neither")],
         n_genes=[Interval(Integral, 1, None, closed="left"), None],
     )
     def from_estimator(
         cls,
         estimator,
         *,
-        kind="log_rates",
+        scale="compositional",
+        test=None,
+        q=0.05,
         genes=None,
         n_genes=None,
         vmax=None,
@@ -96,8 +111,13 @@ class CorrelationDisplay:
         ----------
         estimator : NBLNEstimator
             Fitted estimator.
-        kind : {"log_rates", "factors"}, default="log_rates"
-            Kind of correlation, explained at the class.
+        scale : {"compositional", "log_rate", "expression", "factors"}, default="compositional"
+            Scale of the correlations, explained at the class.
+        test : CorrelationTest or None, default=None
+            Test of all pairs, from ``estimator.correlation_test(X)``: pairs with q-values of at most `q`
+            are marked.
+        q : float, default=0.05
+            Largest q-value of the pairs that are marked.
         genes : array-like or None, default=None
             Names or positions of the genes that are shown; None for all. The correlations are those of
             the whole model.
@@ -117,13 +137,15 @@ class CorrelationDisplay:
         TypeError
             When the estimator is not an NBLNEstimator.
         ValueError
-            For unknown genes.
+            For unknown genes, and for a test of other genes or not of all pairs.
         """
         estimator = fitted(cls, estimator, needs_loadings=True)
         total = estimator.n_features_in_
         shown = gene_positions(estimator, genes)
-        C = _cosines(estimator.components_) if kind == "factors" else estimator.get_correlation()
-        C = C[np.ix_(shown, shown)]
+        if scale == "factors":
+            C = _cosines(estimator.components_)[np.ix_(shown, shown)]
+        else:
+            C = np.asarray(estimator.get_correlation(scale, genes=shown))
         chosen = np.arange(shown.size)
         how = "" if shown.size == total else f"\n{shown.size} of {total} genes"
         if n_genes is not None and n_genes < shown.size:
@@ -131,12 +153,16 @@ class CorrelationDisplay:
             chosen = np.argsort(-connected, kind="stable")[:n_genes]
             how = f"\nthe {n_genes} most connected of {shown.size} genes"
         chosen = chosen[_seriation(C[np.ix_(chosen, chosen)])]
-        what = {"log_rates": "log-rates", "factors": "loadings"}[kind]
+        marked = None
+        if test is not None:
+            marked = _below(test, q, total)[np.ix_(shown[chosen], shown[chosen])]
+            how += f"\npoints: q of at most {q:g}"
         return cls(
             C[np.ix_(chosen, chosen)],
             gene_names(estimator)[shown[chosen]],
-            title=f"Compositional correlation of {what}{how}",
+            title=f"{_TITLES[scale]}{how}",
             genes=shown[chosen],
+            marked=marked,
         ).plot(vmax=vmax, cmap=cmap, colorbar=colorbar, ax=ax)
 
     def plot(self, ax=None, *, vmax=None, cmap="RdBu_r", colorbar=True):
@@ -183,8 +209,26 @@ class CorrelationDisplay:
         else:
             ax.set(xticks=[], yticks=[], xlabel=f"{n} genes", ylabel=f"{n} genes")
         ax.tick_params(length=0)
+        self.marks_ = None
+        if self.marked is not None:
+            i, j = np.nonzero(self.marked)
+            # a point fills a third of its square
+            side = 72 * ax.get_window_extent().height / figure.dpi / n
+            area = min((side / 3) ** 2, 20.0)
+            self.marks_ = ax.scatter(j, i, s=area, c=BLACK, marker="o", linewidths=0)
+            ax.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5))
         ax.set_title(self.title, fontsize="medium")
         return self
+
+
+def _below(test, q, n_genes):
+    """Pairs of all genes whose q-value is at most q."""
+    if test.q_value.shape != (n_genes, n_genes):
+        raise ValueError(
+            f"test is of {test.q_value.shape} pairs, the estimator has {n_genes} genes: give the test of all "
+            "pairs, estimator.correlation_test(X)."
+        )
+    return test.q_value <= q
 
 
 def _cosines(components):

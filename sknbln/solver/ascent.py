@@ -163,7 +163,7 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
     column_prior : callable or None
         Update of the scales of the columns, see ``column_priors``; None without a prior.
     report : callable or None
-        Called with (number of sweeps done, `Point`) after each accepted sweep.
+        Called with the `Outcome` so far after each accepted sweep.
 
     Returns
     -------
@@ -186,7 +186,7 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
             information,
         )
         if accepted and report is not None:
-            report(outcome.n_iter, climb.point)
+            report(outcome)
 
     try:
         if len(candidates) > 1 or edges is not None:

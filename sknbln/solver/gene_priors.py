@@ -200,6 +200,11 @@ class GenePriors:
             noise, dispersion = noise + of_noise, dispersion + of_dispersion
         return root._replace(mean=4.0 * root.noise**2, noise=noise, dispersion=dispersion)
 
+    def noise_precision(self, own):
+        """Precision of the priors of log d, given r."""
+        value = 0.0 if self.noise is None else self.noise.precision(np.log(noise_variance(own)))
+        return value if self.split is None else value + SPLIT_WIDTH**-2.0
+
     def dispersion_precision(self, own):
         """Precision of the prior of log r, 0 without it."""
         return 0.0 if self.split is None else self.split.information(own)[1]

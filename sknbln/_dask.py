@@ -1,0 +1,159 @@
+"""Dask arrays: chunks of rows that are read here, or solved where they are, on the workers of a cluster."""
+
+import itertools
+import sys
+from collections import deque
+
+import numpy as np
+import scipy.sparse as sp
+from sklearn.utils import _safe_indexing
+
+from ._blocks import BLOCK_ENTRIES, StoredRows, as_csr
+
+
+def is_dask(X):
+    """Whether X is a Dask array."""
+    return all(hasattr(type(X), name) for name in ("__dask_graph__", "to_delayed", "chunks"))
+
+
+def chunks_of_rows(name, X):
+    """The chunks of a Dask array as `Delayed` objects, and their slices of rows.
+
+    Raises
+    ------
+    ValueError
+        If chunks are of some genes, or of unknown size.
+    """
+    sizes, columns = X.chunks
+    if len(columns) > 1:
+        raise ValueError(
+            f"{name} expects a Dask array in chunks of rows, found {len(columns)} chunks of columns. Give "
+            "X.rechunk({1: -1})."
+        )
+    if np.isnan(X.shape).any():
+        raise ValueError(
+            f"{name} expects a Dask array of known shape, found {X.shape}: its chunks are of unknown size. "
+            "Give X.compute_chunk_sizes()."
+        )
+    stops = np.cumsum(sizes).tolist()
+    rows = [slice(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+    return [
+        (chunk, part)
+        for chunk, part in zip(X.to_delayed().ravel(), rows, strict=True)
+        if part.stop > part.start
+    ]
+
+
+def transformed(model, X, covariates, offset, n_columns):
+    """``model.transform`` of a Dask array as a Dask array, computed chunk by chunk when it is asked for.
+
+    Parameters
+    ----------
+    model : fitted estimator
+        It goes to the workers.
+    X : Dask array of shape (n_cells, n_genes)
+    covariates, offset
+        Of the rows, as in `fit`, or None.
+    n_columns : int
+        Of the result.
+    """
+    import dask
+    import dask.array as da
+
+    chunks, model = chunks_of_rows(type(model).__name__, X), dask.delayed(model)
+    parts = [
+        da.from_delayed(
+            dask.delayed(_transformed)(
+                model, chunk, *(_rows_of(a, rows) for a in (covariates, offset)), rows.start
+            ),
+            (rows.stop - rows.start, n_columns),
+            float,
+        )
+        for chunk, rows in chunks
+    ]
+    return da.concatenate(parts)
+
+
+def _rows_of(a, rows):
+    return a if a is None else _safe_indexing(a, np.arange(rows.start, rows.stop))
+
+
+def _transformed(model, chunk, covariates, offset, start):
+    try:
+        return model.transform(chunk, covariates=covariates, offset=offset)
+    except ValueError as error:
+        error.add_note(
+            f"Rows are counted from row {start}, the first of a chunk of the Dask array."
+        )
+        raise
+
+
+class DaskRows(StoredRows):
+    """Rows of a Dask array: a block is one or more of its chunks, computed when it is needed.
+
+    Parameters
+    ----------
+    chunks : list of (Delayed, slice)
+        As :func:`chunks_of_rows` returns them.
+    shape : tuple (n_cells, n_genes)
+    missing : bool
+        Whether NaN is a count that was not seen.
+    """
+
+    def __init__(self, chunks, shape, missing):
+        self._chunks = chunks
+        size, borders = BLOCK_ENTRIES // max(shape[1], 1), [0]
+        for (_, part), (_, following) in itertools.pairwise([*chunks, (None, None)]):
+            if following is None or following.stop - borders[-1] > size:
+                borders.append(part.stop)
+        super().__init__(self._compute, shape, borders, missing)
+
+    def _compute(self, start, stop):
+        import dask
+
+        chunks = [chunk for chunk, part in self._chunks if start <= part.start < stop]
+        return sp.vstack([as_csr(X) for X in dask.compute(*chunks)], format="csr")
+
+    def cluster(self):
+        """The `Cluster` of the active client; None where there is none."""
+        distributed = sys.modules.get("distributed")
+        if distributed is None:
+            return None
+        try:
+            return Cluster(distributed.default_client(), self._chunks)
+        except ValueError:  # no client
+            return None
+
+
+class Cluster:
+    """Workers that compute functions of chunks of rows, each where the chunk is.
+
+    A worker that dies costs what it had not sent yet: Dask computes it again.
+    """
+
+    def __init__(self, client, chunks):
+        self._client, self.chunks = client, chunks
+
+    def in_order(self, function, common, tasks):
+        """Yield ``rows, function(chunk, common, *task)`` of each ``(chunk, rows), task`` in order."""
+        client, ahead = self._client, deque()
+        most = 2 * max(sum(client.nthreads().values()), 1)
+        # a task like others, not scattered data: it is there again after the death of a worker
+        common = client.submit(_same, common, pure=False)
+        try:
+            for (chunk, rows), task in tasks:
+                future = client.submit(function, client.compute(chunk), common, *task, pure=False)
+                ahead.append((rows, future))
+                if len(ahead) > most:
+                    rows, future = ahead.popleft()
+                    yield rows, future.result()
+            while ahead:
+                rows, future = ahead.popleft()
+                yield rows, future.result()
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+
+def _same(value):
+    return value

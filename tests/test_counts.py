@@ -255,7 +255,10 @@ def polars_lazy():
 
 
 HOLDERS = {
-    "AnnData": (AnnData, r"AnnData. Give its matrix of raw counts: adata\.X"),
+    "AnnData": (
+        AnnData,
+        r"AnnData. Call sknbln\.tl\.nbln\(adata\).*its matrix of raw counts: adata\.X",
+    ),
     "sparse dataset": (
         SparseDataset,
         r"SparseDataset. Its values are in a file: .*X\.to_memory\(\)",

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from sknbln.model_selection import Comparison
+from sknbln.network import sparse_network
 from sknbln.plotting import (
     CalibrationDisplay,
     ComparisonDisplay,
@@ -13,7 +14,9 @@ from sknbln.plotting import (
     CorrelationDisplay,
     EmbeddingDisplay,
     LoadingsSpectrumDisplay,
+    NetworkDisplay,
     PPCDisplay,
+    VolcanoDisplay,
 )
 
 N_CELLS, N_GENES = 120, 20
@@ -34,6 +37,11 @@ def comparison():
     columns = {"difference": [0.0, -1.5, -20.0], "difference_standard_error": [0.0, 0.5, 2.0]}
     names = ["negative binomial", "Poisson", "independent"]
     return Comparison(pd.DataFrame(columns, index=names), pd.DataFrame(np.zeros((0, 3))))
+
+
+def network(model):
+    """A network with edges."""
+    return sparse_network(model, genes=range(12), select="ebic", gamma=0.0)
 
 
 # name -> a function that draws the display from the small fits
@@ -57,6 +65,8 @@ NEED_COUNTS = ["embedding", "ppc", "corner", "calibration"]
 DRAW_ALL = {
     **DRAW,
     "comparison": lambda model, X, **k: ComparisonDisplay.from_comparison(comparison(), **k),
+    "network": lambda model, X, **k: NetworkDisplay.from_network(network(model), **k),
+    "volcano": lambda model, X, **k: VolcanoDisplay.from_test(model.correlation_test(X), **k),
 }
 every_picture = pytest.mark.parametrize("name", sorted(DRAW_ALL))
 every_display = pytest.mark.parametrize("name", sorted(DRAW))

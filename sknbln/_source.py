@@ -23,7 +23,7 @@ FREEZE_NAMES = {
 
 #: standard deviation of what the cascade's marginal mean and total overdispersion are wrong by, nats
 COUPLING_ERROR = 0.1
-_QUADRATURE_NODES = 15
+_QUADRATURE_NODES = 31
 
 
 def canonical_freeze(names):

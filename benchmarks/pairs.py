@@ -1,7 +1,7 @@
 """Which genes move together: calibration, power, coverage, speed of the tests of pairs.
 
     python benchmarks/pairs.py null power coverage difference speed
-    python benchmarks/pairs.py cscore --pair ../shared/data/cscore_ind_pair.csv
+    python benchmarks/pairs.py cscore --pair pair.csv
 
 ``null``: independent genes with capture, 10 seeds of 100 genes for each number of cells and mean count; share
 of p-values below .05, .001 and .0001. With a covariate that moves every gene, given to the fit; and with 1 %

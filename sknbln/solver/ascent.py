@@ -173,7 +173,7 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
     outcome, stages, columns, information = None, [], None, None
     (objective, x), plain = candidates[0], PLAIN_SWEEPS
 
-    def note(climb, accepted, ended):
+    def note(objective, climb, accepted, ended=(False, "")):
         nonlocal outcome
         outcome = Outcome(
             objective,
@@ -190,15 +190,8 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
 
     try:
         if len(candidates) > 1 or edges is not None:
-            looks = []
-            for objective, x in candidates:
-                climb = _Climb(objective, x, free, n_cells, tol)
-                most = PLAIN_SWEEPS if len(candidates) == 1 else LOOK_SWEEPS
-                for _ in range(min(most, max_iter - 1)):
-                    if not climb.reason:
-                        note(climb, climb.sweep(), (False, ""))
-                looks.append((climb.point.log_likelihood, objective, climb))
-            _, objective, climb = max(looks, key=lambda look: look[0])
+            most = min(PLAIN_SWEEPS if len(candidates) == 1 else LOOK_SWEEPS, max_iter - 1)
+            objective, climb = _best(candidates, free, n_cells, tol, most, note)
             x, plain = climb.point.x, 0
             stages.append([value / n_cells for value in climb.values])
             if edges is not None:
@@ -220,19 +213,31 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
             done = sum(len(stage) - 1 for stage in [*stages, climb.values])
             ended = _ended(climb, columns, done == max_iter, max_iter)
             if (ended[1] or done == max_iter - 1) and done < max_iter and objective.refine():
-                note(climb, accepted, (False, ""))
+                note(objective, climb, accepted)
                 if not has_columns:
                     stages.append([value / n_cells for value in climb.values])
                     climb.go_on_under(
                         objective, climb.point.x, np.eye(climb.point.x.loadings.shape[1])
                     )
                 continue
-            note(climb, accepted, ended)
+            note(objective, climb, accepted, ended)
     except KeyboardInterrupt:
         if outcome is None:
             raise
         outcome = outcome._replace(converged=False, reason="it was interrupted", interrupted=True)
     return outcome
+
+
+def _best(candidates, free, n_cells, tol, n_sweeps, note):
+    """Of the candidates that with the highest log-likelihood after some sweeps: its objective, its climb."""
+    looks = []
+    for objective, x in candidates:
+        climb = _Climb(objective, x, free, n_cells, tol)
+        for _ in range(n_sweeps):
+            if not climb.reason:
+                note(objective, climb, climb.sweep())
+        looks.append((climb.point.log_likelihood, objective, climb))
+    return max(looks, key=lambda look: look[0])[1:]
 
 
 def _real_columns(objective, point, free, edges, n_cells):

@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,15 +28,6 @@ def run(tmp_path, monkeypatch):
 def test_example_runs(path, run):
     run(path)
     assert plt.get_fignums()
-
-
-@pytest.mark.slow
-def test_hand_over_runs_without_anndata(run, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "anndata", None)
-    found = run(ROOT / "examples" / "plot_anndata.py")
-    assert "anndata is not installed" in capsys.readouterr().out
-    assert found["model"].latent_dim_ >= 8
-    assert found["adata"].obsm["X_nbln"].shape == (600, found["model"].latent_dim_)
 
 
 def test_examples_are_in_the_gallery():

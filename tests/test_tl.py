@@ -1,7 +1,9 @@
 """AnnData in, results in its places, in scanpy's manner."""
 
+import importlib
 import logging
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,16 @@ def adata():
 def nbln(adata, **options):
     options = {"layer": "counts", "n_components": 2, "random_state": 0, **options}
     return sknbln.tl.nbln(adata, **options)
+
+
+def test_the_package_does_not_need_anndata(monkeypatch):
+    for name in ("anndata", "scanpy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "sknbln.tl")
+    tl = importlib.import_module("sknbln.tl")
+    monkeypatch.setattr(sknbln, "tl", tl)
+    with pytest.raises(TypeError, match="found object"):
+        tl.project(None, object())
 
 
 def test_results_are_those_of_the_estimator_and_survive_a_file(adata, tmp_path, caplog):

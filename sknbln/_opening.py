@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._rows import RowBatches, pad_columns, sum_over_batches
+from ._rows import FEW_ENTRIES, RowBatches, pad_columns, sum_over_batches
 from ._spectrum import MOST_FACTORS, score_spectrum
 from .solver.coupling import MarginalCoupling
 from .solver.gene_priors import EVEN, NEARLY_ALL_IN_NOISE, NEARLY_ALL_IN_R
@@ -58,7 +58,9 @@ def start_loadings(X, source, offsets, k, groups, batch_size, rng, known):
     n_cells, n_genes = X.shape
     zero = np.zeros(n_cells)
     batches = RowBatches(X, offsets.loc, zero, batch_size=batch_size, known=known)
-    sums = sum_over_batches(batches, source.params, np.float32)  # enough for a start
+    # single precision is enough for a start; a fit to few counts is the same to rounding for all batch sizes
+    dtype = np.float32 if n_cells * n_genes > FEW_ENTRIES else float
+    sums = sum_over_batches(batches, source.params, dtype)
     broad = loadings_from_scores(sums, known.total_weight, n_genes, k, rng)
     loadings = np.concatenate([broad, groups], 1)
     return pad_columns(loadings, max(loadings.shape[1], 1))

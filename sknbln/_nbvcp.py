@@ -17,7 +17,6 @@ from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validat
 from ._design import Design
 from ._known import Known, checked_weight, refuse_genes_not_seen
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
-from ._opening import sample_of_rows
 from ._progress import Progress
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
@@ -230,7 +229,7 @@ class NBVCPEstimator(
         self._design = design
         self._known = known = self._known_at_fit(X, covariates, offset, weight, missing)
         problem = _problem(X, prior, histogram, known)
-        outcome, scores = self._maximum(X, problem, histogram, previous, known, rng)
+        outcome, scores = self._maximum(X, problem, histogram, previous, known)
         point = outcome.point
         batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size, known=known)
         rows = solve_rows(batches, in_model_units(point.x), scores)
@@ -290,11 +289,10 @@ class NBVCPEstimator(
         self._refuse_other_covariates(design)
         return guide
 
-    def _maximum(self, X, problem, histogram, previous=None, known=None, rng=None):
+    def _maximum(self, X, problem, histogram, previous=None, known=None):
         """MAP estimate of log m, log r and B, with the offsets integrated out by Laplace's method.
 
-        Of many rows a sample is fitted first, and all rows go on from there. Returns the `Outcome` of the
-        ascent, and the rows' scores as start values of their modes.
+        Returns the `Outcome` of the ascent, and the rows' scores as start values of their modes.
         """
         n_cells, n_genes = X.shape
         known = Known.nothing(n_cells) if known is None else known
@@ -315,16 +313,6 @@ class NBVCPEstimator(
                 previous.log_dispersion[0],
                 previous.coef_mean,
             )
-        sample = None if previous is not None or rng is None else sample_of_rows(n_cells, rng)
-        if sample is not None:
-            some, of_some = as_rows(X).chosen(sample).in_memory(), known.chosen(sample)
-            counts = CountHistogram(some, of_some.weight)
-            outcome, _ = self._ascent(
-                some, offset[sample], scale[sample], x, problem, counts, of_some
-            )
-            if outcome.interrupted:
-                raise KeyboardInterrupt  # no sweep over all rows is complete
-            x = outcome.point.x
         for _ in range(_PIN_ROUNDS):
             outcome, scores = self._ascent(X, offset, scale, x, problem, histogram, known)
             x = outcome.point.x

@@ -1,4 +1,4 @@
-"""How a fit begins: a sample of many rows, the number of factors, the start coordinates, the first sweeps."""
+"""How an NBLN fit begins: the number of factors, the start coordinates, the first sweeps."""
 
 import numpy as np
 

@@ -97,6 +97,26 @@ def test_the_number_of_factors_is_that_of_leading_eigenvalues_above_the_null():
     assert ScoreSpectrum(np.array([1.4, 0.5]), null, np.zeros((2, 0))).n_factors == 0
 
 
+def test_the_spread_of_the_edge_is_that_of_random_matrices():
+    n, p = 400, 100
+    rng = np.random.default_rng(0)
+    largest = [np.linalg.norm(rng.standard_normal((p, n)) / np.sqrt(n), 2) ** 2 for _ in range(200)]
+    # 200 values have their standard deviation to 5 %
+    assert_allclose(_spectrum._edge_sd(p, n), np.std(largest, ddof=1), rtol=0.15)
+
+
+def test_many_scores_are_permuted_a_few_times(monkeypatch):
+    """Their threshold is as far from the mean as the edge of noise spreads, and the factors are the same."""
+    monkeypatch.setattr(_spectrum, "MANY_SCORES", 0)
+    for rank in (0, 2):
+        for seed in range(5):
+            found = spectrum(*counts(rank, seed, N, 80))
+            assert found.null.size == _spectrum.FEW_PERMUTATIONS < N_PERMUTATIONS
+            above = found.threshold - found.null.mean()
+            assert above >= _spectrum.DEVIATIONS * _spectrum._edge_sd(80, N) * (1 - 1e-9)
+            assert found.n_factors == rank
+
+
 @pytest.mark.parametrize("shape", [(150, 130), (130, 150)], ids=str)
 def test_lanczos_is_the_direct_decomposition(shape, monkeypatch):
     U, offset = counts(2, 0, *shape)

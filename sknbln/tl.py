@@ -107,18 +107,14 @@ def nbln(
         raise TypeError("nbln() takes the number of factors as n_components, found latent_dim.")
     estimator = NBLNEstimator(n_components, **estimator_parameters)
     keys = dict(batch_key=batch_key, covariate_keys=covariate_keys, layer=layer)
-    adata, genes, counts, covariates = _fitted(estimator, adata, mask_var, copy, keys)
-    embedding = estimator.transform(counts, covariates=covariates)
-    adata.obsm[f"X_{key_added}"] = embedding
+    adata, genes, rows = _fitted(estimator, adata, mask_var, key_added, copy, keys)
+    adata.obsm[f"X_{key_added}"] = estimator.transform(**rows)
     adata.varm[key_added] = _spread(estimator.components_.T, genes, adata.n_vars, 0.0)
-    _write_genes(adata, genes, key_added, noise=estimator.noise_variance_, **_of_genes(estimator))
-    adata.obs["capture_offset"] = estimator.capture_offset_
-    adata.uns[key_added] = {
+    noise = _spread(estimator.noise_variance_, genes, adata.n_vars, np.nan)
+    adata.var[f"{key_added}_noise"] = noise
+    adata.uns[key_added] |= {
         "params": _storable({"n_components": n_components, **keys, **estimator_parameters}),
-        "score": float(estimator.score(counts, covariates=covariates)),
         "rank": int(np.sum(estimator.explained_variance_ > 0)),
-        "converged": bool(estimator.converged_),
-        "n_iter": int(estimator.n_iter_),
         "variance": estimator.explained_variance_,
         "variance_ratio": estimator.explained_variance_ratio_,
     }
@@ -170,15 +166,8 @@ def nbvcp(
     """
     estimator = NBVCPEstimator(**estimator_parameters)
     keys = dict(batch_key=batch_key, covariate_keys=covariate_keys, layer=layer)
-    adata, genes, counts, covariates = _fitted(estimator, adata, mask_var, copy, keys)
-    _write_genes(adata, genes, key_added, **_of_genes(estimator))
-    adata.obs["capture_offset"] = estimator.capture_offset_
-    adata.uns[key_added] = {
-        "params": _storable({**keys, **estimator_parameters}),
-        "score": float(estimator.score(counts, covariates=covariates)),
-        "converged": bool(estimator.converged_),
-        "n_iter": int(estimator.n_iter_),
-    }
+    adata, _, _ = _fitted(estimator, adata, mask_var, key_added, copy, keys)
+    adata.uns[key_added] |= {"params": _storable({**keys, **estimator_parameters})}
     return _returned(adata, estimator, copy, return_estimator)
 
 
@@ -245,14 +234,28 @@ def project(adata, estimator, *, layer=None, key_added="nbln", copy=False):
     return adata if copy else None
 
 
-def _fitted(estimator, adata, mask_var, copy, keys):
-    """Fit; the object to write to, the positions of its genes that were used, their counts, covariates."""
+def _fitted(estimator, adata, mask_var, key, copy, keys):
+    """Fit an estimator and write what both have.
+
+    Returned are the object that is written to, the positions of its genes that were used, and the arguments
+    of methods that take rows.
+    """
     covariates = _covariates(adata, keys["batch_key"], keys["covariate_keys"])
     genes = _genes(adata, mask_var)
-    counts = _counts(adata, keys["layer"], genes)
-    estimator.fit(counts, covariates=covariates)
+    rows = dict(X=_counts(adata, keys["layer"], genes), covariates=covariates)
+    estimator.fit(**rows)
     estimator.anndata_ = {**keys, "var_names": np.asarray(adata.var_names[genes])}
-    return _writable(adata, copy), genes, counts, covariates
+    uns = {
+        "score": float(estimator.score(**rows)),
+        "converged": bool(estimator.converged_),
+        "n_iter": int(estimator.n_iter_),
+    }
+    adata = _writable(adata, copy)
+    for name, values in (("mean", estimator.mean_), ("dispersion", estimator.dispersion_)):
+        adata.var[f"{key}_{name}"] = _spread(values, genes, adata.n_vars, np.nan)
+    adata.obs["capture_offset"] = estimator.capture_offset_
+    adata.uns[key] = uns
+    return adata, genes, rows
 
 
 def _writable(adata, copy):
@@ -361,15 +364,6 @@ def _where_counts_are(adata):
     if adata.raw is not None and _not_counts(adata.raw.X) is None:
         return "adata.raw looks like counts: pass adata.raw.to_adata()."
     return "No layer looks like counts: load the raw counts."
-
-
-def _of_genes(estimator):
-    return {"mean": estimator.mean_, "dispersion": estimator.dispersion_}
-
-
-def _write_genes(adata, genes, key, **columns):
-    for name, values in columns.items():
-        adata.var[f"{key}_{name}"] = _spread(values, genes, adata.n_vars, np.nan)
 
 
 def _spread(values, genes, n_genes, empty):

@@ -2,7 +2,7 @@
 #
 # PYTHON  the interpreter that makes the virtual environment (3.11 or newer)
 # VENV    where the virtual environment is made
-# WORKERS processes that run the tests, each a file at a time
+# WORKERS processes that run the tests, each a file at a time; slow tests run in one, which may take all processors
 # PYTHONS versions that `make test-pythons` tries; PYTHONS=3.13 for one of them
 
 PYTHON ?= python3
@@ -31,7 +31,7 @@ test: $(VENV)/.installed-test  ## Run the tests, without the slow ones
 test-slow: $(VENV)/.installed-test  ## Run the slow tests
 	@status=0; "$(VPYTHON)" -m pytest -m slow --collect-only -q >/dev/null || status=$$?; \
 	if [ $$status -eq 5 ]; then echo "There are no slow tests."; \
-	else set -x; $(PYTEST) -m slow; fi
+	else set -x; "$(VPYTHON)" -m pytest -m slow; fi
 
 test-lowest:  ## Run the tests with the lowest version of every dependency
 	$(MAKE) test VENV="$(VENV)-lowest" LOWEST=1

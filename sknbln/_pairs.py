@@ -98,6 +98,14 @@ class CorrelationTest:
     standard_error: np.ndarray | None = None
     difference: np.ndarray | None = None
 
+    def __repr__(self):
+        """One line."""
+        q_value = self.q_value[first_of_pairs(self.genes, self.partners) & ~np.isnan(self.q_value)]
+        return (
+            f"{type(self).__name__}({len(self.genes)} genes x {len(self.partners)} partners, "
+            f"{q_value.size} pairs tested, {np.count_nonzero(q_value <= 0.05)} with q <= 0.05)"
+        )
+
     @property
     def sign(self):
         """Signs of the statistics: 1, 0 or -1, NaN where there is no test; (n, m)."""

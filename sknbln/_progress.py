@@ -55,11 +55,11 @@ class Progress:
         return report
 
     def steps(self, what, n_steps):
-        """A report for a loop of at most ``n_steps`` steps: the value, and how long it may still take."""
+        """A report for a loop of ``n_steps`` steps at most: minus its loss, the time that it may still take."""
         start = time.perf_counter()
 
-        def report(step, value):
+        def report(step, loss):
             left = (n_steps - step) * (time.perf_counter() - start) / step
-            self.say(f"{what} {step}: {value:.4f} nats per cell, at most {left:.0f} s left")
+            self.say(f"{what} {step}: {-loss:.4f} nats per cell, at most {left:.0f} s left")
 
         return report

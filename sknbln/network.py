@@ -23,6 +23,7 @@ __all__ = ["GeneNetwork", "sparse_network"]
 _LEAST = 0.02
 #: most mean instability of the edges of a network that is chosen by stability
 _INSTABILITY = 0.05
+_ENET_TOL = 1e-6  # of the regression of each gene, relative
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,14 @@ class GeneNetwork:
     criterion: np.ndarray
     first_edge_penalty: float
     stability: np.ndarray | None = None
+
+    def __repr__(self):
+        """One line."""
+        at = np.argmin(np.abs(self.penalties - self.penalty))
+        return (
+            f"{type(self).__name__}({len(self.genes)} genes, {self.n_edges[at]} edges, "
+            f"penalty={self.penalty:.3g})"
+        )
 
     def edges(self):
         """Edges as a table, strongest first.
@@ -236,8 +245,7 @@ def sparse_network(
     R = np.asarray(found.correlation)
     first = float(np.abs(R - np.eye(len(R))).max())
     penalties = first * np.geomspace(1.0, _LEAST, n_penalties)
-    precisions = _path(R, penalties)
-    edges, stability = np.array([*map(_edges, precisions)]), None
+    precisions, stability = _path(R, penalties), None
     if select == "ebic":
         n = _effective_cells(R, np.asarray(found.standard_error), model._known.total_weight)
         criterion = np.array([_ebic(R, precision, n, gamma) for precision in precisions])
@@ -247,17 +255,27 @@ def sparse_network(
         known = dict(covariates=covariates, offset=offset)
         halves = _halves(model, X, n_halves, rng, known)
         shares = [_edges_of_path(half, scale, positions, penalties) for half in halves]
-        share = np.mean(shares, axis=0)
+        shortest = min(len(path) for path in (precisions, *shares))
+        precisions = precisions[:shortest]
+        share = np.mean([path[:shortest] for path in shares], axis=0)
         pairs = np.triu_indices(len(R), 1)
         criterion = np.maximum.accumulate(np.mean((2 * share * (1 - share))[:, *pairs], axis=1))
         chosen = int(np.flatnonzero(criterion <= _INSTABILITY).max(initial=0))
         stability = share[chosen]
+    penalties, edges = penalties[: len(precisions)], np.array([*map(_edges, precisions)])
     n_edges = edges.sum((1, 2)) // 2
     penalty = float(penalties[chosen])
     if not n_edges[chosen]:
         warnings.warn(
             f"The network has no edges at the penalty {penalty:.3g} that {select} chose; the first comes "
             f"below {first:.3g}, the largest correlation of two genes.",
+            UserWarning,
+            stacklevel=user_stacklevel(),
+        )
+    if chosen == len(penalties) - 1 and len(penalties) < n_penalties:
+        warnings.warn(
+            f"The network is the last of a path that ends at the penalty {penalty:.3g}: below it the "
+            "correlations are too ill-conditioned for the graphical lasso. Take fewer genes.",
             UserWarning,
             stacklevel=user_stacklevel(),
         )
@@ -270,8 +288,14 @@ def sparse_network(
 
 
 def _path(R, penalties):
-    """Precision matrices of the graphical lasso at each penalty."""
-    return [graphical_lasso(R, penalty, max_iter=500, enet_tol=1e-8)[1] for penalty in penalties]
+    """Precision matrices of the graphical lasso at each penalty, up to where R is too ill-conditioned."""
+    found = []
+    for penalty in penalties:
+        try:
+            found.append(graphical_lasso(R, penalty, max_iter=500, enet_tol=_ENET_TOL)[1])
+        except FloatingPointError:
+            break
+    return found
 
 
 def _edges(precision):

@@ -52,6 +52,25 @@ def test_without_a_penalty_partial_correlations_are_those_of_the_precision(model
     assert_allclose(found.partial_correlation, expected, atol=2e-4)
 
 
+def test_the_path_ends_where_correlations_are_too_ill_conditioned(model, monkeypatch):
+    original = network.graphical_lasso
+
+    def fails_below(R, penalty, **options):
+        if penalty < 0.3:
+            raise FloatingPointError("Non SPD result")
+        return original(R, penalty, **options)
+
+    monkeypatch.setattr(network, "graphical_lasso", fails_below)
+    with pytest.warns(UserWarning, match=r"path that ends at the penalty 0.3.*Take fewer genes"):
+        found = sparse_network(model, select="ebic", gamma=0.0)
+    assert found.penalty == found.penalties[-1] >= 0.3
+    assert len(found.penalties) == len(found.n_edges) == len(found.criterion) < 20
+    assert (
+        repr(found)
+        == f"GeneNetwork(8 genes, {found.n_edges[-1]} edges, penalty={found.penalty:.3g})"
+    )
+
+
 def test_the_first_edge_comes_below_its_penalty(model):
     found = sparse_network(model, select="ebic", n_penalties=60)
     R = model.get_correlation("log_rate").to_numpy()

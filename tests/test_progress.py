@@ -49,7 +49,7 @@ def test_where_logging_is_set_up_lines_go_there(outcome, caplog, capsys):
 def test_the_time_left_is_that_of_the_steps_so_far(monkeypatch, capsys):
     clock = iter([0.0, 10.0, 14.0, 14.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    Progress(Model(), 1).steps("step", 100)(20, -3.0)
+    Progress(Model(), 1).steps("step", 100)(20, 3.0)
     assert capsys.readouterr().out == (
         "[Model] step 20: -3.0000 nats per cell, at most 16 s left, 14.0 s\n"
     )

@@ -138,7 +138,7 @@ class VolcanoDisplay:
         """Write names of pairs beside their points, none over another."""
         last = np.inf
         least = 0.045 * max(y.max(initial=1.0), 1e-9)
-        for (_, row), at, height in zip(named.iterrows(), x, y, strict=False):
+        for row, at, height in zip(named.itertuples(), x, y, strict=False):
             place = min(height, last - least)
             last = place
             side = "left" if at < 0 else "right"

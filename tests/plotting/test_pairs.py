@@ -27,6 +27,15 @@ def test_volcano_has_every_pair(model, counts):
     assert sum(numbers[1:]) == np.sum(table.q_value <= q)
 
 
+def test_genes_without_names_are_named_by_position(model, counts):
+    table = model.correlation_test(counts).to_frame()
+    number = {name: j for j, name in enumerate(dict.fromkeys([*table.gene_1, *table.gene_2]))}
+    table = table.assign(gene_1=table.gene_1.map(number), gene_2=table.gene_2.map(number))
+    display = VolcanoDisplay(table).plot(n_named=1)
+    first = table.sort_values("p_value", kind="stable").iloc[0]
+    assert display.ax_.texts[0].get_text() == f"{int(first.gene_1)}, {int(first.gene_2)}"
+
+
 def test_volcano_of_a_difference_and_of_no_estimates(model, source, counts):
     group = np.arange(len(counts)) % 2
     test = model.correlation_difference_test(

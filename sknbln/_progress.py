@@ -55,7 +55,7 @@ class Progress:
         return report
 
     def steps(self, what, n_steps):
-        """A report for a loop of ``n_steps`` steps at most: minus its loss, the time that it may still take."""
+        """A report for a loop of ``n_steps`` steps at most: minus its loss, and the time left at most."""
         start = time.perf_counter()
 
         def report(step, loss):

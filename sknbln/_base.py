@@ -14,10 +14,13 @@ from ._design import checked_offset
 from ._differential import coefficient_table
 from ._known import Known, checked_weight
 from ._pairs import PairTestMixin
+from ._progress import CallbackSupportMixin
 from .exceptions import FitInterrupted, InconsistentVersionWarning
 from .predictive._mixin import PredictiveMixin
 
 _VERSION = "_sknbln_version"
+#: what scikit-learn sets during a fit with callbacks, and takes away after it
+_CALLBACK_STATE = ("_callback_fit_ctx", "_skl_callbacks_to_teardown")
 
 
 def whole_or_nothing(fit):
@@ -38,6 +41,9 @@ def whole_or_nothing(fit):
         try:
             return fit(self, X, y, **known)
         except BaseException as error:
+            after = vars(self)
+            # scikit-learn tells the callbacks after this that the fit has ended
+            before |= {name: after[name] for name in _CALLBACK_STATE if name in after}
             if not isinstance(error, FitInterrupted):
                 self.__dict__ = before
                 raise
@@ -95,7 +101,7 @@ class VersionedStateMixin:
         super().__setstate__(state)
 
 
-class CountModelMixin(VersionedStateMixin, PairTestMixin, PredictiveMixin):
+class CountModelMixin(VersionedStateMixin, CallbackSupportMixin, PairTestMixin, PredictiveMixin):
     """Tags, validated rows, held-out scores, versioned pickles and replicated counts of both estimators."""
 
     def __sklearn_tags__(self):
@@ -317,3 +323,57 @@ class CountModelMixin(VersionedStateMixin, PairTestMixin, PredictiveMixin):
         scores = self.score_samples(X, given_totals=given_totals, **known)
         weight = checked_weight(sample_weight, scores.size)
         return float(np.mean(scores) if weight is None else np.average(scores, weights=weight))
+
+    def score_genes(self, X, *, covariates=None, offset=None):
+        r"""Mean log-density of each gene's counts given the other genes of the row; higher is better.
+
+        .. math:: s_g = \frac 1n \sum_c \log p(u_{cg} \mid u_{c,-g})
+
+        Which genes a model predicts from the others, and which it does not: a gene without correlations has
+        the score that it has under independent genes. The scores do not add up to :meth:`score`, in which
+        each gene is given those before it only.
+
+        Parameters
+        ----------
+        X : {array-like, sparse matrix} of shape (n_cells, n_genes)
+            Counts.
+        covariates, offset
+            Of the rows, as in :meth:`fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_genes,)
+            Nats per cell, the mean over the rows in which the gene was seen; NaN without any.
+
+        Raises
+        ------
+        ValueError
+            With ``observation="multinomial"``: given the total and the other counts a count is known.
+
+        Notes
+        -----
+        One pass over the rows: the gene's own count is taken out of the Laplace posterior of its log-rate
+        [1]_, and its likelihood integrated under what is left by quadrature. The capture prior is centred
+        on the row's total, to which the gene belongs.
+
+        References
+        ----------
+        .. [1] Vehtari, A. et al. (2016). Bayesian leave-one-out cross-validation approximations for Gaussian
+           latent variable models. Journal of Machine Learning Research 17 (103).
+
+        Examples
+        --------
+        >>> from sknbln import NBVCPEstimator
+        >>> from sknbln.datasets import make_nbvcp_counts
+        >>> X = make_nbvcp_counts(n_cells=150, n_genes=24, random_state=0).data
+        >>> NBVCPEstimator(random_state=0).fit(X[:100]).score_genes(X[100:]).shape
+        (24,)
+        """
+        check_is_fitted(self)
+        if self._given_totals:
+            raise ValueError(
+                "observation='multinomial' is conditional on totals, and given the total and the other genes "
+                "a count is known: there is no score of single genes. Use observation='nb' or 'poisson'."
+            )
+        X, known = self._given_rows(X, covariates, offset, self.capture_prior_)
+        return _capture.score_genes(X, self._params(), self.capture_prior_, self.batch_size, known)

@@ -9,9 +9,9 @@ import numpy as np
 from scipy.special import gammaln, log_ndtr, logsumexp
 
 from ._blocks import as_rows
-from ._counts import row_constants, user_stacklevel
+from ._counts import CountHistogram, row_constants, user_stacklevel
 from ._known import Known
-from ._rows import RowBatches, solve_rows
+from ._rows import RowBatches, left_out_densities, solve_rows
 from .solver.params import dispersion
 
 #: prior total mRNA of a cell, counts
@@ -286,3 +286,18 @@ def score_rows_given_totals(X, params, batch_size=None, known=None):
         + stirling
     )
     return value
+
+
+def score_genes(X, params, prior, batch_size=None, known=None):
+    """Mean over rows of ``log p(u_cg | the other counts of the row)``, (n_genes,); NaN for genes not seen.
+
+    The bound of the offset at 0 is left out: of a cell's genes it is the same for all but one.
+    """
+    batches = RowBatches(X, *row_prior(prior, X), batch_size=batch_size, known=known)
+    total = left_out_densities(batches, params)
+    total = total + CountHistogram(X).log_constants(dispersion(params))
+    n_seen = np.full(X.shape[1], float(X.shape[0]))
+    if batches.known.missing is not None:
+        n_seen -= batches.known.missing.getnnz(axis=0)
+    with np.errstate(invalid="ignore"):
+        return np.where(n_seen > 0, total / n_seen, np.nan)

@@ -349,6 +349,10 @@ class CountHistogram:
         """Per gene ``sum_cells log_rising(u, r)``, shape (n_genes,)."""
         return self._sum(log_rising(self.count, r[self.gene]))
 
+    def log_constants(self, r):
+        """Per gene ``sum_cells [log_rising(u, r) - log u!]``, shape (n_genes,)."""
+        return self.constants(r) - self._sum(log_factorial(self.count))
+
     def constant_derivatives(self, r):
         """First and second derivatives of the constants with respect to ``log r``, two arrays (n_genes,)."""
         first, second = log_rising_derivatives(self.count, r, self.gene)

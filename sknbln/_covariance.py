@@ -29,6 +29,18 @@ class CovarianceMixin:
     `capture_offset_`.
     """
 
+    @property
+    def cascade_source(self):
+        """The fitted source, ``informative_prior_estimator_``, by SCRIBE's name."""
+        check_is_fitted(self)
+        return self.informative_prior_estimator_
+
+    @property
+    def w_prior_diagnostics(self):
+        """``w_prior_diagnostics_``, by SCRIBE's name."""
+        check_is_fitted(self)
+        return self.w_prior_diagnostics_
+
     def get_W_compositional(self):
         """Gauge-invariant loadings W_perp, ``components_.T``.
 

@@ -56,7 +56,7 @@ def _warn(sentence, category=UserWarning):
 
 def not_converged(outcome, n_cells, tol):
     """The sweeps ended before the tolerance was met."""
-    if outcome.converged:
+    if outcome.converged or outcome.stopped:
         return None
     share = outcome.gain / magnitude(outcome.point.value, n_cells)
     return (

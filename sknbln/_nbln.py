@@ -23,7 +23,7 @@ from ._draws import PosteriorMixin
 from ._embedding import EmbeddingMixin
 from ._known import checked_weight, refuse_genes_not_seen
 from ._nbvcp import NBVCPEstimator
-from ._progress import Progress
+from ._progress import Progress, of_sweep
 from ._rows import FEW_ENTRIES, RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .solver import column_priors
@@ -404,16 +404,21 @@ class NBLNEstimator(
             dispersion=self.observation == "nb" and "r" not in frozen,
         )
         rng = check_random_state(self.random_state)
-        source, X, previous = self._fit_source(X, covariates, offset, sample_weight)
+        given = dict(covariates=covariates, offset=offset, sample_weight=sample_weight)
+        progress = Progress(self, 2, X, y, **given)
+        source, X, previous = self._fit_source(X, **given, around=progress.nested("source"))
         known = self._known
         offsets = source.offsets(X, self.batch_size, known)
         self._source = source.with_rows(offsets)
         self._library_size = _capture.library_sizes(X)
 
         self._total = _source.total_overdispersion(source, offsets, known)
-        outcome, rows = self._maximum(X, source, offsets, free, column_prior, previous, rng)
+        with progress.stage("maximum", of_sweep, NBLNEstimator._at_sweep) as stage:
+            outcome, rows = self._maximum(
+                X, source, offsets, free, column_prior, previous, rng, stage
+            )
         objective = outcome.objective
-        self._set_parameters(objective, outcome.point)
+        objective.rotate(self._set_parameters(objective, outcome.point))
         self._set_rows(objective, rows, free, outcome)
         self.w_prior_diagnostics_ = self._prior_diagnostics(prior_name, outcome.columns)
         self.objective_history_ = np.asarray(outcome.history)
@@ -423,9 +428,10 @@ class NBLNEstimator(
         if outcome.interrupted:
             raise FitInterrupted(self)
         _fit_warnings.say(self, outcome, self._rows)
+        progress.end()
         return self
 
-    def _fit_source(self, X, covariates, offset, sample_weight):
+    def _fit_source(self, X, covariates, offset, sample_weight, around):
         """The source's posterior of the genes of X, X as canonical counts, and the `warm_start` coordinates.
 
         Sets `informative_prior_estimator_`, `capture_prior_`, and what is known of the rows.
@@ -459,6 +465,7 @@ class NBLNEstimator(
             self.memory,
             None if previous is None else self.informative_prior_estimator_,
             {name: value for name, value in given.items() if value is not None},
+            around,
         )
         _source.refuse_other_known(source, design, offset)
         self.informative_prior_estimator_ = source
@@ -474,7 +481,7 @@ class NBLNEstimator(
             self.capture_prior_ = _capture.resolve(self.capture_efficiency, X, weight)
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
-    def _maximum(self, X, source, offsets, free, column_prior, previous, rng):
+    def _maximum(self, X, source, offsets, free, column_prior, previous, rng, watch):
         """The `Outcome` of the ascent, and the rows that it was over. Sets `rank_diagnostics_`.
 
         Of many rows a sample is fitted first, and all rows go on from there.
@@ -482,7 +489,7 @@ class NBLNEstimator(
         # before the number of factors is looked for, which takes random numbers too: with the same seed the
         # priors are the same whether it is given, found or continued
         priors = self._priors(source, free, rng)
-        ascent = partial(self._ascent, source, priors, free, column_prior)
+        ascent = partial(self._ascent, source, priors, free, column_prior, watch)
         whole, stages = (X, offsets, self._known), []
         if previous is None:
             sample = _opening.sample_of_rows(X.shape[0], rng)
@@ -515,6 +522,7 @@ class NBLNEstimator(
         priors,
         free,
         column_prior,
+        watch,
         X,
         offsets,
         known,
@@ -555,7 +563,7 @@ class NBLNEstimator(
             max_iter=self.max_iter,
             edges=edges,
             column_prior=column_prior,
-            report=Progress(self, self.verbose).sweeps(),
+            watch=watch,
         )
         if outcome.information is not None:
             self.rank_diagnostics_ |= {
@@ -596,7 +604,10 @@ class NBLNEstimator(
         return mean, flat, coupling, genes, coef
 
     def _set_parameters(self, objective, point):
-        """Set the fitted parameters; those frozen at the source's values equal them bit for bit."""
+        """Set the fitted parameters; those frozen at the source's values equal them bit for bit.
+
+        Returns the rotation of the loadings to their singular basis.
+        """
         x = objective.coupling.expand(point.x)
         self._coordinates = point.x
         self._split = objective.split  # of the candidate that was kept
@@ -609,7 +620,6 @@ class NBLNEstimator(
             self.dispersion_ = self._source.dispersion.copy()
         self.noise_variance_ = noise_variance(x)
         rotation = singular_basis(x.loadings)
-        objective.rotate(rotation)
         self.loadings_ = x.loadings @ rotation
         self.components_ = np.ascontiguousarray(compositional(self.loadings_).T)
         self._n_features_out = self.components_.shape[0]
@@ -621,6 +631,13 @@ class NBLNEstimator(
         total = self.explained_variance_.sum() + noise
         self.explained_variance_ratio_ = self.explained_variance_ / max(total, 1e-300)
         self.dispersion_gradient_ = point.gradient_log_r
+        return rotation
+
+    def _at_sweep(self, outcome):
+        """Set what methods for new rows need, as if the fit had ended with this `Outcome`."""
+        self._set_parameters(outcome.objective, outcome.point)
+        coef = outcome.objective.coupling.expand(outcome.point.x).coef
+        self._set_coef(coef, np.full_like(coef, np.nan))
 
     def _set_rows(self, objective, rows, free, outcome):
         """Set the posterior of the training rows and the standard errors, by one more pass over the rows."""

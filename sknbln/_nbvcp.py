@@ -17,7 +17,7 @@ from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validat
 from ._design import Design
 from ._known import Known, checked_weight, refuse_genes_not_seen
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
-from ._progress import Progress
+from ._progress import Progress, of_steps, of_sweep
 from ._rows import RowBatches, Sweeper, solve_rows
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
@@ -217,6 +217,8 @@ class NBVCPEstimator(
             all rows) or are all zero; if more than a few cells have more counts than M0; if the offset looks
             like the exposure itself, or stands beside a capture model.
         """
+        given = dict(covariates=covariates, offset=offset, sample_weight=sample_weight)
+        progress = Progress(self, 2, X, y, **given)
         X, missing = validated_rows(self, X, reset=True, missing=True)
         weight = checked_weight(sample_weight, X.shape[0])
         refuse_genes_not_seen(self, missing, weight)
@@ -229,32 +231,33 @@ class NBVCPEstimator(
         self._design = design
         self._known = known = self._known_at_fit(X, covariates, offset, weight, missing)
         problem = _problem(X, prior, histogram, known)
-        outcome, scores = self._maximum(X, problem, histogram, previous, known)
+        with progress.stage("maximum", of_sweep) as stage:
+            outcome, scores = self._maximum(X, problem, histogram, previous, known, stage)
         point = outcome.point
         batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size, known=known)
         rows = solve_rows(batches, in_model_units(point.x), scores)
         start = self._curvature_guide(X, prior, point, rows, known)
         if previous is not None:
             start = _svi.resumed(start, previous)
-        variational_fit = _svi.fit(
-            X,
-            problem,
-            start,
-            # the part of the log-likelihood that is estimated from minibatches
-            rows.log_marginal - _linear(X, point.x, known),
-            n_steps=0 if outcome.interrupted else self.n_steps,
-            learning_rate=self.learning_rate,
-            tol=self.tol,
-            rng=rng,
-            report=Progress(self, self.verbose).steps("ELBO step", self.n_steps),
-            known=known,
-        )
         self.capture_prior_ = prior
+        with progress.stage(
+            "variational fit", of_steps(self.n_steps), NBVCPEstimator._at_step
+        ) as stage:
+            variational_fit = _svi.fit(
+                X,
+                problem,
+                start,
+                # the part of the log-likelihood that is estimated from minibatches
+                rows.log_marginal - _linear(X, point.x, known),
+                n_steps=0 if outcome.interrupted else self.n_steps,
+                learning_rate=self.learning_rate,
+                tol=self.tol,
+                rng=rng,
+                watch=stage,
+                known=known,
+            )
         self._library_size = _capture.library_sizes(X)
-        self.mean_ = np.exp(variational_fit.guide.log_mean[0])
-        self.dispersion_ = np.exp(variational_fit.guide.log_dispersion[0])
-        self._guide = variational_fit.guide
-        self._set_coef(self._guide.coef_mean, self._guide.coef_scale)
+        self._set_parameters(variational_fit.guide)
         self._training_offsets = _capture.offset_posterior(
             X, self._params(), prior, self.batch_size, known=known
         )
@@ -268,13 +271,25 @@ class NBVCPEstimator(
             ("maximum a posteriori", outcome, "Look for extreme counts or genes."),
             ("variational fit", variational_fit, "Increase n_steps or tol."),
         ):
-            if not result.converged:
+            if not (result.converged or result.stopped):
                 warnings.warn(
                     f"The {stage} of NBVCPEstimator did not converge: {result.reason}. {advice}",
                     ConvergenceWarning,
                     stacklevel=user_stacklevel(),
                 )
+        progress.end()
         return self
+
+    def _set_parameters(self, guide):
+        """Set the fitted parameters from the `Guide`."""
+        self.mean_ = np.exp(guide.log_mean[0])
+        self.dispersion_ = np.exp(guide.log_dispersion[0])
+        self._guide = guide
+        self._set_coef(guide.coef_mean, guide.coef_scale)
+
+    def _at_step(self, step, loss, guide):
+        """Set what methods for new rows need, as if the fit had ended with this step."""
+        self._set_parameters(guide())
 
     def _previous(self, n_genes, design):
         """The guide of the fit that `warm_start` continues from, or None."""
@@ -289,7 +304,7 @@ class NBVCPEstimator(
         self._refuse_other_covariates(design)
         return guide
 
-    def _maximum(self, X, problem, histogram, previous=None, known=None):
+    def _maximum(self, X, problem, histogram, previous=None, known=None, watch=None):
         """MAP estimate of log m, log r and B, with the offsets integrated out by Laplace's method.
 
         Returns the `Outcome` of the ascent, and the rows' scores as start values of their modes.
@@ -314,16 +329,16 @@ class NBVCPEstimator(
                 previous.coef_mean,
             )
         for _ in range(_PIN_ROUNDS):
-            outcome, scores = self._ascent(X, offset, scale, x, problem, histogram, known)
+            outcome, scores = self._ascent(X, offset, scale, x, problem, histogram, known, watch)
             x = outcome.point.x
             # the prior of an offset is truncated at 0: a mode below 0 is moved to 0 and held there
             below = (scale > 0) & (offset - scale * scores[:, -1] < 0)
-            if outcome.interrupted or not below.any():
+            if outcome.interrupted or outcome.stopped or not below.any():
                 break
             offset[below] = scale[below] = 0.0
         return outcome, scores
 
-    def _ascent(self, X, offset, scale, x, problem, histogram, known):
+    def _ascent(self, X, offset, scale, x, problem, histogram, known, watch):
         """The `Outcome` of an ascent from coordinates x, and the rows' scores."""
         n_cells = known.total_weight
         priors = (
@@ -337,7 +352,7 @@ class NBVCPEstimator(
             n_cells=n_cells,
             tol=_MAP_TOL,
             max_iter=_MAP_MAX_ITER,
-            report=Progress(self, self.verbose).sweeps("maximum a posteriori, sweep"),
+            watch=watch,
         )
         return outcome, sweeper.scores
 

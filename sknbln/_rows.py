@@ -17,6 +17,7 @@ from ._known import Known
 from ._values import canonical
 from .solver.ascent import magnitude
 from .solver.channel import log_rising_slope
+from .solver.left_out import LOG_WEIGHTS, NODES, left_out_density
 from .solver.marginal import BatchSums, no_sums, score_products, solve_cells
 from .solver.mode import LAST_STEP
 from .solver.params import Cells, Params
@@ -47,7 +48,9 @@ _LAST_STEP_SINGLE = 1e-4
 # relative rounding errors of a sum over the cells: a few units in the last place of its terms
 _ROUNDING, _ROUNDING_SINGLE = 1e-15, 3e-8
 
-solve_cells, score_products = (compiled_once(k) for k in (solve_cells, score_products))
+solve_cells, score_products, left_out_density = (
+    compiled_once(k) for k in (solve_cells, score_products, left_out_density)
+)
 
 
 def padded_rank(k, entries):
@@ -338,6 +341,26 @@ def _score_products(batches, wide, k, free_dispersion, start):
         solved.fill(*batch)
     keep = np.r_[0 : p + k + 1, p + k_padded + 1, p + k_padded + 2]
     return solved, (total[0][:, keep][:, :, keep], total[1])
+
+
+@float64
+def left_out_densities(batches, params):
+    """``sum_c w_c log p(u_cg | the other counts of c)``, (n_genes,), without the constants of the counts."""
+    wide = with_padded_rank(params, batches)
+    start = np.zeros((batches.n_cells, wide.loadings.shape[1] + 1))
+    return batches.run(_left_out_densities, wide, of_rows=start)[1]
+
+
+def _left_out_densities(batches, wide, start):
+    params, nodes, log_weights = jax.device_put((wide, NODES, LOG_WEIGHTS))
+
+    def density(rows, cells):
+        on_device = jax.device_put(cells)
+        alpha, results, _ = batches.solve(on_device, params, batches.padded(start[rows]))
+        of_rows = results.zeta, alpha, results.covariance
+        return np.asarray(left_out_density(on_device, params, *of_rows, nodes, log_weights))
+
+    return None, functools.reduce(np.add, batches.map(density))
 
 
 def sum_over_batches(batches, params, dtype=float):

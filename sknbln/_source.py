@@ -1,6 +1,7 @@
 """What an NBLN fit takes from its NBVCP source: frozen values, soft priors, capture offsets."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 from sklearn.base import clone
@@ -72,16 +73,17 @@ def unwrapped(source):
     return source.estimator if isinstance(source, FrozenEstimator) else source
 
 
-def _fit_source(source, X, known):
+def _fit_source(source, X, known, around):
     """Fit the source; a module-level function, so that joblib can cache it."""
-    return source.fit(X, **known)
+    with around(source):
+        return source.fit(X, **known)
 
 
-def fitted_source(source, X, memory, previous=None, known=None):
+def fitted_source(source, X, memory, previous=None, known=None, around=nullcontext):
     """The fitted source: the given one if it is fitted, otherwise a clone fitted on X (cached by `memory`).
 
     ``known`` are the other arguments of its `fit`, what is known of the rows. If `previous`, a source from an
-    earlier fit, is given, its fit is continued instead.
+    earlier fit, is given, its fit is continued instead. ``around`` makes a context for an estimator's fit.
 
     Raises
     ------
@@ -101,8 +103,9 @@ def fitted_source(source, X, memory, previous=None, known=None):
             )
         if previous is not None:
             resumed = copy.deepcopy(previous).set_params(**source.get_params())
-            return resumed.set_params(warm_start=True).fit(X, **(known or {}))
-        return check_memory(memory).cache(_fit_source)(clone(source), X, known or {})
+            return _fit_source(resumed.set_params(warm_start=True), X, known or {}, around)
+        cached = check_memory(memory).cache(_fit_source, ignore=["around"])
+        return cached(clone(source), X, known or {}, around)
     return unwrapped(source)
 
 

@@ -206,12 +206,14 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
     if not genes.size:
         return ScoreSpectrum(np.zeros(1), np.zeros(N_PERMUTATIONS), np.zeros((n_genes, 0)))
     g = block[:, genes].astype(np.float32).T.toarray(order="C")
-    log_mean = np.log(mean[genes])[:, None] - offset
+    m = np.subtract.outer(np.log(mean[genes]).astype(np.float32), offset.astype(np.float32))
     if not known.is_nothing:
         shift = known.log_scale(coef)
-        log_mean += (shift[:, genes] if shift.shape[1] > 1 else shift).T
-    m = np.exp(log_mean).astype(np.float32)
-    g, i, _ = scores(g, m, dispersion[genes].astype(np.float32)[:, None])
+        m += (shift[:, genes] if shift.shape[1] > 1 else shift).T
+    np.exp(m, out=m)
+    abundance = m.sum(1)
+    g, i = scores(g, m, dispersion[genes].astype(np.float32)[:, None])[:2]
+    del m  # each of these arrays may be as large as the counts in memory
     root = np.sqrt(i)
     standard = np.divide(g, root, out=np.zeros_like(g), where=root > 0)
     if known.weight is not None:
@@ -219,7 +221,7 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
         g, i, root = g * weight, i * weight, root * weight
     norms = _standardize(g, i, known.design)
     # at most as many genes as rows, those with the most counts: no larger a product than for the eigenvalues
-    most = np.sort(np.argsort(-m.sum(1), kind="stable")[:n])
+    most = np.sort(np.argsort(-abundance, kind="stable")[:n])
     gram, of_most = _products(g, most)
     values, vectors = _leading(g, gram, min(MOST_FACTORS + 1, n, genes.size))
     generator, null, largest = np.random.default_rng(rng.randint(2**31)), [], []

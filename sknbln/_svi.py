@@ -39,6 +39,7 @@ coefficients are unknown.
 
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -340,17 +341,19 @@ class Fit(NamedTuple):
     converged: bool
     reason: str  # why the loop ended
     interrupted: bool  # by Ctrl-C; `guide` is that of the last complete step
+    stopped: bool  # by what watched
 
 
 @float64
-def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report=None, known=None):
+def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, watch=None, known=None):
     """Maximize the ELBO from `start` by Adam; the posterior is the average of the last iterates.
 
     ``baseline`` (n_cells,) are the log-likelihoods of the rows at the start, a control variate that removes
     the choice of rows from the reported losses. The loop stops when the mean loss of a window of steps is
     below that of the window before by less than ``tol`` nats per cell, or by less than the standard error of
-    the difference. ``known`` are the covariates, log-exposures and weights of the rows, a `Known`; None
-    without any.
+    the difference. ``watch.begin()`` is called before each window, ``watch.end(step, loss, guide)`` after it,
+    with its mean loss and a function that makes the guide; where that is true, the loop stops. ``known`` are
+    the covariates, log-exposures and weights of the rows, a `Known`; None without any.
     """
     n_cells = X.shape[0]
     weights = np.ones(n_cells) if known is None or known.weight is None else known.weight
@@ -365,10 +368,12 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
         params |= {f"{name}_shift": zero, f"{name}_log_scale": zero}
     average, state = params, _ADAM.init(params)
     batches = _minibatches(X, rng, weights)
-    losses, shifts, converged, interrupted = [], [], False, False
+    losses, shifts, converged, interrupted, stopped = [], [], False, False, False
     reason = f"n_steps={n_steps} steps were done"
     try:
         for step in range(n_steps):
+            if watch is not None and step % WINDOW == 0:
+                watch.begin()
             decay = max(1.0 / (1.0 + step), 1.0 / WINDOW)
             rows, counts, weight = next(batches)
             params, average, state, loss = _step(
@@ -388,13 +393,17 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
             if step:  # a step that waits holds its counts in memory: at most one does
                 losses[-2].block_until_ready()
             shifts.append(chosen.mean() - baseline_mean)
-            if (step + 1) % WINDOW == 0 and step + 1 >= 2 * WINDOW:
-                recent = _sum(losses[-2 * WINDOW :], shifts[-2 * WINDOW :])
+            done = step + 1
+            if done % WINDOW and done < n_steps:
+                continue
+            recent = _sum(losses[-2 * WINDOW :], shifts[-2 * WINDOW :])
+            stop = watch is not None and watch.end(
+                done, recent[-WINDOW:].mean(), partial(_at, start, moving, average, n_cells)
+            )
+            if done % WINDOW == 0 and done >= 2 * WINDOW:
                 before, last = recent[:WINDOW], recent[WINDOW:]
                 gain = before.mean() - last.mean()
                 noise = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / WINDOW)
-                if report is not None:
-                    report(step + 1, last.mean())
                 if gain < max(tol, noise):
                     converged = True
                     reason = (
@@ -402,10 +411,13 @@ def fit(X, problem, start, baseline, *, n_steps, learning_rate, tol, rng, report
                         f"below tol={tol:g} or its noise ({noise:.2g})"
                     )
                     break
+            if stop:
+                stopped, reason = True, "a callback stopped it"
+                break
     except KeyboardInterrupt:
         converged, interrupted, reason = False, True, "it was interrupted"
     guide = _at(start, moving, average, n_cells)
-    return Fit(guide, _sum(losses, shifts), converged, reason, interrupted)
+    return Fit(guide, _sum(losses, shifts), converged, reason, interrupted, stopped)
 
 
 def _at(start, moving, params, n_cells):

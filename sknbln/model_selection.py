@@ -11,7 +11,7 @@ import pandas as pd
 from sklearn.base import clone
 from sklearn.model_selection import GroupKFold, KFold, check_cv
 from sklearn.utils import _safe_indexing, indexable
-from sklearn.utils.validation import _num_samples
+from sklearn.utils.validation import _num_features, _num_samples
 
 from ._counts import user_stacklevel
 from ._source import unwrapped
@@ -40,10 +40,15 @@ class Comparison:
     log_likelihood : DataFrame of shape (n_rows, n_models)
         Held-out log-likelihood of every row that was in a test set, nats; the index is the row's position
         in X, the columns are in the order of the estimators.
+    gene_scores : DataFrame of shape (n_genes, n_models)
+        Held-out mean log-density of each gene's counts given the other genes of the row, nats per cell, from
+        `score_genes`: which genes a model predicts better than another. NaN for models without. With genes'
+        names where X has names.
     """
 
     table: pd.DataFrame
     log_likelihood: pd.DataFrame
+    gene_scores: pd.DataFrame
 
 
 @validated_options(given_totals=["boolean"])
@@ -91,7 +96,7 @@ def compare(
     Returns
     -------
     Comparison
-        With ``table`` and ``log_likelihood``.
+        With ``table``, ``log_likelihood`` and ``gene_scores``.
 
     Raises
     ------
@@ -149,6 +154,7 @@ def compare(
     known = {name: _of_model(name, covariates=covariates, offset=offset) for name in models}
     n_rows = _num_samples(X)
     total, times = np.zeros((n_rows, len(models))), np.zeros(n_rows)
+    genes = np.zeros((_num_features(X), len(models)))
     dims = {name: [] for name in models}
     for train, test in list(_splitter(cv, groups, random_state).split(X, None, groups)):
         times[test] += 1
@@ -157,9 +163,11 @@ def compare(
             own = {key: _safe_indexing(a, train) for key, a in known[name].items()}
             fits[name] = clone(model).fit(_safe_indexing(X, train), None, **own)
             own = {key: _safe_indexing(a, test) for key, a in known[name].items()}
+            held_out = _safe_indexing(X, test)
+            genes[:, k] += len(test) * _gene_scores(fits[name], held_out, own)
             if given_totals:
                 own["given_totals"] = True
-            scores = fits[name].score_samples(_safe_indexing(X, test), **own)
+            scores = fits[name].score_samples(held_out, **own)
             total[test, k] += _checked(name, scores, len(test))
             dims[name].append(_latent_dim(fits[name]))
         if not given_totals:
@@ -172,7 +180,9 @@ def compare(
     dims = pd.Series({name: np.mean(of_splits) for name, of_splits in dims.items()})
     if dims.notna().any():
         table["latent_dim"] = dims
-    return Comparison(table, log_likelihood)
+    names = getattr(X, "columns", None)
+    gene_scores = pd.DataFrame(genes / times.sum(), index=names, columns=list(models))
+    return Comparison(table, log_likelihood, gene_scores)
 
 
 def stacking_weights(log_likelihood):
@@ -277,6 +287,13 @@ def _checked(name, scores, n_rows):
             f"{np.sum(~np.isfinite(scores))} values that are not finite; expected {n_rows} log-likelihoods."
         )
     return scores
+
+
+def _gene_scores(model, X, known):
+    """What `score_genes` returns; NaN for a model that has none."""
+    if not hasattr(unwrapped(model), "score_genes") or _given_totals_only(model):
+        return np.nan
+    return unwrapped(model).score_genes(X, **known)
 
 
 def _latent_dim(model):

@@ -31,6 +31,7 @@ from .reference import small
 from .reference.ascent import BLOCKS, K, N, problem
 from .reference.coupling import total
 from .reference.csr import csr
+from .reference.watched import Watched
 
 ALL = Params(True, True, True, True)
 
@@ -175,11 +176,26 @@ def test_poisson_counts_and_no_noise_stay(noise):
     assert outcome.point.value > evaluate(start).value
 
 
+def test_what_watches_may_stop_the_ascent():
+    evaluate, start = problem(8)
+    watch = Watched(lambda o: o.n_iter == 2)
+    outcome = run(evaluate, start, tol=0.0, watch=watch)
+    assert outcome.stopped and not outcome.converged and not outcome.interrupted
+    assert outcome.reason == "a callback stopped it"
+    assert outcome.n_iter == watch.begun == 2
+    two = run(evaluate, start, tol=0.0, max_iter=2)
+    assert_allclose(outcome.point.x.mean, two.point.x.mean, rtol=1e-9)
+
+
 def test_max_iter_is_kept_and_reported():
     evaluate, start = problem(8)
     seen = []
     outcome = run(
-        evaluate, start, max_iter=3, tol=0.0, report=lambda o: seen.append((o.n_iter, o.point))
+        evaluate,
+        start,
+        max_iter=3,
+        tol=0.0,
+        watch=Watched(lambda o: seen.append((o.n_iter, o.point))),
     )
     assert not outcome.converged
     assert outcome.reason == "max_iter=3 sweeps were done"
@@ -320,7 +336,9 @@ def test_first_steps_stay_out_of_the_memory(monkeypatch):
     evaluate, start = problem(10)
     added, seen = [], []
     monkeypatch.setattr(ascent._Memory, "add", lambda self, *pair: added.append(pair))
-    outcome = run(evaluate, start, tol=0.0, max_iter=7, report=lambda o: seen.append(o.point))
+    outcome = run(
+        evaluate, start, tol=0.0, max_iter=7, watch=Watched(lambda o: seen.append(o.point))
+    )
     assert outcome.n_iter == 7
     assert len(added) == 7 - ascent.PLAIN_SWEEPS
     for (s, y, expected), before, after in zip(added[::-1], seen[-2::-1], seen[::-1], strict=False):
@@ -417,7 +435,7 @@ def test_of_several_candidates_the_most_likely_is_kept():
             n_cells=N,
             tol=1e-7,
             max_iter=200,
-            report=lambda o, seen=seen: seen.append(o.point),
+            watch=Watched(lambda o, seen=seen: seen.append(o.point)),
         )
         assert outcome.objective is evaluate
         assert outcome.converged

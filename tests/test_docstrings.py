@@ -7,6 +7,7 @@ import pkgutil
 import matplotlib.pyplot as plt
 import pytest
 
+import sknbln._base
 import sknbln._nbln
 import sknbln._nbvcp
 import sknbln._pairs
@@ -31,6 +32,7 @@ DISPLAYS = [
 @pytest.mark.parametrize(
     "module",
     [
+        sknbln._base,
         sknbln._nbln,
         sknbln._nbvcp,
         sknbln._pairs,

@@ -20,6 +20,8 @@ from sknbln._rows import Sweeper
 from sknbln.datasets import make_nbln_counts
 from sknbln.exceptions import FitInterrupted
 
+from .reference.watched import Watched
+
 N, G, K = 40, 12, 2
 
 
@@ -126,7 +128,7 @@ def test_before_the_first_sweep_there_is_nothing_to_keep(counts, nbvcp, interrup
     assert vars(model) == before
 
 
-def test_a_report_may_interrupt(counts, nbvcp, monkeypatch):
+def test_what_watches_may_interrupt(counts, nbvcp, monkeypatch):
     def stop(outcome):
         if outcome.n_iter == 3:
             raise KeyboardInterrupt
@@ -135,7 +137,7 @@ def test_a_report_may_interrupt(counts, nbvcp, monkeypatch):
 
     ascend = _nbln.ascend
     monkeypatch.setattr(
-        _nbln, "ascend", lambda *a, **options: ascend(*a, **{**options, "report": stop})
+        _nbln, "ascend", lambda *a, **options: ascend(*a, **{**options, "watch": Watched(stop)})
     )
     model = estimator(nbvcp)
     with pytest.raises(FitInterrupted):

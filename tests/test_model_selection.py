@@ -162,6 +162,33 @@ def test_every_model_has_its_own_covariates(counts):
         compare(models, counts, cv=2, offset=ages)
 
 
+# ------------------------------------------------------------------ genes
+
+
+def test_scores_of_genes_are_those_of_the_held_out_rows(simulated):
+    frame = pd.DataFrame(simulated.toarray(), columns=[f"g{i}" for i in range(24)])
+    halves = [(np.arange(75), np.arange(75, 150)), (np.arange(75, 150), np.arange(60))]
+    models = {"factors": NBLNEstimator(2, random_state=0), "other": Poisson()}
+    found = compare(models, frame, cv=halves).gene_scores
+    assert list(found.index) == list(frame.columns)
+    parts = [
+        len(test)
+        * NBLNEstimator(2, random_state=0).fit(frame.iloc[train]).score_genes(frame.iloc[test])
+        for train, test in halves
+    ]
+    np.testing.assert_allclose(found["factors"], sum(parts) / 135, rtol=1e-12)
+    assert found["other"].isna().all()
+
+
+def test_models_given_totals_have_no_scores_of_genes(simulated):
+    models = {
+        "multinomial": NBLNEstimator(2, observation="multinomial", random_state=0),
+        "nb": NBVCPEstimator(random_state=0),
+    }
+    found = compare(models, simulated, cv=2, given_totals=True, random_state=0).gene_scores
+    assert found["multinomial"].isna().all() and found["nb"].notna().all()
+
+
 # ------------------------------------------------------------------ models
 
 

@@ -117,6 +117,8 @@ def test_components_are_in_their_singular_basis(small, source):
     assert np.all(model.components_.max(1) == np.abs(model.components_).max(1))
     np.testing.assert_allclose(model.components_.sum(1), 0, atol=1e-9)
     np.testing.assert_array_equal(model.get_W_compositional(), model.components_.T)
+    assert model.cascade_source is model.informative_prior_estimator_
+    assert model.w_prior_diagnostics is model.w_prior_diagnostics_
     centred = model.loadings_ - model.loadings_.mean(0)
     np.testing.assert_allclose(centred, model.components_.T, atol=1e-12)
 

@@ -1,7 +1,9 @@
 """Predictive p-values and residuals: uniform under the model, and not otherwise."""
 
 import numpy as np
+import pandas as pd
 import pytest
+from numpy.testing import assert_allclose
 from scipy import stats
 
 from sknbln import NBLNEstimator, NBVCPEstimator
@@ -43,8 +45,72 @@ def test_statistics_are_numpy_s(fits):
         above = ~ties & (replicated > observed)
         p = (above.sum(0) + (ties.sum(0) + 1) / 2) / 5
         np.testing.assert_allclose(check.p_values[name], p, rtol=1e-12)
+    assert check.groups is None and check.totals is None  # the totals are the observed ones
     assert all(type(v) is float for v in check.summary.values())
     assert set(check.summary) == {f"{s}_{kind}" for s in STATISTICS for kind in ("outside", "ks")}
+
+
+def test_groups_are_checked_one_by_one_and_totals_with_them(fits):
+    frame, models = fits
+    model, X = models["default"], frame.to_numpy()
+    groups = np.where(np.arange(len(X)) % 3, "b", "a")
+    options = dict(level="marginal", n_samples=6, random_state=0)
+    check = predictive_check(model, frame, groups=groups, genes=[3, 1], **options)
+    drawn = posterior_predictive(model, frame, **options)
+    assert list(check.groups) == ["a", "b"]
+    for g, label in enumerate(check.groups):
+        rows = groups == label
+        assert_allclose(check.observed.mean[g], X[rows][:, [3, 1]].mean(0))
+        assert_allclose(
+            check.predicted.variance[g], drawn[:, rows][:, :, [3, 1]].var(1, ddof=1).mean(0)
+        )
+        assert_allclose(check.predicted.maximum[g], drawn[:, rows][:, :, [3, 1]].max(1).mean(0))
+        totals = X[rows].sum(1), drawn[:, rows].sum(2)
+        assert_allclose(check.totals.observed.variance[g], totals[0].var(ddof=1))
+        assert_allclose(check.totals.predicted.maximum[g], totals[1].max(1).mean())
+        above = (totals[1].mean(1) > totals[0].mean()).sum()
+        assert_allclose(check.totals.p_values.mean[g], (above + 0.5) / 7)
+    whole = predictive_check(model, frame, **options)
+    assert whole.p_values.mean.shape == (X.shape[1],) and whole.totals.p_values.mean.shape == ()
+
+
+def test_a_group_that_the_model_does_not_describe_is_found(fits):
+    frame, models = fits
+    X = frame.to_numpy().copy()
+    odd = np.arange(len(X)) < len(X) // 4
+    X[odd] = X[odd][:, ::-1]
+    X = pd.DataFrame(X, columns=frame.columns)
+    check = predictive_check(models["default"], X, groups=odd, n_samples=50, random_state=0)
+    outside = np.mean((check.p_values.mean < 0.025) | (check.p_values.mean > 0.975), axis=1)
+    assert outside[1] > 0.5 > 0.3 > outside[0]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([0, 1], "groups has 2 labels, X has"),
+        ("one", "The group 'one' has 1 row: a check needs at least two"),
+    ],
+)
+def test_groups_that_cannot_be_checked_are_refused(fits, groups, message):
+    frame, models = fits
+    if isinstance(groups, str):
+        groups = [groups] + ["more"] * (len(frame) - 1)
+    with pytest.raises(ValueError, match=message):
+        predictive_check(models["default"], frame, groups=groups)
+
+
+def test_at_the_mode_only_count_noise_is_left(fits):
+    """Draws at the mode scatter less than those of the posterior, around the same means."""
+    frame, models = fits
+    model = models["default"]
+    options = dict(level="per_cell", n_samples=200, random_state=0)
+    at_mode = posterior_predictive(model, frame, latent="mode", **options)
+    drawn = posterior_predictive(model, frame, **options)
+    assert at_mode.var(0).mean() < 0.9 * drawn.var(0).mean()
+    assert_allclose(at_mode.mean(), drawn.mean(), rtol=0.25)
+    with pytest.raises(ValueError, match="latent='mode' takes the rows' own log-rates"):
+        posterior_predictive(model, frame, latent="mode")
 
 
 def test_summary_is_of_the_p_values(fits):

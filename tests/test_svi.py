@@ -16,6 +16,7 @@ from sknbln._capture import CapturePrior
 from sknbln._counts import CountHistogram
 
 from .reference.csr import csr
+from .reference.watched import Watched
 
 N, G = 40, 6
 
@@ -281,7 +282,7 @@ def test_an_epoch_takes_a_row_at_most_once(n, size):
 # ------------------------------------------------------------------ loop
 
 
-def run(X, fixed, at, *, n_steps=300, seed=0, tol=0.0, baseline=0.0, report=None):
+def run(X, fixed, at, *, n_steps=300, seed=0, tol=0.0, baseline=0.0, watch=None):
     return _svi.fit(
         X,
         fixed,
@@ -291,7 +292,7 @@ def run(X, fixed, at, *, n_steps=300, seed=0, tol=0.0, baseline=0.0, report=None
         learning_rate=0.02,
         tol=tol,
         rng=np.random.RandomState(seed),
-        report=report,
+        watch=watch,
     )
 
 
@@ -365,13 +366,22 @@ def test_a_constant_baseline_changes_nothing():
 
 def test_steps_are_counted_and_reported():
     seen = []
-    _, found = fit(n_steps=120, report=lambda i, v: seen.append((i, v)))
+    watch = Watched(lambda step, loss, guide: seen.append((step, loss, guide())))
+    _, found = fit(n_steps=120, watch=watch)
     if found.converged:
         assert found.losses.size == 100
     else:
         assert found.losses.size == 120 and found.reason == "n_steps=120 steps were done"
-    assert [i for i, _ in seen] == [100]
-    assert_allclose(seen[0][1], found.losses[50:100].mean())
+    steps, losses, guides = zip(*seen, strict=True)
+    assert steps == (50, 100, 120)[: len(seen)] and watch.begun == len(seen)
+    assert_allclose(losses[:2], [found.losses[:50].mean(), found.losses[50:100].mean()])
+    assert_array_equal(guides[-1].log_mean, found.guide.log_mean)
+
+
+def test_what_watches_may_stop_the_steps():
+    _, found = fit(n_steps=120, watch=Watched(lambda *_: True))
+    assert found.losses.size == 50
+    assert found.stopped and not found.converged and found.reason == "a callback stopped it"
 
 
 def test_stops_when_the_elbo_rises_no_more():

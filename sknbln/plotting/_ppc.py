@@ -89,6 +89,7 @@ class PPCDisplay:
         n_genes=9,
         level="library_anchored",
         capture="posterior",
+        latent="posterior",
         n_samples=100,
         random_state=None,
         covariates=None,
@@ -109,7 +110,7 @@ class PPCDisplay:
             steps from the least to the most abundant.
         n_genes : int, default=9
             Number of genes if `genes` is None.
-        level, capture, n_samples, random_state
+        level, capture, latent, n_samples, random_state
             See :func:`sknbln.predictive.posterior_predictive`.
         covariates, offset
             Of the rows of X, as in `fit`.
@@ -128,7 +129,8 @@ class PPCDisplay:
         """
         estimator = fitted(cls, estimator)
         needed(cls, X)
-        options = dict(level=level, capture=capture, covariates=covariates, offset=offset)
+        options = dict(level=level, capture=capture, latent=latent)
+        options |= dict(covariates=covariates, offset=offset)
         replicates, chosen = prepare(estimator, X, genes, n_samples, random_state, **options)
         counts = replicates.X
         mean = np.asarray(counts.mean(axis=0)).ravel()

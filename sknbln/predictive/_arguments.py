@@ -8,12 +8,13 @@ from sklearn.utils.validation import check_is_fitted
 
 from .._source import unwrapped
 from ._interface import PredictiveModel
-from ._replicates import CAPTURE, LEVELS, Replicates
+from ._replicates import CAPTURE, LATENT, LEVELS, Replicates
 
 #: options that mean the same wherever they are taken
 _CONSTRAINTS = {
     "level": [StrOptions(set(LEVELS))],
     "capture": [StrOptions(set(CAPTURE))],
+    "latent": [StrOptions(set(LATENT))],
     "n_samples": [Interval(Integral, 1, None, closed="left")],
     "random_state": ["random_state"],
 }
@@ -58,6 +59,7 @@ def prepare(
     *,
     level="library_anchored",
     capture="posterior",
+    latent="posterior",
     needs_counts=False,
     covariates=None,
     offset=None,
@@ -68,6 +70,11 @@ def prepare(
     if capture == "prior" and level != "marginal":
         raise ValueError(
             f"capture='prior' draws totals afresh, found level={level!r}: give level='marginal' with it."
+        )
+    if latent == "mode" and level != "per_cell":
+        raise ValueError(
+            f"latent='mode' takes the rows' own log-rates at their mode, found level={level!r}, which draws "
+            "fresh ones: give level='per_cell' with it."
         )
     if level == "marginal":
         refuse_given_totals(model, "level='marginal'")
@@ -87,7 +94,7 @@ def prepare(
             "covariates and offset are of the rows of X, and X is None: the training rows have those of the "
             "fit. Leave them out, or give X."
         )
-    return Replicates(model, X, level, n_samples, random_state, capture, known), positions
+    return Replicates(model, X, level, n_samples, random_state, capture, latent, known), positions
 
 
 def gene_positions(model, genes):

@@ -1,8 +1,10 @@
 """Checks of counts against their replicates: p-values of genes, residuals of entries."""
 
 import numpy as np
+from scipy import sparse
 from scipy.stats import kstest
 from sklearn.utils import Bunch
+from sklearn.utils.validation import column_or_1d
 
 from ._arguments import prepare, validated_options
 
@@ -16,8 +18,10 @@ def predictive_check(
     *,
     level="library_anchored",
     capture="posterior",
+    latent="posterior",
     n_samples=100,
     genes=None,
+    groups=None,
     random_state=None,
     covariates=None,
     offset=None,
@@ -37,27 +41,34 @@ def predictive_check(
         The model.
     X : {array-like, sparse matrix} of shape (n_rows, n_genes)
         Counts, at least two rows. Only rows that the fit has not seen make a test; see Notes.
-    level, capture, random_state, covariates, offset
+    level, capture, latent, random_state, covariates, offset
         See :func:`posterior_predictive`.
     n_samples : int, default=100
         Number of replicates. p-values are ``0.5 / (n_samples + 1)`` or more from 0 and 1.
     genes : array-like of int or str, or None, default=None
         Positions or names of the genes to check; None for all.
+    groups : array-like of shape (n_rows,) or None, default=None
+        Labels of groups of rows, such as cell types or batches, each of which is checked on its own: which
+        of them the model does not describe.
 
     Returns
     -------
     Bunch
         ``p_values``, ``observed`` and ``predicted`` (mean over the replicates), each a Bunch of ``mean``,
-        ``variance`` (divisor n_rows - 1), ``zero_fraction`` and ``maximum``, all (n_genes_selected,);
-        ``genes``, the positions of the genes; ``summary``, a dict of floats: per statistic
-        ``"<statistic>_outside"``, the fraction of genes with p outside [0.025, 0.975] (0.05 when all is
-        right), and ``"<statistic>_ks"``, the largest distance of the p-values' distribution from the
-        uniform one.
+        ``variance`` (divisor n_rows - 1), ``zero_fraction`` and ``maximum``, all (n_genes_selected,), or
+        (n_groups, n_genes_selected) with `groups`; ``genes``, the positions of the genes; ``groups``, the
+        labels in the order of the rows of these arrays, or None; ``totals``, a Bunch of ``p_values``,
+        ``observed`` and ``predicted`` of the same four statistics of the rows' totals over all genes,
+        floats or (n_groups,), or None where replicates have the observed totals; ``summary``, a dict of
+        floats: per statistic ``"<statistic>_outside"``, the fraction of genes (and groups) with p outside
+        [0.025, 0.975] (0.05 when all is right), and ``"<statistic>_ks"``, the largest distance of the
+        p-values' distribution from the uniform one.
 
     Raises
     ------
     ValueError
-        As :func:`posterior_predictive`, and for fewer than two rows.
+        As :func:`posterior_predictive`; for fewer than two rows, in X or in a group; if `groups` has not a
+        label for every row.
 
     Notes
     -----
@@ -98,31 +109,55 @@ def predictive_check(
     >>> sorted(check.summary)[:2]
     ['maximum_ks', 'maximum_outside']
     """
-    options = dict(level=level, capture=capture, covariates=covariates, offset=offset)
+    options = dict(level=level, capture=capture, latent=latent)
+    options |= dict(covariates=covariates, offset=offset)
     replicates, positions = prepare(
         estimator, X, genes, n_samples, random_state, needs_counts=True, **options
     )
-    if replicates.n_rows < 2:
-        raise ValueError(f"X has {replicates.n_rows} row: a check needs at least two.")
-    observed = _observed_statistics(replicates.X[:, positions])
+    labels, members = _members(groups, replicates.n_rows)
+    observed = _observed_statistics(replicates, positions, members)
     above, ties, total = np.zeros((3, *observed.shape))
     for s in range(n_samples):
-        drawn = _replicated_statistics(replicates, s, positions)
+        drawn = _replicated_statistics(replicates, s, positions, members)
         above += drawn > observed
         ties += drawn == observed
         total += drawn
     p = (above + (ties + 1) / 2) / (n_samples + 1)
+    found = {"p_values": p, "observed": observed, "predicted": total / n_samples}
+    if labels is None:
+        found = {name: values[:, 0] for name, values in found.items()}
     summary = {}
-    for name, values in zip(STATISTICS, p, strict=True):
+    for name, values in zip(STATISTICS, found["p_values"][..., :-1], strict=True):
         summary[f"{name}_outside"] = float(np.mean((values < 0.025) | (values > 0.975)))
-        summary[f"{name}_ks"] = float(kstest(values, "uniform").statistic)
+        summary[f"{name}_ks"] = float(kstest(values.ravel(), "uniform").statistic)
+    totals = None
+    if not replicates.given_totals:
+        totals = Bunch(**{name: _named(values[..., -1]) for name, values in found.items()})
     return Bunch(
-        p_values=_named(p),
-        observed=_named(observed),
-        predicted=_named(total / n_samples),
+        **{name: _named(values[..., :-1]) for name, values in found.items()},
         genes=positions,
+        groups=labels,
+        totals=totals,
         summary=summary,
     )
+
+
+def _members(groups, n_rows):
+    """Labels of the groups, None without any, and an indicator matrix (n_groups, n_rows) of their rows."""
+    labels, place = None, np.zeros(n_rows, int)
+    if groups is not None:
+        groups = column_or_1d(groups, dtype=None)
+        if groups.size != n_rows:
+            raise ValueError(
+                f"groups has {groups.size} labels, X has {n_rows} rows: give one for each."
+            )
+        labels, place = np.unique(groups, return_inverse=True)
+    n_members = np.bincount(place, minlength=1)
+    if n_members.min() < 2:
+        what = "X" if labels is None else f"The group {str(labels[np.argmin(n_members)])!r}"
+        raise ValueError(f"{what} has {n_members.min()} row: a check needs at least two.")
+    indicator = sparse.csr_array((np.ones(n_rows), (place, np.arange(n_rows))))
+    return labels, indicator
 
 
 def _named(statistics):
@@ -135,25 +170,43 @@ def _statistics(n, total, squares, zeros, largest):
     return np.stack([total / n, variance, zeros / n, largest])
 
 
-def _observed_statistics(X):
-    n = X.shape[0]
-    columns = X.tocsc()
-    total = np.asarray(columns.sum(axis=0), float).ravel()
-    squares = np.asarray(columns.multiply(columns).sum(axis=0), float).ravel()
-    zeros = n - np.diff(columns.indptr).astype(float)
-    largest = columns.max(axis=0).toarray().ravel().astype(float)
+def _observed_statistics(replicates, positions, members):
+    """Statistics (4, n_groups, n_genes_selected + 1) of the counts, those of the rows' totals last."""
+    chunks = (
+        (
+            rows,
+            _with_totals(replicates.X[rows][:, positions].toarray(), replicates.library_size[rows]),
+        )
+        for rows in replicates.row_chunks()
+    )
+    return _statistics_of_chunks(chunks, members, positions.size + 1)
+
+
+def _replicated_statistics(replicates, s, positions, members):
+    """The same of replicate s."""
+    chunks = (
+        (rows, _with_totals(counts[:, positions], counts.sum(axis=1)))
+        for rows, counts in replicates.chunks(s)
+    )
+    return _statistics_of_chunks(chunks, members, positions.size + 1)
+
+
+def _with_totals(counts, totals):
+    return np.column_stack([counts, totals]).astype(float)
+
+
+def _statistics_of_chunks(chunks, members, n_columns):
+    n = members.sum(axis=1)[:, None]
+    total, squares, zeros, largest = np.zeros((4, n.size, n_columns))
+    for rows, counts in chunks:
+        own = members[:, rows]
+        total += own @ counts
+        squares += own @ counts**2
+        zeros += own @ (counts == 0.0)
+        for g in range(n.size):
+            chosen = counts[own.indices[own.indptr[g] : own.indptr[g + 1]]]
+            largest[g] = np.maximum(largest[g], chosen.max(axis=0, initial=0.0))
     return _statistics(n, total, squares, zeros, largest)
-
-
-def _replicated_statistics(replicates, s, positions):
-    total, squares, zeros, largest = np.zeros((4, positions.size))
-    for _, counts in replicates.chunks(s):
-        counts = counts[:, positions].astype(float)
-        total += counts.sum(axis=0)
-        squares += np.sum(counts**2, axis=0)
-        zeros += np.sum(counts == 0, axis=0)
-        largest = np.maximum(largest, counts.max(axis=0))
-    return _statistics(replicates.n_rows, total, squares, zeros, largest)
 
 
 @validated_options()

@@ -15,6 +15,7 @@ def posterior_predictive(
     *,
     level="library_anchored",
     capture="posterior",
+    latent="posterior",
     n_samples=100,
     genes=None,
     random_state=None,
@@ -57,6 +58,9 @@ def posterior_predictive(
     capture : {"posterior", "prior"}, default="posterior"
         Where ``level="marginal"`` takes the rows' capture offsets from: their posterior given their
         counts, or the capture prior, for cells that are still to come.
+    latent : {"posterior", "mode"}, default="posterior"
+        Where ``level="per_cell"`` takes the rows' own log-rates from: draws of their posterior, or its mode,
+        so that what scatters is the count noise and the parameters alone.
     n_samples : int, default=100
         Replicates.
     genes : array-like of int or str, or None, default=None
@@ -76,8 +80,8 @@ def posterior_predictive(
     ------
     ValueError
         For unknown or repeated genes, for ``"per_cell"`` without X, for ``"marginal"`` with
-        ``observation="multinomial"`` (it has no distribution of totals), for ``capture="prior"`` with
-        another level, and when a drawn rate is beyond 64-bit counts.
+        ``observation="multinomial"`` (it has no distribution of totals), for ``capture="prior"`` or
+        ``latent="mode"`` with another level, and when a drawn rate is beyond 64-bit counts.
     TypeError
         When `estimator` is not one of the two.
 
@@ -106,7 +110,8 @@ def posterior_predictive(
     >>> bool((draws.sum(axis=2) == X.sum(axis=1)).all())
     True
     """
-    options = dict(level=level, capture=capture, covariates=covariates, offset=offset)
+    options = dict(level=level, capture=capture, latent=latent)
+    options |= dict(covariates=covariates, offset=offset)
     replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
     out = np.empty((n_samples, replicates.n_rows, positions.size), np.int64)
     for s in range(n_samples):
@@ -121,6 +126,7 @@ def iter_posterior_predictive(
     *,
     level="library_anchored",
     capture="posterior",
+    latent="posterior",
     n_samples=100,
     genes=None,
     random_state=None,
@@ -134,7 +140,7 @@ def iter_posterior_predictive(
 
     Parameters
     ----------
-    estimator, X, level, capture, n_samples, genes, random_state, covariates, offset
+    estimator, X, level, capture, latent, n_samples, genes, random_state, covariates, offset
         See :func:`posterior_predictive`.
 
     Returns
@@ -158,7 +164,8 @@ def iter_posterior_predictive(
     >>> len(largest)
     5
     """
-    options = dict(level=level, capture=capture, covariates=covariates, offset=offset)
+    options = dict(level=level, capture=capture, latent=latent)
+    options |= dict(covariates=covariates, offset=offset)
     replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
     return (replicates.counts(s, positions) for s in range(n_samples))
 

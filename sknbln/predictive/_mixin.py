@@ -20,6 +20,7 @@ class PredictiveMixin(PredictiveModel):
         *,
         level="library_anchored",
         capture="posterior",
+        latent="posterior",
         n_samples=100,
         genes=None,
         random_state=None,
@@ -32,7 +33,7 @@ class PredictiveMixin(PredictiveModel):
         ----------
         X : {array-like, sparse matrix} of shape (n_rows, n_genes) or None, default=None
             Rows to replicate; None for the training rows (not with ``level="per_cell"``).
-        level, capture, n_samples, genes, random_state, covariates, offset
+        level, capture, latent, n_samples, genes, random_state, covariates, offset
             See :func:`sknbln.predictive.posterior_predictive`.
 
         Returns
@@ -44,6 +45,7 @@ class PredictiveMixin(PredictiveModel):
             X,
             level=level,
             capture=capture,
+            latent=latent,
             n_samples=n_samples,
             genes=genes,
             random_state=random_state,

@@ -26,6 +26,8 @@ from ..solver.rates import draw_rates
 LEVELS = {"marginal": "all", "library_anchored": None, "per_cell": "frozen"}
 #: distributions that marginal replicates can draw the rows' capture offsets from
 CAPTURE = ("posterior", "prior")
+#: where per_cell replicates take the rows' log-rates from
+LATENT = ("posterior", "mode")
 _CHUNK_ENTRIES = 2**18  # 2 MB an array
 _LARGEST_RATE = 1e18  # counts are 64-bit integers
 
@@ -127,13 +129,15 @@ class Replicates:
     n_samples : int
     random_state : int, RandomState instance or None
     capture : one of `CAPTURE`
+    latent : one of `LATENT`
     known : Known
         Covariates and exposures of the rows.
     """
 
-    def __init__(self, model, X, level, n_samples, random_state, capture, known):
+    def __init__(self, model, X, level, n_samples, random_state, capture, latent, known):
         self.rng = check_random_state(model.random_state if random_state is None else random_state)
         self.model, self.X, self.level, self.known = model, X, level, known
+        self._at_mode = latent == "mode"
         self.library_size = model._library_size if X is None else _capture.library_sizes(X)
         self.n_rows, self.n_genes = self.library_size.size, model.n_features_in_
         per_cell = level == "per_cell"
@@ -141,7 +145,7 @@ class Replicates:
         self._draws = model._posterior_draws(n_samples, X, self.rng, eta=eta, known=known)
         self._streams = random_streams(self.rng)
         self._totals = np.rint(self.library_size).astype(np.int64)
-        self._given_totals = level == "library_anchored" or (per_cell and model._given_totals)
+        self.given_totals = level == "library_anchored" or (per_cell and model._given_totals)
         self._scores = None
         if per_cell and self._draws.eta is None:
             self._capture = model._row_capture(X, known)
@@ -174,7 +178,7 @@ class Replicates:
         for rows, log_rates in parts(params, s):
             noise = log_gamma_noise(dispersion(params), rows.stop - rows.start, self._streams)
             log_intensity = log_rates + noise
-            if self._given_totals:
+            if self.given_totals:
                 p = softmax(log_intensity)
                 yield rows, self._streams.count.multinomial(self._totals[rows], p)
             else:
@@ -226,7 +230,9 @@ class Replicates:
             self._scores = np.zeros((self.n_rows, padded + 1))
         for rows, cells in batches:
             n = rows.stop - rows.start
-            normal = self._streams.normal.standard_normal((n, k + 1 + n_genes))
+            normal = np.zeros((n, k + 1 + n_genes))
+            if not self._at_mode:
+                normal = self._streams.normal.standard_normal(normal.shape)
             score_noise = np.zeros((n, padded + 1))
             score_noise[:, :k], score_noise[:, -1] = normal[:, :k], normal[:, k]
             padded_rows = (self._scores[rows], score_noise, normal[:, k + 1 :])

@@ -44,6 +44,7 @@ class Outcome(NamedTuple):
     columns: ColumnScales | None  # None without a prior of the loadings
     information: np.ndarray | None  # (k,) of the columns when they were selected, descending
     interrupted: bool = False  # by Ctrl-C
+    stopped: bool = False  # by what watched
 
     @property
     def history(self):
@@ -63,6 +64,10 @@ class Outcome(NamedTuple):
     def n_iter(self):
         """Number of sweeps."""
         return sum(len(stage) - 1 for stage in self.stages)
+
+
+class _Stopped(Exception):
+    """What watches the ascent asked it to stop."""
 
 
 def magnitude(value, n_cells):
@@ -133,7 +138,7 @@ class _Memory:
         return z
 
 
-def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior=None, report=None):
+def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior=None, watch=None):
     """Maximize the objective.
 
     The ascent opens with a few sweeps where there is something to decide. Of several candidates that with the
@@ -162,8 +167,9 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
         See ``gauge.noise_edges``: columns of the loadings below them are dropped. None keeps all columns.
     column_prior : callable or None
         Update of the scales of the columns, see ``column_priors``; None without a prior.
-    report : callable or None
-        Called with the `Outcome` so far after each accepted sweep.
+    watch : object or None
+        Its ``begin()`` is called before each sweep, its ``end(outcome)`` after it, with the `Outcome` so far.
+        Where that is true, the ascent stops.
 
     Returns
     -------
@@ -173,7 +179,12 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
     outcome, stages, columns, information = None, [], None, None
     (objective, x), plain = candidates[0], PLAIN_SWEEPS
 
-    def note(objective, climb, accepted, ended=(False, "")):
+    def sweep(climb):
+        if watch is not None:
+            watch.begin()
+        climb.sweep()
+
+    def note(objective, climb, ended=(False, "")):
         nonlocal outcome
         outcome = Outcome(
             objective,
@@ -185,13 +196,13 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
             columns,
             information,
         )
-        if accepted and report is not None:
-            report(outcome)
+        if watch is not None and watch.end(outcome) and not ended[1]:
+            raise _Stopped
 
     try:
         if len(candidates) > 1 or edges is not None:
             most = min(PLAIN_SWEEPS if len(candidates) == 1 else LOOK_SWEEPS, max_iter - 1)
-            objective, climb = _best(candidates, free, n_cells, tol, most, note)
+            objective, climb = _best(candidates, free, n_cells, tol, most, sweep, note)
             x, plain = climb.point.x, 0
             stages.append([value / n_cells for value in climb.values])
             if edges is not None:
@@ -209,33 +220,36 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
                 else:
                     stages.append([value / n_cells for value in climb.values])
                     climb.go_on_under(evaluate, x, rotation)
-            accepted = climb.sweep()
+            sweep(climb)
             done = sum(len(stage) - 1 for stage in [*stages, climb.values])
             ended = _ended(climb, columns, done == max_iter, max_iter)
             if (ended[1] or done == max_iter - 1) and done < max_iter and objective.refine():
-                note(objective, climb, accepted)
+                note(objective, climb)
                 if not has_columns:
                     stages.append([value / n_cells for value in climb.values])
                     climb.go_on_under(
                         objective, climb.point.x, np.eye(climb.point.x.loadings.shape[1])
                     )
                 continue
-            note(objective, climb, accepted, ended)
+            note(objective, climb, ended)
     except KeyboardInterrupt:
         if outcome is None:
             raise
         outcome = outcome._replace(converged=False, reason="it was interrupted", interrupted=True)
+    except _Stopped:
+        outcome = outcome._replace(converged=False, reason="a callback stopped it", stopped=True)
     return outcome
 
 
-def _best(candidates, free, n_cells, tol, n_sweeps, note):
+def _best(candidates, free, n_cells, tol, n_sweeps, sweep, note):
     """Of the candidates that with the highest log-likelihood after some sweeps: its objective, its climb."""
     looks = []
     for objective, x in candidates:
         climb = _Climb(objective, x, free, n_cells, tol)
         for _ in range(n_sweeps):
             if not climb.reason:
-                note(objective, climb, climb.sweep())
+                sweep(climb)
+                note(objective, climb)
         looks.append((climb.point.log_likelihood, objective, climb))
     return max(looks, key=lambda look: look[0])[1:]
 
@@ -303,7 +317,7 @@ class _Climb:
         return self.gains[-1]
 
     def sweep(self):
-        """Take the next step, shortened if it has to be, and prepare the one after; whether it moved."""
+        """Take the next step, shortened if it has to be, and prepare the one after."""
         point, memory, free = self.point, self.memory, self.free
         cuts = MEMORY_CUTS if memory.pairs else MAX_CUTS
         trial, move = _search(self.evaluate, point, self.step, cuts)
@@ -321,7 +335,7 @@ class _Climb:
                 "no damped step raises the objective (the full one promised "
                 f"{self.promised / self.n_cells:.2g} nats per cell)"
             )
-            return False
+            return
         if len(self.gains) >= self.plain:
             memory.add(
                 _flat(move, free),
@@ -334,7 +348,6 @@ class _Climb:
         self.step, self.promised = _next_step(trial, memory, free)
         self.small = self.small + 1 if self.gain < least else 0
         self._look_for_the_end(SURE * least)
-        return True
 
     def _look_for_the_end(self, least):
         promises_little = self.memory.pairs and self.promised < least

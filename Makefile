@@ -48,9 +48,10 @@ test-pythons:  ## Run the tests under each of PYTHONS that is found (PATH, pyenv
 test-package:  ## Build sdist and wheel, install the wheel in a fresh environment, use it
 	"$(PYTHON)" .ci/check_package.py
 
-lint: $(VENV)/.installed-test  ## Check the style
+lint: $(VENV)/.installed-test  ## Check style and types
 	"$(VENV)/bin/ruff" check .
 	"$(VENV)/bin/ruff" format --check .
+	"$(VENV)/bin/mypy"
 
 docs: $(VENV)/.installed-docs  ## Build docs/_build/html, examples included, warnings as errors
 	"$(VENV)/bin/sphinx-build" -W --keep-going -b html docs docs/_build/html

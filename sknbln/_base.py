@@ -3,8 +3,11 @@
 import copy
 import functools
 import warnings
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from . import _capture
@@ -15,6 +18,7 @@ from ._differential import coefficient_table
 from ._known import Known, checked_weight
 from ._pairs import PairTestMixin
 from ._progress import CallbackSupportMixin
+from ._typing import CountsLike, Covariates, F
 from .exceptions import FitInterrupted, InconsistentVersionWarning
 from .predictive._mixin import PredictiveMixin
 
@@ -23,7 +27,7 @@ _VERSION = "_sknbln_version"
 _CALLBACK_STATE = ("_callback_fit_ctx", "_skl_callbacks_to_teardown")
 
 
-def whole_or_nothing(fit):
+def whole_or_nothing(fit: F) -> F:
     """Decorate `fit` so that a call that fails leaves the estimator unchanged.
 
     The attributes of the estimator are restored after any exception, Ctrl-C included. Only after a
@@ -55,10 +59,10 @@ def whole_or_nothing(fit):
                 f"the {type(self).__name__} is as it was before."
             ) from error
 
-    return wrapped
+    return cast(F, wrapped)
 
 
-def lazy_with_dask(transform):
+def lazy_with_dask(transform: F) -> F:
     """Decorate `transform` so that it returns a Dask array, not computed yet, where X is one."""
 
     @functools.wraps(transform)
@@ -71,7 +75,7 @@ def lazy_with_dask(transform):
         n_columns = len(self.get_feature_names_out())
         return transformed(self._for_new_rows(), X, covariates, offset, n_columns)
 
-    return wrapped
+    return cast(F, wrapped)
 
 
 class VersionedStateMixin:
@@ -142,7 +146,13 @@ class CountModelMixin(VersionedStateMixin, CallbackSupportMixin, PairTestMixin, 
         _capture.warn_about_truncation(prior, X)
         return X, self._known_of(X, covariates, offset, missing)
 
-    def impute(self, X, *, covariates=None, offset=None):
+    def impute(
+        self,
+        X: CountsLike,
+        *,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> np.ndarray:
         """Fill missing counts in with their expectation given the other counts of the row.
 
         Parameters
@@ -206,7 +216,7 @@ class CountModelMixin(VersionedStateMixin, CallbackSupportMixin, PairTestMixin, 
             draws.coef = coef / self._design.scale
         return draws
 
-    def coef_test(self):
+    def coef_test(self) -> pd.DataFrame:
         """Wald test of every coefficient: which genes depend on which covariates.
 
         Returns
@@ -231,7 +241,15 @@ class CountModelMixin(VersionedStateMixin, CallbackSupportMixin, PairTestMixin, 
             self.coef_, self.coef_standard_error_, self.covariate_names_in_, names
         )
 
-    def fit_transform(self, X, y=None, *, covariates=None, offset=None, sample_weight=None):
+    def fit_transform(
+        self,
+        X: CountsLike,
+        y: Any = None,
+        *,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> np.ndarray:
         """Fit to the rows and transform them.
 
         Parameters
@@ -251,7 +269,14 @@ class CountModelMixin(VersionedStateMixin, CallbackSupportMixin, PairTestMixin, 
         known = dict(covariates=covariates, offset=offset)
         return self.fit(X, y, sample_weight=sample_weight, **known).transform(X, **known)
 
-    def score_samples(self, X, *, given_totals=False, covariates=None, offset=None):
+    def score_samples(
+        self,
+        X: CountsLike,
+        *,
+        given_totals: bool = False,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> np.ndarray:
         r"""Laplace marginal log-likelihood of each row, constants included.
 
         Log-rates and capture offset are both integrated out, the offset under the capture prior even where
@@ -295,8 +320,15 @@ class CountModelMixin(VersionedStateMixin, CallbackSupportMixin, PairTestMixin, 
         return _capture.score_rows(X, params, self.capture_prior_, self.batch_size, known)
 
     def score(
-        self, X, y=None, *, given_totals=False, covariates=None, offset=None, sample_weight=None
-    ):
+        self,
+        X: CountsLike,
+        y: Any = None,
+        *,
+        given_totals: bool = False,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> float:
         """Mean log-likelihood of the rows, see :meth:`score_samples`; higher is better.
 
         Parameters
@@ -324,7 +356,13 @@ class CountModelMixin(VersionedStateMixin, CallbackSupportMixin, PairTestMixin, 
         weight = checked_weight(sample_weight, scores.size)
         return float(np.mean(scores) if weight is None else np.average(scores, weights=weight))
 
-    def score_genes(self, X, *, covariates=None, offset=None):
+    def score_genes(
+        self,
+        X: CountsLike,
+        *,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> np.ndarray:
         r"""Mean log-density of each gene's counts given the other genes of the row; higher is better.
 
         .. math:: s_g = \frac 1n \sum_c \log p(u_{cg} \mid u_{c,-g})

@@ -3,9 +3,11 @@
 import warnings
 from dataclasses import replace
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
@@ -19,29 +21,40 @@ from ._correlation import (
     standard_errors,
 )
 from ._counts import user_stacklevel
+from ._nbvcp_posterior import SourceModel
+from ._pairs import CorrelationTest, PairTestMixin
+from ._typing import Alternative, CountsLike, Covariates, Scale, Seed
 from .predictive._arguments import gene_positions, validated_options
 
 
-class CovarianceMixin:
+class CovarianceMixin(PairTestMixin):
     """Methods of `NBLNEstimator` that describe W, Sigma and the dispersion.
 
-    They read `components_`, `loadings_`, `noise_variance_`, `latent_dim_`, `dispersion_gradient_` and
-    `capture_offset_`.
+    They read these attributes.
     """
 
+    components_: np.ndarray
+    loadings_: np.ndarray
+    noise_variance_: np.ndarray
+    dispersion_gradient_: np.ndarray
+    capture_offset_: np.ndarray
+    informative_prior_estimator_: SourceModel
+    w_prior_diagnostics_: dict[str, Any]
+    _gene_covariance: np.ndarray
+
     @property
-    def cascade_source(self):
+    def cascade_source(self) -> SourceModel:
         """The fitted source, ``informative_prior_estimator_``, by SCRIBE's name."""
         check_is_fitted(self)
         return self.informative_prior_estimator_
 
     @property
-    def w_prior_diagnostics(self):
+    def w_prior_diagnostics(self) -> dict[str, Any]:
         """``w_prior_diagnostics_``, by SCRIBE's name."""
         check_is_fitted(self)
         return self.w_prior_diagnostics_
 
-    def get_W_compositional(self):
+    def get_W_compositional(self) -> np.ndarray:
         """Gauge-invariant loadings W_perp, ``components_.T``.
 
         Returns
@@ -51,7 +64,7 @@ class CovarianceMixin:
         check_is_fitted(self)
         return self.components_.T.copy()
 
-    def get_gauge_diagnostics(self):
+    def get_gauge_diagnostics(self) -> dict[str, Any]:
         """How much of the raw loadings is common to all genes.
 
         A common shift of a cell's log-rates is exchangeable with its capture offset. With frozen offsets, a
@@ -79,7 +92,7 @@ class CovarianceMixin:
             "ones_norm_per_factor": ones,
         }
 
-    def get_dispersion_diagnostics(self):
+    def get_dispersion_diagnostics(self) -> dict[str, Any]:
         """Slope of the log-likelihood in log r, which shows whether overdispersion is counted twice.
 
         With r frozen at the source's value, the source's dispersion already contains the variance that Sigma
@@ -103,7 +116,7 @@ class CovarianceMixin:
             "fraction_positive": float(np.mean(self.dispersion_gradient_ > 0)),
         }
 
-    def get_covariance(self):
+    def get_covariance(self) -> np.ndarray:
         """Covariance of the log-rates, ``W W' + diag(d)``.
 
         Returns
@@ -113,7 +126,7 @@ class CovarianceMixin:
         check_is_fitted(self)
         return self.loadings_ @ self.loadings_.T + np.diag(self.noise_variance_)
 
-    def get_precision(self):
+    def get_precision(self) -> np.ndarray:
         """Inverse of the covariance of the log-rates, by the Woodbury identity.
 
         Returns
@@ -126,7 +139,9 @@ class CovarianceMixin:
         return np.diag(1 / self.noise_variance_) - scaled @ np.linalg.solve(inner, scaled.T)
 
     @validated_options(scale=[StrOptions(set(SCALES))])
-    def get_correlation(self, scale="compositional", genes=None):
+    def get_correlation(
+        self, scale: Scale = "compositional", genes: ArrayLike | None = None
+    ) -> pd.DataFrame | np.ndarray:
         r"""Correlations of genes in the fit, on one of three scales.
 
         Parameters
@@ -179,8 +194,13 @@ class CovarianceMixin:
         level=[Interval(Real, 0, 1, closed="neither")],
     )
     def get_correlation_interval(
-        self, scale="compositional", genes=None, *, level=0.9, random_state=None
-    ):
+        self,
+        scale: Scale = "compositional",
+        genes: ArrayLike | None = None,
+        *,
+        level: float = 0.9,
+        random_state: Seed = None,
+    ) -> Bunch:
         """Correlations of genes in the fit, with standard errors and intervals.
 
         The standard errors are those of the delta method: from the joint information of each gene's
@@ -262,15 +282,15 @@ class CovarianceMixin:
     @validated_options(scale=[StrOptions(set(SCALES))])
     def correlation_test(
         self,
-        X,
-        genes=None,
+        X: CountsLike,
+        genes: ArrayLike | None = None,
         *,
-        alternative="two-sided",
-        scale="compositional",
-        covariates=None,
-        offset=None,
-        sample_weight=None,
-    ):
+        alternative: Alternative = "two-sided",
+        scale: Scale = "compositional",
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> CorrelationTest:
         """Score test of every pair of genes, with the correlations of the fit beside.
 
         The test is that of the source, :meth:`NBVCPEstimator.correlation_test`: it asks whether genes that

@@ -2,18 +2,22 @@
 
 import numpy as np
 import numpyro.distributions as dist
+from numpy.typing import ArrayLike
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from . import _posterior
+from ._base import CountModelMixin
 from ._counts import checked_n_samples
+from ._covariance import CovarianceMixin
+from ._typing import CountsLike, Covariates, Seed
 from .predictive._replicates import ParameterDraws
 
 
-class PosteriorMixin:
+class PosteriorMixin(CovarianceMixin, CountModelMixin):
     """Methods of a fitted NBLN model that give the posterior of r, mu, B and eta."""
 
-    def get_distributions(self):
+    def get_distributions(self) -> dict[str, dist.Distribution]:
         """Posterior distributions of the parameters, as NumPyro distributions.
 
         Returns
@@ -56,8 +60,14 @@ class PosteriorMixin:
         return distributions
 
     def sample_posterior(
-        self, n_samples=None, X=None, *, random_state=None, covariates=None, offset=None
-    ):
+        self,
+        n_samples: int | None = None,
+        X: CountsLike | None = None,
+        *,
+        random_state: Seed = None,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> Bunch:
         """Draws from the posterior of r, mu, B and eta; frozen parameters come from the source's draws.
 
         Parameters

@@ -1,10 +1,12 @@
 """Embeddings of rows by an NBLN fit: principal coordinates, and log-rates from them."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_array, check_is_fitted
 
 from ._base import lazy_with_dask
+from ._typing import CountsLike, Covariates
 
 
 class EmbeddingMixin(TransformerMixin):
@@ -22,7 +24,13 @@ class EmbeddingMixin(TransformerMixin):
         return units, is_zero
 
     @lazy_with_dask
-    def transform(self, X, *, covariates=None, offset=None):
+    def transform(
+        self,
+        X: CountsLike,
+        *,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> np.ndarray:
         r"""Principal coordinates of the rows: posterior means of the factor scores in the units of `whiten`.
 
         .. math:: Z_{ck} = \lVert W_{\perp k} \rVert \, \mathrm E[z_{ck} \mid u_c]
@@ -50,7 +58,7 @@ class EmbeddingMixin(TransformerMixin):
         units, is_zero = self._units()
         return np.where(is_zero, 0.0, scores * units)
 
-    def inverse_transform(self, Z):
+    def inverse_transform(self, Z: ArrayLike) -> np.ndarray:
         r"""Log-rates at full capture of rows with these coordinates, at the mean of the covariates.
 
         .. math:: \mu + W z_c, \qquad z_{ck} = Z_{ck} / \lVert W_{\perp k} \rVert
@@ -74,18 +82,24 @@ class EmbeddingMixin(TransformerMixin):
             If Z does not have a column per component, or has values that are not finite.
         """
         check_is_fitted(self)
-        Z = check_array(Z, dtype=np.float64, input_name="Z")
+        given = check_array(Z, dtype=np.float64, input_name="Z")
         n_components = len(self.components_)
-        if Z.shape[1] != n_components:
+        if given.shape[1] != n_components:
             raise ValueError(
-                f"Z has {Z.shape[1]} columns, expected {n_components}: one per component, as transform "
+                f"Z has {given.shape[1]} columns, expected {n_components}: one per component, as transform "
                 "returns them."
             )
         units, is_zero = self._units()
-        scores = np.divide(Z, units, out=np.zeros_like(Z), where=~is_zero)
+        scores = np.divide(given, units, out=np.zeros_like(given), where=~is_zero)
         return self.mean_ + scores @ self.loadings_.T
 
-    def posterior_scores(self, X, *, covariates=None, offset=None):
+    def posterior_scores(
+        self,
+        X: CountsLike,
+        *,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Posterior mean and covariance of the principal coordinates, in the units of `whiten`.
 
         Parameters

@@ -2,13 +2,17 @@
 
 from functools import partial
 from numbers import Integral, Real
+from typing import Any, Literal, Self
 
 import numpy as np
+from joblib import Memory
+from numpy.typing import ArrayLike
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     _fit_context,
 )
+from sklearn.frozen import FrozenEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
@@ -25,6 +29,7 @@ from ._known import checked_weight, refuse_genes_not_seen
 from ._nbvcp import NBVCPEstimator
 from ._progress import Progress, of_sweep
 from ._rows import FEW_ENTRIES, RowBatches, Sweeper, solve_rows
+from ._typing import CaptureEfficiency, CountsLike, Covariates, Seed, keeping_hints
 from .exceptions import FitInterrupted
 from .solver import column_priors
 from .solver.ascent import ascend
@@ -62,8 +67,8 @@ def _default_tol(cascade, column_prior, frozen):
 
 class NBLNEstimator(
     ClassNamePrefixFeaturesOutMixin,
-    CovarianceMixin,
     PosteriorMixin,
+    CovarianceMixin,
     CountModelMixin,
     EmbeddingMixin,
     BaseEstimator,
@@ -295,25 +300,25 @@ class NBLNEstimator(
 
     def __init__(
         self,
-        latent_dim="auto",
+        latent_dim: int | Literal["auto"] = "auto",
         *,
-        informative_prior_estimator=None,
-        informative_priors_freeze=None,
-        informative_priors_tau=1.0,
-        informative_priors_n_samples=1000,
-        cascade="marginal",
-        observation="nb",
-        loadings_prior="none",
-        capture_efficiency="auto",
-        whiten=False,
-        max_iter=200,
-        tol=None,
-        batch_size=None,
-        memory=None,
-        random_state=None,
-        verbose=0,
-        warm_start=False,
-    ):
+        informative_prior_estimator: NBVCPEstimator | FrozenEstimator | None = None,
+        informative_priors_freeze: tuple[str, ...] | list[str] | None = None,
+        informative_priors_tau: float = 1.0,
+        informative_priors_n_samples: int = 1000,
+        cascade: Literal["marginal", "parameter"] = "marginal",
+        observation: Literal["nb", "poisson", "multinomial"] = "nb",
+        loadings_prior: str | dict[str, Any] = "none",
+        capture_efficiency: CaptureEfficiency = "auto",
+        whiten: bool = False,
+        max_iter: int = 200,
+        tol: float | None = None,
+        batch_size: int | None = None,
+        memory: str | Memory | None = None,
+        random_state: Seed = None,
+        verbose: int = 0,
+        warm_start: bool = False,
+    ) -> None:
         self.latent_dim = latent_dim
         self.informative_prior_estimator = informative_prior_estimator
         self.informative_priors_freeze = informative_priors_freeze
@@ -335,9 +340,17 @@ class NBLNEstimator(
     # ------------------------------------------------------------------ fit
 
     # informative_prior_estimator validates its own parameters when it is fitted
-    @_fit_context(prefer_skip_nested_validation=False)
+    @keeping_hints(_fit_context(prefer_skip_nested_validation=False))
     @whole_or_nothing
-    def fit(self, X, y=None, *, covariates=None, offset=None, sample_weight=None):
+    def fit(
+        self,
+        X: CountsLike,
+        y: Any = None,
+        *,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> Self:
         """Fit the model to counts.
 
         Parameters

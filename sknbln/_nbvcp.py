@@ -2,11 +2,13 @@
 
 import warnings
 from numbers import Integral, Real
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin, _fit_context
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
+from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
@@ -19,6 +21,7 @@ from ._known import Known, checked_weight, refuse_genes_not_seen
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
 from ._progress import Progress, of_steps, of_sweep
 from ._rows import RowBatches, Sweeper, solve_rows
+from ._typing import CaptureEfficiency, CountsLike, Covariates, Seed, keeping_hints
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
 from .solver.ascent import ascend
@@ -147,16 +150,16 @@ class NBVCPEstimator(
     def __init__(
         self,
         *,
-        capture_efficiency="auto",
-        n_steps=1000,
-        learning_rate=0.02,
-        tol=1e-3,
-        n_posterior_samples=1000,
-        batch_size=None,
-        random_state=None,
-        verbose=0,
-        warm_start=False,
-    ):
+        capture_efficiency: CaptureEfficiency = "auto",
+        n_steps: int = 1000,
+        learning_rate: float = 0.02,
+        tol: float = 1e-3,
+        n_posterior_samples: int = 1000,
+        batch_size: int | None = None,
+        random_state: Seed = None,
+        verbose: int = 0,
+        warm_start: bool = False,
+    ) -> None:
         self.capture_efficiency = capture_efficiency
         self.n_steps = n_steps
         self.learning_rate = learning_rate
@@ -167,9 +170,17 @@ class NBVCPEstimator(
         self.verbose = verbose
         self.warm_start = warm_start
 
-    @_fit_context(prefer_skip_nested_validation=True)
+    @keeping_hints(_fit_context(prefer_skip_nested_validation=True))
     @whole_or_nothing
-    def fit(self, X, y=None, *, covariates=None, offset=None, sample_weight=None):
+    def fit(
+        self,
+        X: CountsLike,
+        y: Any = None,
+        *,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> Self:
         """Fit the model to counts.
 
         Parameters
@@ -410,7 +421,13 @@ class NBVCPEstimator(
         return self.capture_prior_
 
     @lazy_with_dask
-    def transform(self, X, *, covariates=None, offset=None):
+    def transform(
+        self,
+        X: CountsLike,
+        *,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> np.ndarray:
         """Denoised log-expression: log of the posterior mean of each rate at full capture.
 
         Given the capture offset, the rate ``lambda_cg`` of gene g in cell c has a gamma posterior with
@@ -447,8 +464,14 @@ class NBVCPEstimator(
         return np.log((r + X.toarray()) / (r / mean + capture))
 
     def sample_posterior(
-        self, n_samples=None, X=None, *, random_state=None, covariates=None, offset=None
-    ):
+        self,
+        n_samples: int | None = None,
+        X: CountsLike | None = None,
+        *,
+        random_state: Seed = None,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> Bunch:
         """Draws from the posterior.
 
         Parameters

@@ -4,12 +4,13 @@ P-values are those of the Pearson III law with the moments of the pairs' scores 
 the probability of a statistic as far from 0, which is well calibrated where few counts leave no lower tail.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from numbers import Integral
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.special import gammainc, gammaincc, ndtr
 from scipy.stats import false_discovery_control
 from sklearn.utils import check_random_state
@@ -20,7 +21,9 @@ from ._correlation import interval
 from ._differential import Units, permuted_differences
 from ._known import NO_WEIGHT, checked_weight
 from ._scores import IndependentScores, mirrored, pair_blocks, pair_moments
+from ._typing import Alternative, CountsLike, Covariates, Seed
 from .predictive._arguments import gene_positions, validated_options
+from .predictive._interface import PredictiveModel
 
 _ROUNDS = 5  # Newton steps of each gene's mean in each group or block
 _SMALL_SKEW = 0.01  # where r* is accurate to 1e-5
@@ -98,7 +101,7 @@ class CorrelationTest:
     standard_error: np.ndarray | None = None
     difference: np.ndarray | None = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         """One line."""
         q_value = self.q_value[first_of_pairs(self.genes, self.partners) & ~np.isnan(self.q_value)]
         return (
@@ -107,11 +110,11 @@ class CorrelationTest:
         )
 
     @property
-    def sign(self):
+    def sign(self) -> np.ndarray:
         """Signs of the statistics: 1, 0 or -1, NaN where there is no test; (n, m)."""
         return np.sign(self.statistic)
 
-    def interval(self, level=0.9):
+    def interval(self, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
         """Ends of intervals of the correlations that hold the truth with this probability.
 
         Parameters
@@ -135,7 +138,7 @@ class CorrelationTest:
             )
         return interval(self.correlation, self.standard_error, level)
 
-    def to_frame(self, q=None, *, level=0.9):
+    def to_frame(self, q: float | None = None, *, level: float = 0.9) -> pd.DataFrame:
         """Table of the pairs, each once, with the smallest p-values first.
 
         Parameters
@@ -200,7 +203,7 @@ def tested_pairs(
     return CorrelationTest(genes, names, statistic, p_value, q_value)
 
 
-class PairTestMixin(ABC):
+class PairTestMixin(PredictiveModel):
     """Methods of a fitted model that test every pair of genes, at its fit of independent genes."""
 
     @abstractmethod
@@ -221,14 +224,14 @@ class PairTestMixin(ABC):
     @validated_options(alternative=[StrOptions({"two-sided", "greater", "less"})])
     def correlation_test(
         self,
-        X,
-        genes=None,
+        X: CountsLike,
+        genes: ArrayLike | None = None,
         *,
-        alternative="two-sided",
-        covariates=None,
-        offset=None,
-        sample_weight=None,
-    ):
+        alternative: Alternative = "two-sided",
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> CorrelationTest:
         r"""Score test of every pair of genes: whether they move together more than independent genes do.
 
         The statistic is the standardized score ``T / sqrt(V)`` of the covariance ``Sigma_jk`` of two
@@ -315,16 +318,16 @@ class PairTestMixin(ABC):
     @validated_options(n_permutations=[Interval(Integral, 19, None, closed="left")])
     def correlation_difference_test(
         self,
-        X,
-        groups,
-        blocks=None,
+        X: CountsLike,
+        groups: ArrayLike,
+        blocks: ArrayLike | None = None,
         *,
-        genes=None,
-        n_permutations=999,
-        random_state=None,
-        covariates=None,
-        offset=None,
-    ):
+        genes: ArrayLike | None = None,
+        n_permutations: int = 999,
+        random_state: Seed = None,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> CorrelationTest:
         """Test of every pair of genes: whether they move together more in one of two groups of cells.
 
         Of each group the scores of :meth:`correlation_test` estimate ``Sigma_jk``, by ``T / V``. The
@@ -394,8 +397,8 @@ class PairTestMixin(ABC):
         units = Units.of(groups, blocks, np.shape(X)[0])
         rows = self._scores_of(X, covariates, offset, units.columns, n_rounds=_ROUNDS)
         parts = [(g[:, positions], i[:, positions], a) for _, g, i, _, a in rows]
-        parts = [np.concatenate(part) for part in zip(*parts, strict=True)]
-        statistic, skew, difference = permuted_differences(*parts, units, n_permutations, rng)
+        g, i, a = (np.concatenate(part) for part in zip(*parts, strict=True))
+        statistic, skew, difference = permuted_differences(g, i, a, units, n_permutations, rng)
         whole, names = np.arange(len(positions)), self._gene_names()[positions]
         for table in (statistic, difference):
             mirrored(table, whole)

@@ -30,7 +30,7 @@ import numpyro.distributions as dist
 from numpyro.distributions.transforms import Transform
 from scipy.stats import truncnorm
 
-from ._rows import RowBatches, gene_score_products
+from ._rows import gene_score_products
 from .solver.coupling import marginal_level, remaining_level, remaining_level_slopes
 from .solver.metric import least_squares_matrix
 from .solver.objective import COEF_PRIOR_SCALE
@@ -109,14 +109,14 @@ def coef_standard_deviations(moments, loadings, known):
 
 
 def standard_deviations(
-    batches: RowBatches, scores, params, free, prior_mean, prior_log_r, prior_loadings, prior_coef
+    batches, scores, params, free, prior_mean, prior_log_r, prior_loadings, prior_coef
 ):
     """Standard deviations of mu, W, log d and log r, their covariance, and the rows' posterior, in one pass.
 
     The standard deviations are `Params`, 0 where frozen; the covariance is that of each gene's w, log d and
-    log r, (n_genes, k + 2, k + 2); the posterior is a `RowPosterior`. ``scores`` are
-    start values of the rows' modes, ``prior_*`` the precisions of the priors. The information of a gene's
-    parameters, taken together, is the sum of outer products of the cells' exact gradients.
+    log r, (n_genes, k + 2, k + 2); the posterior is a `RowPosterior`. ``batches`` are `RowBatches`,
+    ``scores`` start values of the rows' modes, ``prior_*`` the precisions of the priors. The information of
+    a gene's parameters, taken together, is the sum of outer products of the cells' exact gradients.
     """
     (n_genes, k), p = params.loadings.shape, params.coef.shape[1]
     n_cells = batches.known.total_weight

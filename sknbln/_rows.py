@@ -466,7 +466,7 @@ def _sweep(batches, params, last_step, scores):
     return scores, total
 
 
-def _unpad(sums: BatchSums, k):
+def _unpad(sums: BatchSums, k: int) -> BatchSums:
     """The sums without the padding of the latent dimension."""
     genes = sums.genes
     p, padded = genes.gradient_coef.shape[1], genes.gradient_loadings.shape[1]

@@ -78,7 +78,7 @@ class Problem(NamedTuple):
     row_totals: np.ndarray  # (n_cells,)
     column_totals: np.ndarray  # (n_genes,)
     gene: np.ndarray  # (n_distinct,) of each distinct count of a gene: the gene,
-    count: np.ndarray  # the count,
+    value: np.ndarray  # its value,
     times: np.ndarray  # and how often it occurs
     log_factorials: float
     n_cells: float
@@ -184,7 +184,7 @@ def model(problem, start, rows, counts, weight, noise, has_capture, known=None):
         odds = odds * jnp.exp(shift)
     batch = scale * jnp.sum(weight[:, None] * (counts + r[None, :]) * log1p_of_positive(odds))
     size = r[problem.gene]
-    rising = gammaln(problem.count + size) - gammaln(size) - problem.count * log_r[problem.gene]
+    rising = gammaln(problem.value + size) - gammaln(size) - problem.value * log_r[problem.gene]
     constants = jnp.sum(problem.times * rising) - problem.log_factorials
     numpyro.factor("counts", linear - batch + constants)
 
@@ -287,7 +287,7 @@ def _bucketed(problem, start):
 
     Padding rows are in no minibatch, padding counts occur 0 times.
     """
-    distinct = 4096 * -(-max(problem.count.size, 1) // 4096)
+    distinct = 4096 * -(-max(problem.value.size, 1) // 4096)
     rows = 64 * -(-problem.row_totals.size // 64)
 
     def longer(a, size, value):
@@ -303,7 +303,7 @@ def _bucketed(problem, start):
         row_prior=offsets(*problem.row_prior),
         row_totals=longer(problem.row_totals, rows, 0.0),
         gene=longer(problem.gene, distinct, 0),
-        count=longer(problem.count, distinct, 1.0),
+        value=longer(problem.value, distinct, 1.0),
         times=longer(problem.times, distinct, 0.0),
     )
     if start.capture_offset is not None:

@@ -1,10 +1,15 @@
 """Thinning: every count split into two that are independent given the mean."""
 
+from collections.abc import Iterator
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import ArrayLike
 from sklearn.utils import check_array, check_random_state, check_scalar
+
+from ._typing import CountsLike, Seed
 
 
 class ThinningSplit:
@@ -81,22 +86,29 @@ class ThinningSplit:
     True
     """
 
-    def __init__(self, n_splits=5, *, test_share=0.2, dispersion=None, random_state=None):
+    def __init__(
+        self,
+        n_splits: int = 5,
+        *,
+        test_share: float = 0.2,
+        dispersion: ArrayLike | None = None,
+        random_state: Seed = None,
+    ) -> None:
         self.n_splits = n_splits
         self.test_share = test_share
         self.dispersion = dispersion
         self.random_state = random_state
 
     @property
-    def offset(self):
+    def offset(self) -> float:
         """Log-exposure of the test counts relative to the training counts, nats."""
         return float(np.log(self.test_share) - np.log1p(-self.test_share))
 
-    def get_n_splits(self, X=None, y=None, groups=None):
+    def get_n_splits(self, X: Any = None, y: Any = None, groups: Any = None) -> int:
         """Return the number of splits; the arguments are ignored."""
         return self.n_splits
 
-    def split(self, X):
+    def split(self, X: CountsLike) -> Iterator[tuple[sp.csr_matrix, sp.csr_matrix]]:
         """Yield the training and the test counts of each split.
 
         Parameters

@@ -1,5 +1,7 @@
 """Exceptions and warnings of this library."""
 
+from sklearn.base import BaseEstimator
+
 __all__ = ["FitInterrupted", "InconsistentVersionWarning"]
 
 
@@ -28,11 +30,11 @@ class FitInterrupted(KeyboardInterrupt):
     True
     """
 
-    def __init__(self, estimator):
+    def __init__(self, estimator: BaseEstimator) -> None:
         super().__init__(estimator)
         self.estimator = estimator
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{type(self.estimator).__name__}.fit was interrupted. The estimator holds the last complete "
             "sweep, with converged_ = False; set warm_start=True and call fit again to go on from there."
@@ -63,13 +65,13 @@ class InconsistentVersionWarning(UserWarning):
     >>> warnings.simplefilter("error", InconsistentVersionWarning)  # refuse such pickles
     """
 
-    def __init__(self, estimator_name, original_version, current_version):
+    def __init__(self, estimator_name: str, original_version: str, current_version: str) -> None:
         super().__init__(estimator_name, original_version, current_version)
         self.estimator_name = estimator_name
         self.original_version = original_version
         self.current_version = current_version
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{self.estimator_name} was pickled by sknbln {self.original_version} and is loaded by "
             f"{self.current_version}. Attributes may be missing or mean something else: fit it again, or "

@@ -2,13 +2,14 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
 import pandas as pd
-from sklearn.base import clone
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator, clone
 from sklearn.model_selection import GroupKFold, KFold, check_cv
 from sklearn.utils import _safe_indexing, indexable
 from sklearn.utils.validation import _num_features, _num_samples
@@ -16,6 +17,7 @@ from sklearn.utils.validation import _num_features, _num_samples
 from ._counts import user_stacklevel
 from ._source import unwrapped
 from ._thinning import ThinningSplit
+from ._typing import CountsLike, Covariates, Seed, Splitter
 from .predictive._arguments import validated_options
 from .predictive._interface import PredictiveModel
 
@@ -53,16 +55,16 @@ class Comparison:
 
 @validated_options(given_totals=["boolean"])
 def compare(
-    estimators,
-    X,
+    estimators: Mapping[str, BaseEstimator] | Sequence[BaseEstimator],
+    X: CountsLike,
     *,
-    cv=5,
-    groups=None,
-    covariates=None,
-    offset=None,
-    given_totals=False,
-    random_state=None,
-):
+    cv: int | Splitter | Iterable[tuple[ArrayLike, ArrayLike]] | None = 5,
+    groups: ArrayLike | None = None,
+    covariates: Covariates | Mapping[str, Covariates] | None = None,
+    offset: ArrayLike | Mapping[str, ArrayLike] | None = None,
+    given_totals: bool = False,
+    random_state: Seed = None,
+) -> Comparison:
     r"""Compare models by the log-likelihood of held-out rows, with paired standard errors.
 
     Every model is fitted to the training rows and scored on the test rows of the same splits. With ``l_ck``
@@ -155,7 +157,7 @@ def compare(
     n_rows = _num_samples(X)
     total, times = np.zeros((n_rows, len(models))), np.zeros(n_rows)
     genes = np.zeros((_num_features(X), len(models)))
-    dims = {name: [] for name in models}
+    dims: dict[str, list[float]] = {name: [] for name in models}
     for train, test in list(_splitter(cv, groups, random_state).split(X, None, groups)):
         times[test] += 1
         fits = {}
@@ -177,9 +179,9 @@ def compare(
     if groups is not None:
         groups = np.asarray(_safe_indexing(groups, rows))
     table = _table(log_likelihood, groups)
-    dims = pd.Series({name: np.mean(of_splits) for name, of_splits in dims.items()})
-    if dims.notna().any():
-        table["latent_dim"] = dims
+    dim = pd.Series({name: np.mean(of_splits) for name, of_splits in dims.items()})
+    if dim.notna().any():
+        table["latent_dim"] = dim
     names = getattr(X, "columns", None)
     gene_scores = pd.DataFrame(genes / times.sum(), index=names, columns=list(models))
     return Comparison(table, log_likelihood, gene_scores)

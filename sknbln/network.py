@@ -1,11 +1,14 @@
 """Sparse networks of genes: partial correlations from the covariance of an NBLN fit."""
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix
 from sklearn.base import clone
 from sklearn.covariance import graphical_lasso
@@ -15,6 +18,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from ._correlation import SCALES
 from ._counts import user_stacklevel
+from ._nbln import NBLNEstimator
+from ._typing import AnnData, CountsLike, Covariates, Graph, Scale, Seed
 from .predictive._arguments import fitted_model, gene_positions, validated_options
 
 __all__ = ["GeneNetwork", "sparse_network"]
@@ -60,7 +65,7 @@ class GeneNetwork:
     first_edge_penalty: float
     stability: np.ndarray | None = None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         """One line."""
         at = np.argmin(np.abs(self.penalties - self.penalty))
         return (
@@ -68,7 +73,7 @@ class GeneNetwork:
             f"penalty={self.penalty:.3g})"
         )
 
-    def edges(self):
+    def edges(self) -> pd.DataFrame:
         """Edges as a table, strongest first.
 
         Returns
@@ -86,7 +91,7 @@ class GeneNetwork:
             columns["stability"] = self.stability[i, j]
         return pd.DataFrame(columns)
 
-    def to_networkx(self):
+    def to_networkx(self) -> Graph:
         """The network as a graph of networkx: all genes are nodes, edges have ``partial_correlation``.
 
         Returns
@@ -108,7 +113,7 @@ class GeneNetwork:
         graph.add_nodes_from(self.genes)
         return graph
 
-    def to_varp(self, adata, key="partial_correlation"):
+    def to_varp(self, adata: AnnData, key: str = "partial_correlation") -> None:
         """Write the edges to ``adata.varp[key]`` of an AnnData, by the names of its variables.
 
         Parameters
@@ -145,19 +150,19 @@ class GeneNetwork:
     n_halves=[Interval(Integral, 2, None, closed="left")],
 )
 def sparse_network(
-    estimator,
-    X=None,
-    genes=None,
+    estimator: NBLNEstimator,
+    X: CountsLike | None = None,
+    genes: Iterable[int] | Iterable[str] | None = None,
     *,
-    scale="log_rate",
-    select="stability",
-    gamma=0.5,
-    n_penalties=20,
-    n_halves=10,
-    random_state=None,
-    covariates=None,
-    offset=None,
-):
+    scale: Scale = "log_rate",
+    select: Literal["stability", "ebic"] = "stability",
+    gamma: float = 0.5,
+    n_penalties: int = 20,
+    n_halves: int = 10,
+    random_state: Seed = None,
+    covariates: Covariates | None = None,
+    offset: ArrayLike | None = None,
+) -> GeneNetwork:
     r"""Sparse network of genes: partial correlations by the graphical lasso on a fit's correlations.
 
     .. math:: \max_\Theta\; \log\det\Theta - \mathrm{tr}(R\Theta) - \lambda \sum_{j \ne k} |\Theta_{jk}|

@@ -3,13 +3,17 @@
 The package anndata is not imported: objects only have to have its attributes.
 """
 
+from typing import Any, Literal
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix, issparse
 
 from ._nbln import NBLNEstimator
 from ._nbvcp import NBVCPEstimator
 from ._progress import LOG
+from ._typing import AnnData
 from ._values import Values, n_fractional
 
 __all__ = ["nbln", "nbvcp", "project"]
@@ -19,18 +23,18 @@ _LOOKED_AT = 2000  # rows in which counts are told from other values
 
 
 def nbln(
-    adata,
+    adata: AnnData,
     *,
-    layer=None,
-    n_components="auto",
-    batch_key=None,
-    covariate_keys=None,
-    mask_var=_HIGHLY_VARIABLE,
-    key_added="nbln",
-    copy=False,
-    return_estimator=False,
-    **estimator_parameters,
-):
+    layer: str | None = None,
+    n_components: int | Literal["auto"] = "auto",
+    batch_key: str | None = None,
+    covariate_keys: str | list[str] | None = None,
+    mask_var: str | ArrayLike | None = _HIGHLY_VARIABLE,
+    key_added: str = "nbln",
+    copy: bool = False,
+    return_estimator: bool = False,
+    **estimator_parameters: Any,
+) -> Any:
     """Fit `NBLNEstimator` to the counts of an AnnData object and write the results into it.
 
     Parameters
@@ -122,17 +126,17 @@ def nbln(
 
 
 def nbvcp(
-    adata,
+    adata: AnnData,
     *,
-    layer=None,
-    batch_key=None,
-    covariate_keys=None,
-    mask_var=_HIGHLY_VARIABLE,
-    key_added="nbvcp",
-    copy=False,
-    return_estimator=False,
-    **estimator_parameters,
-):
+    layer: str | None = None,
+    batch_key: str | None = None,
+    covariate_keys: str | list[str] | None = None,
+    mask_var: str | ArrayLike | None = _HIGHLY_VARIABLE,
+    key_added: str = "nbvcp",
+    copy: bool = False,
+    return_estimator: bool = False,
+    **estimator_parameters: Any,
+) -> Any:
     """Fit `NBVCPEstimator` to the counts of an AnnData object and write the results into it.
 
     Parameters
@@ -171,7 +175,14 @@ def nbvcp(
     return _returned(adata, estimator, copy, return_estimator)
 
 
-def project(adata, estimator, *, layer=None, key_added="nbln", copy=False):
+def project(
+    adata: AnnData,
+    estimator: NBLNEstimator,
+    *,
+    layer: str | None = None,
+    key_added: str = "nbln",
+    copy: bool = False,
+) -> AnnData | None:
     """Embed the cells of an AnnData object by an estimator that :func:`nbln` fitted to others.
 
     Parameters

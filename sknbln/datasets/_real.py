@@ -1,6 +1,7 @@
 """The real data set that ships with the package."""
 
 from importlib import resources
+from typing import Any, Literal, overload
 
 import numpy as np
 import pandas as pd
@@ -8,12 +9,26 @@ from scipy import sparse
 from sklearn.utils import Bunch
 from sklearn.utils._param_validation import validate_params
 
+from .._typing import keeping_hints
 
-@validate_params(
-    {"return_X_y": ["boolean"], "as_frame": ["boolean"]},
-    prefer_skip_nested_validation=True,
+
+@overload
+def load_immune_cells(*, return_X_y: Literal[False] = False, as_frame: bool = False) -> Bunch: ...
+
+
+@overload
+def load_immune_cells(*, return_X_y: Literal[True], as_frame: bool = False) -> tuple[Any, Any]: ...
+
+
+@keeping_hints(
+    validate_params(
+        {"return_X_y": ["boolean"], "as_frame": ["boolean"]},
+        prefer_skip_nested_validation=True,
+    )
 )
-def load_immune_cells(*, return_X_y=False, as_frame=False):
+def load_immune_cells(
+    *, return_X_y: bool = False, as_frame: bool = False
+) -> Bunch | tuple[Any, Any]:
     """Load 600 immune cells x 300 genes of single-cell RNA-seq counts, with cell types.
 
     Three annotated types (CD4+ T cells, CD8+ T cells, macrophages); two of them are close to each

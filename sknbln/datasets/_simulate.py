@@ -3,11 +3,14 @@
 from numbers import Integral, Real
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 from scipy.special import log_ndtr
 from scipy.stats import truncnorm
 from sklearn.utils import Bunch, check_random_state
 from sklearn.utils._param_validation import Interval, validate_params
+
+from .._typing import Seed, keeping_hints
 
 # Number of dense entries drawn at a time: about 16 MB per array, whatever n_cells is.
 _CHUNK_ENTRIES = 2**21
@@ -27,18 +30,18 @@ _COMMON_CONSTRAINTS = {
 }
 
 
-@validate_params(_COMMON_CONSTRAINTS, prefer_skip_nested_validation=True)
+@keeping_hints(validate_params(_COMMON_CONSTRAINTS, prefer_skip_nested_validation=True))
 def make_nbvcp_counts(
-    n_cells=500,
-    n_genes=200,
+    n_cells: int = 500,
+    n_genes: int = 200,
     *,
-    mean_range=(0.05, 30.0),
-    dispersion=(6.3, 0.6),
-    capture_mean=3.0,
-    capture_sd=0.35,
-    offset=None,
-    random_state=None,
-):
+    mean_range: tuple[float, float] = (0.05, 30.0),
+    dispersion: tuple[float, float] = (6.3, 0.6),
+    capture_mean: float = 3.0,
+    capture_sd: float = 0.35,
+    offset: ArrayLike | None = None,
+    random_state: Seed = None,
+) -> Bunch:
     """Draw counts of independent genes, negative binomial with a capture probability per cell.
 
     ``u_cg ~ NB(mean = m_g exp(-eta_c + o_cg), size r_g)``, with variance ``mean + mean**2 / r_g``
@@ -107,7 +110,7 @@ def make_nbvcp_counts(
     """
     low, high = _check_range("mean_range", mean_range, positive=True)
     median, log_sd = _check_dispersion(dispersion)
-    offset = _check_offset(offset, n_cells, n_genes)
+    log_exposure = _check_offset(offset, n_cells, n_genes)
     rng = check_random_state(random_state)
 
     expected = np.exp(rng.uniform(np.log(low), np.log(high), n_genes))
@@ -117,7 +120,7 @@ def make_nbvcp_counts(
 
     log_mean = np.log(mean)
     blocks = [
-        _draw_counts(log_mean - eta[rows, None] + offset[rows], r, rng)
+        _draw_counts(log_mean - eta[rows, None] + log_exposure[rows], r, rng)
         for rows in _row_chunks(n_cells, n_genes)
     ]
     return Bunch(
@@ -129,33 +132,35 @@ def make_nbvcp_counts(
     )
 
 
-@validate_params(
-    {
-        **_COMMON_CONSTRAINTS,
-        "n_factors": [Interval(Integral, 0, None, closed="left")],
-        "loading_norms": [tuple, list],
-        "noise_variance": [tuple, list],
-        "depth": [Interval(Real, 0, None, closed="neither")],
-        "return_log_rates": ["boolean"],
-    },
-    prefer_skip_nested_validation=True,
+@keeping_hints(
+    validate_params(
+        {
+            **_COMMON_CONSTRAINTS,
+            "n_factors": [Interval(Integral, 0, None, closed="left")],
+            "loading_norms": [tuple, list],
+            "noise_variance": [tuple, list],
+            "depth": [Interval(Real, 0, None, closed="neither")],
+            "return_log_rates": ["boolean"],
+        },
+        prefer_skip_nested_validation=True,
+    )
 )
 def make_nbln_counts(
-    n_cells=500,
-    n_genes=200,
+    n_cells: int = 500,
+    n_genes: int = 200,
     *,
-    n_factors=4,
-    loading_norms=(0.3, 0.8),
-    noise_variance=(0.05, 0.2),
-    mean_range=(0.05, 30.0),
-    dispersion=(6.3, 0.6),
-    capture_mean=3.0,
-    capture_sd=0.35,
-    depth=1.0,
-    offset=None,
-    return_log_rates=False,
-    random_state=None,
-):
+    n_factors: int = 4,
+    loading_norms: tuple[float, float] = (0.3, 0.8),
+    noise_variance: tuple[float, float] = (0.05, 0.2),
+    mean_range: tuple[float, float] = (0.05, 30.0),
+    dispersion: tuple[float, float] = (6.3, 0.6),
+    capture_mean: float = 3.0,
+    capture_sd: float = 0.35,
+    depth: float = 1.0,
+    offset: ArrayLike | None = None,
+    return_log_rates: bool = False,
+    random_state: Seed = None,
+) -> Bunch:
     """Draw counts from the negative binomial log-normal factor model.
 
     ``x_c = mu + W z_c + sqrt(d) * e_c`` with standard normal ``z_c`` (n_factors) and ``e_c``
@@ -267,7 +272,7 @@ def make_nbln_counts(
     loading_norms = _check_range("loading_norms", loading_norms)
     noise_variance = _check_range("noise_variance", noise_variance)
     median, log_sd = _check_dispersion(dispersion)
-    offset = _check_offset(offset, n_cells, n_genes)
+    log_exposure = _check_offset(offset, n_cells, n_genes)
     if n_factors >= n_genes:
         raise ValueError(
             f"n_factors={n_factors} must be below n_genes={n_genes}: the columns of the loadings "
@@ -295,9 +300,9 @@ def make_nbln_counts(
     for rows in _row_chunks(n_cells, n_genes):
         x = rng.standard_normal((len(z[rows]), n_genes)) * np.sqrt(d)
         x += mu + z[rows] @ W.T
-        if return_log_rates:
+        if log_rates is not None:
             log_rates[rows] = x
-        blocks.append(_draw_counts(x - eta[rows, None] + offset[rows], r, rng))
+        blocks.append(_draw_counts(x - eta[rows, None] + log_exposure[rows], r, rng))
 
     log_expected = mu + half_variance + _log_mean_capture(capture_location, capture_sd)
     counts = Bunch(

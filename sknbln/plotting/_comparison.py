@@ -1,7 +1,12 @@
 """Differences of held-out log-likelihood between models."""
 
-import numpy as np
+from collections.abc import Sequence
+from typing import Any, Self
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .._typing import Axes
 from ..model_selection import Comparison
 from ._common import BLUE, GREY, one_axes, tidy
 
@@ -46,13 +51,15 @@ class ComparisonDisplay:
     ['factors', 'independent']
     """
 
-    def __init__(self, difference, standard_error, names):
+    def __init__(
+        self, difference: ArrayLike, standard_error: ArrayLike, names: Sequence[str]
+    ) -> None:
         self.difference = difference
         self.standard_error = standard_error
         self.names = names
 
     @classmethod
-    def from_comparison(cls, comparison, *, ax=None):
+    def from_comparison(cls, comparison: Comparison, *, ax: Axes | None = None) -> Self:
         """Draw a comparison.
 
         Parameters
@@ -78,10 +85,11 @@ class ComparisonDisplay:
                 f"returned; found {type(comparison).__name__}."
             )
         table = comparison.table
-        columns = (table[name].to_numpy() for name in ("difference", "difference_standard_error"))
-        return cls(*columns, [str(name) for name in table.index]).plot(ax=ax)
+        difference, error = table["difference"], table["difference_standard_error"]
+        names = [str(name) for name in table.index]
+        return cls(difference.to_numpy(), error.to_numpy(), names).plot(ax=ax)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Self:
         """Draw the picture.
 
         Parameters
@@ -99,7 +107,7 @@ class ComparisonDisplay:
         self.figure_, self.ax_ = one_axes(ax, (6.4, 1.2 + 0.55 * difference.size))
         ax = self.ax_
         ax.axvline(0, color=GREY, linestyle="--", linewidth=1.2)
-        style = dict(fmt="o", color=BLUE, capsize=3)
+        style: dict[str, Any] = dict(fmt="o", color=BLUE, capsize=3)
         self.errorbar_ = ax.errorbar(difference, place, xerr=error, **style)
         for at, value, own in zip(place[1:], difference[1:], error[1:], strict=True):
             ax.annotate(

@@ -1,8 +1,12 @@
 """Course of a fit."""
 
+from typing import Self
+
 import numpy as np
 
 from .._nbln import NBLNEstimator
+from .._typing import Panels
+from ..predictive._interface import PredictiveModel
 from ..solver.ascent import magnitude
 from ..solver.mode import DECREMENT_TOL
 from ._common import (
@@ -66,8 +70,15 @@ class ConvergenceDisplay:
     """
 
     def __init__(
-        self, objective, converged, *, newton_decrement=None, tol=None, promised_gain=None, name=""
-    ):
+        self,
+        objective: np.ndarray,
+        converged: bool,
+        *,
+        newton_decrement: np.ndarray | None = None,
+        tol: float | None = None,
+        promised_gain: float | None = None,
+        name: str = "",
+    ) -> None:
         self.objective = objective
         self.converged = converged
         self.newton_decrement = newton_decrement
@@ -76,7 +87,7 @@ class ConvergenceDisplay:
         self.name = name
 
     @classmethod
-    def from_estimator(cls, estimator, *, ax=None):
+    def from_estimator(cls, estimator: PredictiveModel, *, ax: Panels | None = None) -> Self:
         """Draw the course of a fit.
 
         Parameters
@@ -91,22 +102,22 @@ class ConvergenceDisplay:
         ConvergenceDisplay
             The display that was drawn.
         """
-        estimator = fitted(cls, estimator)
-        name = type(estimator).__name__
-        if isinstance(estimator, NBLNEstimator):
+        model = fitted(cls, estimator)
+        name = type(model).__name__
+        if isinstance(model, NBLNEstimator):
             display = cls(
-                estimator.objective_history_,
-                estimator.converged_,
-                newton_decrement=estimator.newton_decrement_,
-                tol=estimator.tol_,
-                promised_gain=estimator.promised_gain_,
+                model.objective_history_,
+                model.converged_,
+                newton_decrement=model.newton_decrement_,
+                tol=model.tol_,
+                promised_gain=model.promised_gain_,
                 name=name,
             )
         else:
-            display = cls(estimator.loss_curve_, estimator.converged_, name=name)
+            display = cls(model.loss_curve_, model.converged_, name=name)
         return display.plot(ax=ax)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Panels | None = None) -> Self:
         """Draw the picture.
 
         Parameters

@@ -1,13 +1,18 @@
 """Heat map of correlations of genes."""
 
 from numbers import Integral, Real
+from typing import Literal, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from .._correlation import SCALES
+from .._nbln import NBLNEstimator
+from .._pairs import CorrelationTest
+from .._typing import Axes, Colormap, Scale
 from ..predictive._arguments import gene_positions, validated_options
 from ._common import BLACK, fitted, gene_names, one_axes
 
@@ -78,7 +83,15 @@ class CorrelationDisplay:
     (10, 10)
     """
 
-    def __init__(self, correlation, names, *, title="", genes=None, marked=None):
+    def __init__(
+        self,
+        correlation: np.ndarray,
+        names: np.ndarray,
+        *,
+        title: str = "",
+        genes: np.ndarray | None = None,
+        marked: np.ndarray | None = None,
+    ) -> None:
         self.marked = marked
         self.correlation = correlation
         self.names = names
@@ -93,18 +106,18 @@ class CorrelationDisplay:
     )
     def from_estimator(
         cls,
-        estimator,
+        estimator: NBLNEstimator,
         *,
-        scale="compositional",
-        test=None,
-        q=0.05,
-        genes=None,
-        n_genes=None,
-        vmax=None,
-        cmap="RdBu_r",
-        colorbar=True,
-        ax=None,
-    ):
+        scale: Scale | Literal["factors"] = "compositional",
+        test: CorrelationTest | None = None,
+        q: float = 0.05,
+        genes: ArrayLike | None = None,
+        n_genes: int | None = None,
+        vmax: float | None = None,
+        cmap: str | Colormap = "RdBu_r",
+        colorbar: bool = True,
+        ax: Axes | None = None,
+    ) -> Self:
         """Draw the correlations of a fitted estimator.
 
         Parameters
@@ -165,7 +178,14 @@ class CorrelationDisplay:
             marked=marked,
         ).plot(vmax=vmax, cmap=cmap, colorbar=colorbar, ax=ax)
 
-    def plot(self, ax=None, *, vmax=None, cmap="RdBu_r", colorbar=True):
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        vmax: float | None = None,
+        cmap: str | Colormap = "RdBu_r",
+        colorbar: bool = True,
+    ) -> Self:
         """Draw the picture.
 
         Parameters

@@ -1,9 +1,14 @@
 """Scatter of cells over two components."""
 
+from typing import Any, Self
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.stats import chi2
 
+from .._nbln import NBLNEstimator
+from .._typing import Axes, Colormap, CountsLike, Covariates
 from ._common import (
     BLACK,
     BLUE,
@@ -74,12 +79,12 @@ class EmbeddingDisplay:
 
     def __init__(
         self,
-        embedding,
+        embedding: np.ndarray,
         *,
-        groups=None,
-        covariance=None,
-        axis_labels=("component 1", "component 2"),
-    ):
+        groups: ArrayLike | None = None,
+        covariance: np.ndarray | None = None,
+        axis_labels: tuple[str, str] = ("component 1", "component 2"),
+    ) -> None:
         self.embedding = embedding
         self.groups = groups
         self.covariance = covariance
@@ -88,18 +93,18 @@ class EmbeddingDisplay:
     @classmethod
     def from_estimator(
         cls,
-        estimator,
-        X,
+        estimator: NBLNEstimator,
+        X: CountsLike,
         *,
-        components=(0, 1),
-        groups=None,
-        ellipses=False,
-        covariates=None,
-        offset=None,
-        point_size=None,
-        cmap="viridis",
-        ax=None,
-    ):
+        components: tuple[int, int] = (0, 1),
+        groups: ArrayLike | None = None,
+        ellipses: bool | int = False,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        point_size: float | None = None,
+        cmap: str | Colormap = "viridis",
+        ax: Axes | None = None,
+    ) -> Self:
         """Draw the embedding of the rows of X.
 
         Parameters
@@ -143,16 +148,21 @@ class EmbeddingDisplay:
             embedding = estimator.transform(X, **known)
         unit = "standardized" if estimator.whiten else "nats"
         share = estimator.explained_variance_ratio_[pair]
-        labels = (
+        x, y = (
             f"component {i + 1}, {unit} ({s:.1%} of variance)"
             for i, s in zip(pair, share, strict=True)
         )
-        display = cls(
-            embedding[:, pair], groups=groups, covariance=covariance, axis_labels=tuple(labels)
-        )
+        display = cls(embedding[:, pair], groups=groups, covariance=covariance, axis_labels=(x, y))
         return display.plot(ellipses=ellipses, point_size=point_size, cmap=cmap, ax=ax)
 
-    def plot(self, ax=None, *, ellipses=False, point_size=None, cmap="viridis"):
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        ellipses: bool | int = False,
+        point_size: float | None = None,
+        cmap: str | Colormap = "viridis",
+    ) -> Self:
         """Draw the picture.
 
         Parameters
@@ -182,7 +192,8 @@ class EmbeddingDisplay:
         self.figure_, self.ax_ = _, ax = one_axes(ax, (5.2 + 1.3 * columns, 4.6))
         size = float(np.clip(6000 / max(n, 1), 3, 22)) if point_size is None else point_size
         style = dict(s=size, alpha=0.75, linewidths=0, rasterized=n > 5000)
-        self.scatters_, self.colorbar_, self.legend_ = [], None, None
+        self.scatters_: list[Any] = []
+        self.colorbar_ = self.legend_ = None
         if groups is None:
             self._scatter(np.ones(n, bool), color=BLUE, **style)
         elif scale:

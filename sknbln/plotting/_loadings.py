@@ -1,7 +1,11 @@
 """Norms of the components, and how their number was found."""
 
+from typing import Any, Self
+
 import numpy as np
 
+from .._nbln import NBLNEstimator
+from .._typing import Panels
 from ..solver.gauge import RANK_FRACTION, SMALLEST_LOADING
 from ._common import (
     BLUE,
@@ -84,14 +88,14 @@ class LoadingsSpectrumDisplay:
 
     def __init__(
         self,
-        column_norms,
-        effective_rank,
-        n_genes,
+        column_norms: np.ndarray,
+        effective_rank: int,
+        n_genes: int,
         *,
-        sigma_k=None,
-        prior="none",
-        rank_diagnostics=None,
-    ):
+        sigma_k: np.ndarray | None = None,
+        prior: str = "none",
+        rank_diagnostics: dict[str, Any] | None = None,
+    ) -> None:
         self.column_norms = column_norms
         self.effective_rank = effective_rank
         self.n_genes = n_genes
@@ -100,13 +104,13 @@ class LoadingsSpectrumDisplay:
         self.rank_diagnostics = rank_diagnostics
 
     @property
-    def threshold(self):
+    def threshold(self) -> float:
         """Norm above which a component counts, nats."""
         largest = RANK_FRACTION * np.max(self.column_norms, initial=0.0)
         return float(max(largest, SMALLEST_LOADING * np.sqrt(self.n_genes)))
 
     @classmethod
-    def from_estimator(cls, estimator, *, ax=None):
+    def from_estimator(cls, estimator: NBLNEstimator, *, ax: Panels | None = None) -> Self:
         """Draw the spectrum of a fitted estimator.
 
         Parameters
@@ -137,7 +141,7 @@ class LoadingsSpectrumDisplay:
             rank_diagnostics=estimator.rank_diagnostics_,
         ).plot(ax=ax)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Panels | None = None) -> Self:
         """Draw the picture.
 
         Parameters

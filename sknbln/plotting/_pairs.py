@@ -1,12 +1,21 @@
 """Pairs of genes: estimates against p-values, and networks."""
 
 from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pandas as pd
 from sklearn.utils._param_validation import Interval
 
+from .._pairs import CorrelationTest
+from .._typing import Axes
 from ..predictive._arguments import validated_options
 from ._common import BLUE, GREY, VERMILLION, one_axes, pyplot, tidy
+
+if TYPE_CHECKING:
+    from ..network import GeneNetwork
+else:  # it imports regressions of scikit-learn, which pictures do not need
+    GeneNetwork = Any
 
 #: smallest p-value that is drawn
 _LEAST_P = 1e-300
@@ -48,7 +57,9 @@ class VolcanoDisplay:
     276
     """
 
-    def __init__(self, table, *, estimate="correlation", q=0.05):
+    def __init__(
+        self, table: pd.DataFrame, *, estimate: str = "correlation", q: float = 0.05
+    ) -> None:
         self.table = table
         self.estimate = estimate
         self.q = q
@@ -58,7 +69,9 @@ class VolcanoDisplay:
         q=[Interval(Real, 0, 1, closed="neither")],
         n_named=[Interval(Integral, 0, None, closed="left")],
     )
-    def from_test(cls, test, *, q=0.05, n_named=5, ax=None):
+    def from_test(
+        cls, test: CorrelationTest, *, q: float = 0.05, n_named: int = 5, ax: Axes | None = None
+    ) -> Self:
         """Draw the pairs of a test.
 
         Parameters
@@ -92,7 +105,7 @@ class VolcanoDisplay:
         table = test.to_frame().dropna()
         return cls(table, estimate=estimate, q=q).plot(ax, n_named=n_named)
 
-    def plot(self, ax=None, *, n_named=5):
+    def plot(self, ax: Axes | None = None, *, n_named: int = 5) -> Self:
         """Draw the picture.
 
         Parameters
@@ -112,7 +125,7 @@ class VolcanoDisplay:
         x = table[self.estimate].to_numpy()
         y = -np.log10(np.maximum(table["p_value"].to_numpy(), _LEAST_P))
         below = table["q_value"].to_numpy() <= self.q
-        style = dict(s=9, linewidths=0, rasterized=len(table) > 5000)
+        style: dict[str, Any] = dict(s=9, linewidths=0, rasterized=len(table) > 5000)
         for mask, colour, alpha, label in (
             (~below, GREY, 0.4, "other pairs"),
             (below & (x > 0), VERMILLION, 0.7, f"q ≤ {self.q:g}, above 0"),
@@ -190,11 +203,18 @@ class NetworkDisplay:
     True
     """
 
-    def __init__(self, network):
+    def __init__(self, network: GeneNetwork) -> None:
         self.network = network
 
     @classmethod
-    def from_network(cls, network, *, max_genes=60, random_state=0, ax=None):
+    def from_network(
+        cls,
+        network: GeneNetwork,
+        *,
+        max_genes: int = 60,
+        random_state: int = 0,
+        ax: Axes | None = None,
+    ) -> Self:
         """Draw a network.
 
         Parameters
@@ -217,7 +237,7 @@ class NetworkDisplay:
         return cls(network).plot(ax, max_genes=max_genes, random_state=random_state)
 
     @validated_options(max_genes=[Interval(Integral, 1, None, closed="left")])
-    def plot(self, ax=None, *, max_genes=60, random_state=0):
+    def plot(self, ax: Axes | None = None, *, max_genes: int = 60, random_state: int = 0) -> Self:
         """Draw the picture.
 
         Parameters

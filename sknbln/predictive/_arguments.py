@@ -1,12 +1,15 @@
 """Arguments of the public functions: checks, and every message about them."""
 
+from collections.abc import Callable
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from sklearn.utils._param_validation import Interval, StrOptions, validate_params
 from sklearn.utils.validation import check_is_fitted
 
 from .._source import unwrapped
+from .._typing import F, keeping_hints
 from ._interface import PredictiveModel
 from ._replicates import CAPTURE, LATENT, LEVELS, Replicates
 
@@ -20,13 +23,14 @@ _CONSTRAINTS = {
 }
 
 
-def validated_options(**constraints):
+def validated_options(**constraints: Any) -> Callable[[F], F]:
     """Decorator that checks the options of a function, in scikit-learn's words.
 
     `constraints` describe the options that are the function's own; the shared ones are checked where the
     function has them.
     """
-    return validate_params({**_CONSTRAINTS, **constraints}, prefer_skip_nested_validation=True)
+    checks = {**_CONSTRAINTS, **constraints}
+    return keeping_hints(validate_params(checks, prefer_skip_nested_validation=True))
 
 
 def fitted_model(estimator):

@@ -1,11 +1,16 @@
 """Checks of counts against their replicates: p-values of genes, residuals of entries."""
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import sparse
 from scipy.stats import kstest
 from sklearn.utils import Bunch
 from sklearn.utils.validation import column_or_1d
 
+from .._typing import Capture, CountsLike, Covariates, Latent, Level, Seed
+from ..predictive._interface import PredictiveModel
 from ._arguments import prepare, validated_options
 
 STATISTICS = ("mean", "variance", "zero_fraction", "maximum")
@@ -13,19 +18,19 @@ STATISTICS = ("mean", "variance", "zero_fraction", "maximum")
 
 @validated_options()
 def predictive_check(
-    estimator,
-    X,
+    estimator: PredictiveModel,
+    X: CountsLike,
     *,
-    level="library_anchored",
-    capture="posterior",
-    latent="posterior",
-    n_samples=100,
-    genes=None,
-    groups=None,
-    random_state=None,
-    covariates=None,
-    offset=None,
-):
+    level: Level = "library_anchored",
+    capture: Capture = "posterior",
+    latent: Latent = "posterior",
+    n_samples: int = 100,
+    genes: ArrayLike | None = None,
+    groups: ArrayLike | None = None,
+    random_state: Seed = None,
+    covariates: Covariates | None = None,
+    offset: ArrayLike | None = None,
+) -> Bunch:
     r"""Posterior predictive p-values of every gene: mean, variance, zero fraction, maximum.
 
     Each statistic T of a gene over the rows of X is compared with that of replicated rows:
@@ -109,7 +114,7 @@ def predictive_check(
     >>> sorted(check.summary)[:2]
     ['maximum_ks', 'maximum_outside']
     """
-    options = dict(level=level, capture=capture, latent=latent)
+    options: dict[str, Any] = dict(level=level, capture=capture, latent=latent)
     options |= dict(covariates=covariates, offset=offset)
     replicates, positions = prepare(
         estimator, X, genes, n_samples, random_state, needs_counts=True, **options
@@ -211,8 +216,15 @@ def _statistics_of_chunks(chunks, members, n_columns):
 
 @validated_options()
 def quantile_residuals(
-    estimator, X, *, n_samples=100, genes=None, random_state=None, covariates=None, offset=None
-):
+    estimator: PredictiveModel,
+    X: CountsLike,
+    *,
+    n_samples: int = 100,
+    genes: ArrayLike | None = None,
+    random_state: Seed = None,
+    covariates: Covariates | None = None,
+    offset: ArrayLike | None = None,
+) -> np.ndarray:
     r"""Randomized quantile residuals of every count, uniform on (0, 1) under the model.
 
     The rank of a count among its library-anchored replicates, with ties broken at random:

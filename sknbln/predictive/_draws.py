@@ -1,27 +1,33 @@
 """Replicates of counts, and compositions."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.utils import Bunch
 
 from .. import _capture
+from .._typing import Capture, CountsLike, Covariates, Latent, Level, Seed
+from ..predictive._interface import PredictiveModel
 from ._arguments import prepare, validated_options
 from ._replicates import softmax
 
 
 @validated_options()
 def posterior_predictive(
-    estimator,
-    X=None,
+    estimator: PredictiveModel,
+    X: CountsLike | None = None,
     *,
-    level="library_anchored",
-    capture="posterior",
-    latent="posterior",
-    n_samples=100,
-    genes=None,
-    random_state=None,
-    covariates=None,
-    offset=None,
-):
+    level: Level = "library_anchored",
+    capture: Capture = "posterior",
+    latent: Latent = "posterior",
+    n_samples: int = 100,
+    genes: ArrayLike | None = None,
+    random_state: Seed = None,
+    covariates: Covariates | None = None,
+    offset: ArrayLike | None = None,
+) -> np.ndarray:
     r"""Draw counts from a fitted model: replicates of the rows of X.
 
     Each replicate takes one joint draw of r, mu and eta from the posterior, as `sample_posterior` does:
@@ -110,7 +116,7 @@ def posterior_predictive(
     >>> bool((draws.sum(axis=2) == X.sum(axis=1)).all())
     True
     """
-    options = dict(level=level, capture=capture, latent=latent)
+    options: dict[str, Any] = dict(level=level, capture=capture, latent=latent)
     options |= dict(covariates=covariates, offset=offset)
     replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
     out = np.empty((n_samples, replicates.n_rows, positions.size), np.int64)
@@ -121,18 +127,18 @@ def posterior_predictive(
 
 @validated_options()
 def iter_posterior_predictive(
-    estimator,
-    X=None,
+    estimator: PredictiveModel,
+    X: CountsLike | None = None,
     *,
-    level="library_anchored",
-    capture="posterior",
-    latent="posterior",
-    n_samples=100,
-    genes=None,
-    random_state=None,
-    covariates=None,
-    offset=None,
-):
+    level: Level = "library_anchored",
+    capture: Capture = "posterior",
+    latent: Latent = "posterior",
+    n_samples: int = 100,
+    genes: ArrayLike | None = None,
+    random_state: Seed = None,
+    covariates: Covariates | None = None,
+    offset: ArrayLike | None = None,
+) -> Iterator[np.ndarray]:
     """Iterate over the replicates that :func:`posterior_predictive` stacks, one at a time.
 
     Memory holds one replicate, a few chunks of rows and the draws of the parameters. Arguments are
@@ -164,14 +170,21 @@ def iter_posterior_predictive(
     >>> len(largest)
     5
     """
-    options = dict(level=level, capture=capture, latent=latent)
+    options: dict[str, Any] = dict(level=level, capture=capture, latent=latent)
     options |= dict(covariates=covariates, offset=offset)
     replicates, positions = prepare(estimator, X, genes, n_samples, random_state, **options)
     return (replicates.counts(s, positions) for s in range(n_samples))
 
 
 @validated_options()
-def compositional_samples(estimator, X=None, *, n_samples=1000, genes=None, random_state=None):
+def compositional_samples(
+    estimator: PredictiveModel,
+    X: CountsLike | None = None,
+    *,
+    n_samples: int = 1000,
+    genes: ArrayLike | None = None,
+    random_state: Seed = None,
+) -> Bunch:
     """Draw compositions of cells from the model, before count noise, beside the empirical ones.
 
     The model's points on the simplex are ``softmax(x)``, one fresh ``x ~ N(mu, Sigma)`` per posterior
@@ -224,12 +237,12 @@ def compositional_samples(estimator, X=None, *, n_samples=1000, genes=None, rand
         points[s] = softmax(replicates.fresh_rates(replicates.params(s), 1))[0, positions]
     compositions = Bunch(model=points)
     if X is not None:
-        X = replicates.model._validated(X)
-        totals = _capture.library_sizes(X)
+        counts = replicates.model._validated(X)
+        totals = _capture.library_sizes(counts)
         if not totals.any():
             raise ValueError("X has no counts: compositions of its rows are not defined.")
         has_counts = totals > 0
-        compositions.cells = X[has_counts][:, positions].toarray() / totals[has_counts, None]
-        columns = np.asarray(X.sum(axis=0), float).ravel()
+        compositions.cells = counts[has_counts][:, positions].toarray() / totals[has_counts, None]
+        columns = np.asarray(counts.sum(axis=0), float).ravel()
         compositions.pseudobulk = columns[positions] / totals.sum()
     return compositions

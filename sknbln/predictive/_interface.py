@@ -2,14 +2,24 @@
 
 from abc import ABC, abstractmethod
 
+import numpy as np
+
+from .._known import Known
+from .._typing import Seed
+
 
 class PredictiveModel(ABC):
     """A model of counts that replicates can be drawn from.
 
-    Besides the methods below, a fitted model has the parameters `random_state` and `batch_size` and the
-    attributes `n_features_in_`, `capture_prior_` (None without a capture model), `_library_size`, the
-    totals of the training rows, ndarray of shape (n_cells,), and `_known`, their covariates and exposures.
+    Besides the methods below, a fitted model has these parameters and attributes.
     """
+
+    random_state: Seed
+    batch_size: int | None
+    n_features_in_: int
+    capture_prior_: tuple[float, float] | None  # None without a capture model
+    _library_size: np.ndarray  # (n_cells,) totals of the training rows
+    _known: Known  # their covariates and exposures
 
     @abstractmethod
     def _params(self):

@@ -3,8 +3,11 @@
 from numbers import Real
 
 import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.utils import Bunch
 from sklearn.utils.validation import check_is_fitted
 
+from .._typing import Capture, CountsLike, Covariates, Latent, Level, Seed
 from ._arguments import refuse_given_totals
 from ._draws import posterior_predictive
 from ._interface import PredictiveModel
@@ -16,17 +19,17 @@ class PredictiveMixin(PredictiveModel):
 
     def posterior_predictive(
         self,
-        X=None,
+        X: CountsLike | None = None,
         *,
-        level="library_anchored",
-        capture="posterior",
-        latent="posterior",
-        n_samples=100,
-        genes=None,
-        random_state=None,
-        covariates=None,
-        offset=None,
-    ):
+        level: Level = "library_anchored",
+        capture: Capture = "posterior",
+        latent: Latent = "posterior",
+        n_samples: int = 100,
+        genes: ArrayLike | None = None,
+        random_state: Seed = None,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+    ) -> np.ndarray:
         """Draw counts from the fitted model by :func:`sknbln.predictive.posterior_predictive`.
 
         Parameters
@@ -53,7 +56,13 @@ class PredictiveMixin(PredictiveModel):
             offset=offset,
         )
 
-    def moments(self, *, covariates=None, offset=0.0, capture_offset=0.0):
+    def moments(
+        self,
+        *,
+        covariates: Covariates | None = None,
+        offset: ArrayLike = 0.0,
+        capture_offset: float = 0.0,
+    ) -> Bunch:
         r"""Mean, variance and covariance of the counts of a cell, in closed form.
 
         At the fitted parameters, with ``S = Sigma`` (0 for `NBVCPEstimator`, where ``mu = log m``):

@@ -95,8 +95,8 @@ class ColumnScales(NamedTuple):
     volume: np.ndarray  # (k,) coefficients v of the volume term; 0 without it
     smallest: float = 0.0  # lower bound of a variance
     tau: float | None = None  # the global scale, where there is one
-    change: np.ndarray = 0.0  # (k,) of log variances since the last sweep
-    reach: np.ndarray = 1.0  # (k,) factor by which the next change is lengthened
+    change: np.ndarray | float = 0.0  # (k,) of log variances since the last sweep
+    reach: np.ndarray | float = 1.0  # (k,) factor by which the next change is lengthened
     penalty: ColumnPenalty | None = None  # of the sweep
     settled: bool = False  # whether the scales of real columns are those of the last sweep
     unchanged: bool = False  # whether all scales are, to rounding

@@ -93,10 +93,13 @@ class Cells(namedtuple("Cells", "counts offset scale precision weight design exp
 
 
 class GaussianPrior(NamedTuple):
-    """Independent Gaussian priors; where the precision is 0 there is no prior."""
+    """Independent Gaussian priors; where the precision is 0 there is no prior.
 
-    loc: np.ndarray
-    precision: np.ndarray
+    A number stands for an array of it.
+    """
+
+    loc: np.ndarray | float
+    precision: np.ndarray | float
 
     @classmethod
     def flat(cls, shape):

@@ -47,8 +47,9 @@ def predictive_check(
     Returns
     -------
     Bunch
-        ``p_values``, ``observed`` and ``predicted`` (mean over the replicates), each a Bunch of ``mean``,
-        ``variance`` (divisor n_rows - 1), ``zero_fraction`` and ``maximum``, all (n_genes_selected,);
+        ``p_values``, ``observed``, ``predicted`` and ``spread`` (mean and standard deviation over the
+        replicates), each a Bunch of ``mean``, ``variance`` (divisor n_rows - 1), ``zero_fraction`` and
+        ``maximum``, all (n_genes_selected,);
         ``genes``, the positions of the genes; ``summary``, a dict of floats: per statistic
         ``"<statistic>_outside"``, the fraction of genes with p outside [0.025, 0.975] (0.05 when all is
         right), and ``"<statistic>_ks"``, the largest distance of the p-values' distribution from the
@@ -105,12 +106,16 @@ def predictive_check(
     if replicates.n_rows < 2:
         raise ValueError(f"X has {replicates.n_rows} row: a check needs at least two.")
     observed = _observed_statistics(replicates.X[:, positions])
-    above, ties, total = np.zeros((3, *observed.shape))
+    above, ties, total, squares = np.zeros((4, *observed.shape))
     for s in range(n_samples):
         drawn = _replicated_statistics(replicates, s, positions)
         above += drawn > observed
         ties += drawn == observed
         total += drawn
+        squares += (drawn - observed) ** 2
+    predicted = total / n_samples
+    squares -= n_samples * (predicted - observed) ** 2
+    spread = np.sqrt(np.maximum(squares, 0.0) / max(n_samples - 1, 1))
     p = (above + (ties + 1) / 2) / (n_samples + 1)
     summary = {}
     for name, values in zip(STATISTICS, p, strict=True):
@@ -119,7 +124,8 @@ def predictive_check(
     return Bunch(
         p_values=_named(p),
         observed=_named(observed),
-        predicted=_named(total / n_samples),
+        predicted=_named(predicted),
+        spread=_named(spread),
         genes=positions,
         summary=summary,
     )

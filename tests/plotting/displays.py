@@ -58,7 +58,7 @@ DRAW = {
         model, X, n_samples=5, **k
     ),
 }
-SHAPE = {"convergence": (1, 2), "ppc": (2, 2), "corner": (2, 2), "calibration": (1, 2)}
+SHAPE = {"convergence": (1, 2), "ppc": (2, 2), "corner": (2, 2), "calibration": (1, 3)}
 NEED_LOADINGS = ["spectrum", "correlation", "embedding"]
 NEED_COUNTS = ["embedding", "ppc", "corner", "calibration"]
 # and those that are drawn from a result, not from an estimator

@@ -72,9 +72,9 @@ for name, fit in {"independent genes": genes, **models}.items():
 # not for tail probabilities.
 
 # %%
-# Count by count: randomized quantile residuals, and the variance of each gene in the data and in
-# the model. The median gene is right; one in five is not. The model's variances are somewhat too
-# large at all means, which agrees with the table.
+# Count by count: randomized quantile residuals, and the variance and the mean of each gene in the
+# data and in the model. The median gene is right; one in five is not. The model's variances are
+# somewhat too large at all means, and many means leave the bars, which agrees with the table.
 CalibrationDisplay.from_estimator(model, test, random_state=0)
 plt.show()
 

@@ -25,7 +25,7 @@ import sknbln.tl
 DISPLAYS = [
     importlib.import_module(f"sknbln.plotting.{module.name}")
     for module in pkgutil.iter_modules(sknbln.plotting.__path__)
-    if module.name != "_common"
+    if module.name not in ("_common", "_log_axes")
 ]
 
 

@@ -40,6 +40,8 @@ def test_statistics_are_numpy_s(fits):
         observed, replicated = statistic(X), statistic(drawn)
         np.testing.assert_allclose(check.observed[name], observed, rtol=1e-12)
         np.testing.assert_allclose(check.predicted[name], replicated.mean(0), rtol=1e-12)
+        spread = replicated.std(0, ddof=1)
+        np.testing.assert_allclose(check.spread[name], spread, rtol=1e-6, atol=1e-9)
         # ties to rounding: the sums are exact, NumPy's two-pass variance is not
         ties = np.isclose(replicated, observed, rtol=1e-10)
         above = ~ties & (replicated > observed)

@@ -6,21 +6,27 @@ something is drawn, not before (``pip install sknbln[plot]``).
 """
 
 from ._calibration import CalibrationDisplay
+from ._capture import CaptureDisplay
 from ._comparison import ComparisonDisplay
 from ._convergence import ConvergenceDisplay
 from ._corner import CompositionalCornerDisplay
 from ._correlation import CorrelationDisplay
+from ._count_corner import CountCornerDisplay
 from ._embedding import EmbeddingDisplay
+from ._grid import CompositionalGridDisplay
 from ._loadings import LoadingsSpectrumDisplay
 from ._pairs import NetworkDisplay, VolcanoDisplay
 from ._ppc import PPCDisplay
 
 __all__ = [
     "CalibrationDisplay",
+    "CaptureDisplay",
     "ComparisonDisplay",
     "CompositionalCornerDisplay",
+    "CompositionalGridDisplay",
     "ConvergenceDisplay",
     "CorrelationDisplay",
+    "CountCornerDisplay",
     "EmbeddingDisplay",
     "LoadingsSpectrumDisplay",
     "NetworkDisplay",

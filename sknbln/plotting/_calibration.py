@@ -1,4 +1,4 @@
-"""Quantile residuals against uniform ones, and the variance of counts against their mean."""
+"""Quantile residuals against uniform ones, variances against means, observed against predicted means."""
 
 import numpy as np
 from scipy.stats import binom
@@ -10,6 +10,7 @@ from ._common import (
     BLUE,
     GREY,
     ORANGE,
+    at_least_a_decade,
     central_range,
     fitted,
     grid_of_axes,
@@ -23,8 +24,10 @@ _GRID = 64
 _BAND = 0.95
 _SIMULATIONS = 2000
 _CURVE_BINS = 15
-#: fewest genes per point of the mean-variance curve
+#: fewest genes per point of a running median
 _PER_BIN = 10
+#: half the length of a gene's bar, in standard deviations
+_ERRORS = 2
 
 
 class CalibrationDisplay:
@@ -37,8 +40,13 @@ class CalibrationDisplay:
     fit. A curve that rises above 0 and then falls below it shows counts spread wider than predicted, the
     reverse narrower ones; a curve that stays above 0 shows counts smaller than predicted.
 
-    Right: variance against mean of each gene's counts, observed and in library-anchored replicates, with
+    Middle: variance against mean of each gene's counts, observed and in library-anchored replicates, with
     the medians over genes of similar mean, and the Poisson line.
+
+    Right: observed over replicated mean of each gene, with the medians over genes of similar mean. A gene's
+    bar holds two standard deviations of its mean over the replicates to each side of 1, and the title says
+    how many genes leave it: about 5 % under the model, fewer on the rows of the fit. Genes without counts,
+    observed or replicated, are left out of the picture, not of the title.
 
     Parameters
     ----------
@@ -46,12 +54,16 @@ class CalibrationDisplay:
         Quantile residuals, in (0, 1).
     observed, predicted : Bunch
         ``mean`` and ``variance``, each (n_genes,), of the counts and of replicates.
+    spread : Bunch
+        ``mean`` (n_genes,), the standard deviation of the means over replicates.
 
     Attributes
     ----------
     fraction_outside_ : float
         Fraction of the genes whose curve leaves the band.
-    axes_ : ndarray of shape (1, 2)
+    fraction_means_outside_ : float
+        Fraction of the genes whose observed mean is more than two standard deviations from the replicated.
+    axes_ : ndarray of shape (1, 3)
         Axes of the picture.
     figure_ : matplotlib Figure
         Figure of the picture.
@@ -59,7 +71,7 @@ class CalibrationDisplay:
     See Also
     --------
     sknbln.predictive.quantile_residuals : The residuals.
-    sknbln.predictive.predictive_check : p-values of each gene's mean and variance.
+    sknbln.predictive.predictive_check : p-values of each gene's mean and variance, and the numbers.
 
     References
     ----------
@@ -79,10 +91,11 @@ class CalibrationDisplay:
     (150, 24)
     """
 
-    def __init__(self, residuals, observed, predicted):
+    def __init__(self, residuals, observed, predicted, spread):
         self.residuals = residuals
         self.observed = observed
         self.predicted = predicted
+        self.spread = spread
 
     @classmethod
     def from_estimator(
@@ -108,7 +121,7 @@ class CalibrationDisplay:
         genes : array-like or None, default=None
             Names or positions of genes; None for all.
         n_samples : int, default=100
-            Number of replicates, for the residuals and again for the variances.
+            Number of replicates, for the residuals and again for variances and means.
         random_state : int, RandomState instance or None, default=None
             None for the estimator's own.
         covariates, offset
@@ -135,7 +148,7 @@ class CalibrationDisplay:
         options = dict(n_samples=n_samples, genes=genes, random_state=rng, **known)
         residuals = quantile_residuals(estimator, X, **options)
         check = predictive_check(estimator, X, **options)
-        return cls(residuals, check.observed, check.predicted).plot(ax=ax)
+        return cls(residuals, check.observed, check.predicted, check.spread).plot(ax=ax)
 
     def plot(self, ax=None):
         """Draw the picture.
@@ -144,16 +157,17 @@ class CalibrationDisplay:
         ----------
         ax : Figure, Axes, array of Axes or None, default=None
             None for a new figure; a figure, to which axes are added; one axes, which is divided; or
-            two axes.
+            three axes.
 
         Returns
         -------
         CalibrationDisplay
             The display itself.
         """
-        self.figure_, self.axes_ = grid_of_axes(ax, 1, 2, (9.6, 4.0))
+        self.figure_, self.axes_ = grid_of_axes(ax, 1, 3, (14.0, 4.0))
         self._draw_residuals(self.axes_[0, 0])
         _draw_variances(self.axes_[0, 1], self.observed, self.predicted)
+        self._draw_means(self.axes_[0, 2])
         for each in self.axes_.flat:
             tidy(each)
         return self
@@ -190,6 +204,32 @@ class CalibrationDisplay:
         ax.set_ylim(-reach, 1.65 * reach)
         legend_inside(ax, loc="upper center", ncols=2)
 
+    def _draw_means(self, ax):
+        error = _ERRORS * self.spread.mean
+        outside = np.abs(self.observed.mean - self.predicted.mean) > error
+        self.fraction_means_outside_ = float(np.mean(outside))
+        positive = (self.observed.mean > 0) & (self.predicted.mean > 0)
+        mean, error = self.predicted.mean[positive], error[positive]
+        ratio = self.observed.mean[positive] / mean
+        high = 1 + error / mean
+        reach = 1.1 * max(
+            np.max(ratio, initial=1), np.max(1 / ratio, initial=1), np.max(high, initial=1)
+        )
+        low = np.maximum(1 - error / mean, 1e-9)  # a logarithmic axis has no 0
+        label = f"{_ERRORS} standard deviations of replicates"
+        ax.vlines(mean, low, high, color=ORANGE, alpha=0.5, label=label)
+        ax.axhline(1, color=GREY, linewidth=0.8)
+        ax.scatter(mean, ratio, color=BLACK, label="each gene", **_point_style(mean.size))
+        _draw_running_median(ax, mean, ratio, color=BLACK, marker="o", label="running median")
+        ax.set(xscale="log", yscale="log", xlabel="mean count, replicated")
+        ax.set(ylabel="observed / replicated mean count")
+        # room for the legend above the genes
+        ax.set(xlim=at_least_a_decade(ax.get_xlim()), ylim=(1 / reach, reach**1.65))
+        _set_ticks(ax.yaxis, reach)
+        title = f"{self.fraction_means_outside_:.1%} of {outside.size} genes leave their bar (5% expected)"
+        ax.set_title(title, fontsize="medium")
+        show_markers(legend_inside(ax, loc="upper center", ncols=2), 20)
+
 
 def _simultaneous_band(n, grid):
     """Counts of n uniform variables below each grid point: limits that hold 95 % of whole curves.
@@ -214,33 +254,38 @@ def _draw_variances(ax, observed, predicted):
         positive = (what.mean > 0) & (what.variance > 0)
         mean, variance = what.mean[positive], what.variance[positive]
         style = dict(color=colour, marker=marker)
-        few = 200 / max(mean.size, 1)
-        points = dict(s=np.clip(10 * few, 4, 20), alpha=np.clip(few, 0.4, 0.9), linewidths=0)
+        points = _point_style(mean.size)
         ax.scatter(mean, variance, label=f"{name}, each gene", **points, **style)
-        x, y = _running_median(mean, variance)
-        if len(x):
-            curve = dict(markersize=3, linewidth=1.6, zorder=3)  # above all points
-            ax.plot(x, y, label=f"{name}, running median", **curve, **style)
+        _draw_running_median(ax, mean, variance, label=f"{name}, running median", **style)
     ends = np.array(ax.get_xlim())
     ends[0] = max(ends[0], np.min(observed.mean[observed.mean > 0], initial=np.inf))
     ax.plot(ends, ends, color=GREY, linestyle="--", linewidth=1.0, label="Poisson, variance = mean")
     ax.set(xscale="log", yscale="log")
-    ax.set(xlim=_at_least_a_decade(ax.get_xlim()), ylim=_at_least_a_decade(ax.get_ylim()))
+    ax.set(xlim=at_least_a_decade(ax.get_xlim()), ylim=at_least_a_decade(ax.get_ylim()))
     ax.set(xlabel="mean count", ylabel="variance of counts over cells")
     show_markers(legend_inside(ax, loc="upper left"), 20)
 
 
-def _at_least_a_decade(limits):
-    """Limits that hold a power of ten, so that the axis has a label."""
-    low, high = limits
-    widen = max(np.sqrt(12 * low / high), 1.0)
-    return low / widen, high * widen
+def _point_style(n):
+    """Points that can be told apart, many or few."""
+    few = 200 / max(n, 1)
+    return dict(s=np.clip(10 * few, 4, 20), alpha=np.clip(few, 0.4, 0.9), linewidths=0)
 
 
-def _running_median(x, y):
-    """Medians of groups of genes of similar x; empty for few genes."""
+def _set_ticks(axis, reach):
+    """Ticks of a logarithmic axis of ratios, of which most are near 1, as plain numbers."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    steps = (1, 1.5, 2, 3, 5, 7) if reach < 10 else (1,)
+    axis.set_major_locator(MaxNLocator(8) if reach < 1.4 else LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
+def _draw_running_median(ax, x, y, **style):
+    """Medians of groups of genes of similar x; nothing for few genes."""
     n_bins = min(_CURVE_BINS, x.size // _PER_BIN)
-    if n_bins < 3:
-        return [], []
-    groups = np.array_split(np.argsort(x), n_bins)
-    return [np.median(x[g]) for g in groups], [np.median(y[g]) for g in groups]
+    if n_bins >= 3:
+        groups = np.array_split(np.argsort(x), n_bins)
+        medians = [[np.median(values[group]) for group in groups] for values in (x, y)]
+        ax.plot(*medians, markersize=3, linewidth=1.6, zorder=3, **style)  # above all points

@@ -1,6 +1,9 @@
 """What the displays share: matplotlib, checks, axes, colours and gene names."""
 
+from numbers import Integral
+
 import numpy as np
+from sklearn.utils._param_validation import Interval
 
 from .._nbln import NBLNEstimator
 from ..predictive._arguments import fitted_model
@@ -9,6 +12,8 @@ from ..predictive._arguments import fitted_model
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#7F7F7F"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, BLACK)
+#: what the number of columns of a grid may be
+N_COLS = [Interval(Integral, 1, None, closed="left"), None]
 
 
 def pyplot():
@@ -72,6 +77,19 @@ def gene_names(estimator):
     return np.array([str(name) for name in names], dtype=object)
 
 
+def readable_genes(estimator, counts, n_genes):
+    """Positions of genes whose values can be read: counted in many cells, and varying most."""
+    seen = np.asarray((counts > 0).mean(axis=0)).ravel()
+    often = np.flatnonzero(seen >= 0.5)
+    if often.size < n_genes:
+        return np.argsort(-seen, kind="stable")[:n_genes]
+    if isinstance(estimator, NBLNEstimator):
+        worth = np.linalg.norm(estimator.components_, axis=0)
+    else:
+        worth = np.asarray(counts.mean(axis=0)).ravel()
+    return often[np.argsort(-worth[often], kind="stable")[:n_genes]]
+
+
 # ------------------------------------------------------------------ axes
 
 
@@ -120,6 +138,31 @@ def grid_of_axes(ax, n_rows, n_cols, figsize, *, n_panels=None):
     return axes.flat[0].figure, axes
 
 
+def grid_of_panels(ax, n, n_cols, xlabel, ylabel):
+    """The figure and the axes of n panels, labelled at the edges; axes beyond the last panel are hidden.
+
+    `n_cols` None is for a grid that is nearly square; for `ax` see `grid_of_axes`.
+    """
+    n_cols = int(np.ceil(np.sqrt(n))) if n_cols is None else min(n_cols, n)
+    n_rows = -(-n // n_cols)
+    size = (max(2.6 * n_cols + 0.4, 4.8), 2.2 * n_rows + (1.3 if n_cols < 3 else 0.9))
+    figure, axes = grid_of_axes(ax, n_rows, n_cols, size, n_panels=n)
+    for place, each in enumerate(axes.flat):
+        each.set_visible(place < n)
+        if place % axes.shape[1] == 0:
+            each.set_ylabel(ylabel)
+        if place < n <= place + axes.shape[1]:
+            each.set_xlabel(xlabel)
+    return figure, axes
+
+
+def at_least_a_decade(limits):
+    """Limits that hold a power of ten, so that the axis has a label."""
+    low, high = limits
+    widen = max(np.sqrt(12 * low / high), 1.0)
+    return low / widen, high * widen
+
+
 def tidy(ax):
     """Remove the upper and the right edge."""
     ax.spines[["top", "right"]].set_visible(False)
@@ -137,6 +180,24 @@ def legend_inside(ax, **kwargs):
     """A translucent legend where it hides least."""
     style = {"loc": "best", "fontsize": "small", "framealpha": 0.8, "edgecolor": "none"}
     return ax.legend(**{**style, **kwargs})
+
+
+def legend_entries(axes):
+    """Handles and labels of several axes, each label once."""
+    entries = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries.update(zip(labels, handles, strict=True))
+    return list(entries.values()), list(entries)
+
+
+def legend_of_panels(figure, axes, *, below):
+    """One legend for a grid of panels: below it, or in its first panel."""
+    if below:
+        style = dict(ncols=2 if axes.shape[1] < 3 else 4, fontsize="small", frameon=False)
+        figure.legend(*legend_entries(axes.flat), loc="outside lower center", **style)
+    else:
+        legend_inside(axes.flat[0])
 
 
 def show_markers(legend, size, alpha=1.0):

@@ -10,11 +10,12 @@ from ..predictive._arguments import prepare, validated_options
 from ._common import (
     BLACK,
     BLUE,
+    N_COLS,
     central_range,
     fitted,
     gene_names,
-    grid_of_axes,
-    legend_inside,
+    grid_of_panels,
+    legend_of_panels,
     needed,
     tidy,
 )
@@ -22,7 +23,6 @@ from ._common import (
 #: most bins; the last one is open
 _MOST_BINS = 24
 _LEVELS = (0.9, 0.5)
-_N_COLS = [Interval(Integral, 1, None, closed="left"), None]
 #: width of a letter of a tick's label, as a fraction of the axis
 _LETTER = 0.035
 
@@ -78,7 +78,7 @@ class PPCDisplay:
     @classmethod
     @validated_options(
         n_genes=[Interval(Integral, 1, None, closed="left")],
-        n_cols=_N_COLS,
+        n_cols=N_COLS,
     )
     def from_estimator(
         cls,
@@ -157,7 +157,7 @@ class PPCDisplay:
         ]
         return cls(panels, level=level).plot(n_cols=n_cols, ax=ax)
 
-    @validated_options(n_cols=_N_COLS)
+    @validated_options(n_cols=N_COLS)
     def plot(self, ax=None, *, n_cols=None):
         """Draw the picture.
 
@@ -175,32 +175,17 @@ class PPCDisplay:
             The display itself.
         """
         n = len(self.panels)
-        n_cols = int(np.ceil(np.sqrt(n))) if n_cols is None else min(n_cols, n)
-        n_rows = -(-n // n_cols)
-        narrow = n_cols < 3
-        size = (max(2.6 * n_cols + 0.4, 4.8), 2.2 * n_rows + (1.3 if narrow else 0.9))
-        self.figure_, self.axes_ = figure, axes = grid_of_axes(ax, n_rows, n_cols, size, n_panels=n)
+        labels = "count", "fraction of cells"
+        self.figure_, self.axes_ = figure, axes = grid_of_panels(ax, n, n_cols, *labels)
         for each, panel in zip(axes.flat, self.panels, strict=False):
             _draw_panel(each, panel)
-        for each in axes.flat[n:]:
-            each.set_visible(False)
-        for row, col in np.ndindex(axes.shape):
-            place = row * axes.shape[1] + col
-            if col == 0:
-                axes[row, col].set_ylabel("fraction of cells")
-            if place < n <= place + axes.shape[1]:
-                axes[row, col].set_xlabel("count")
         if ax is None:
             n_samples = len(self.panels[0].predicted)
             level = self.level.replace("_", " ")
             what = ", ".join(filter(None, ["Posterior predictive counts", level]))
-            separator = "\n" if narrow else ", "
+            separator = "\n" if axes.shape[1] < 3 else ", "
             figure.suptitle(f"{what}{separator}{n_samples} replicates", fontsize="medium")
-            handles, labels = axes.flat[0].get_legend_handles_labels()
-            style = dict(ncols=2 if narrow else 4, fontsize="small", frameon=False)
-            figure.legend(handles, labels, loc="outside lower center", **style)
-        else:
-            legend_inside(axes.flat[0])
+        legend_of_panels(figure, axes, below=ax is None)
         return self
 
 

@@ -59,12 +59,13 @@ def predictive_check(
     Returns
     -------
     Bunch
-        ``p_values``, ``observed`` and ``predicted`` (mean over the replicates), each a Bunch of ``mean``,
-        ``variance`` (divisor n_rows - 1), ``zero_fraction`` and ``maximum``, all (n_genes_selected,), or
+        ``p_values``, ``observed``, ``predicted`` and ``spread`` (mean and standard deviation over the
+        replicates), each a Bunch of ``mean``, ``variance`` (divisor n_rows - 1), ``zero_fraction`` and
+        ``maximum``, all (n_genes_selected,), or
         (n_groups, n_genes_selected) with `groups`; ``genes``, the positions of the genes; ``groups``, the
-        labels in the order of the rows of these arrays, or None; ``totals``, a Bunch of ``p_values``,
-        ``observed`` and ``predicted`` of the same four statistics of the rows' totals over all genes,
-        floats or (n_groups,), or None where replicates have the observed totals; ``summary``, a dict of
+        labels in the order of the rows of these arrays, or None; ``totals``, a Bunch of the same four
+        Bunches for the rows' totals over all genes, floats or (n_groups,), or None where replicates have
+        the observed totals; ``summary``, a dict of
         floats: per statistic ``"<statistic>_outside"``, the fraction of genes (and groups) with p outside
         [0.025, 0.975] (0.05 when all is right), and ``"<statistic>_ks"``, the largest distance of the
         p-values' distribution from the uniform one.
@@ -121,14 +122,18 @@ def predictive_check(
     )
     labels, members = _members(groups, replicates.n_rows)
     observed = _observed_statistics(replicates, positions, members)
-    above, ties, total = np.zeros((3, *observed.shape))
+    above, ties, total, squares = np.zeros((4, *observed.shape))
     for s in range(n_samples):
         drawn = _replicated_statistics(replicates, s, positions, members)
         above += drawn > observed
         ties += drawn == observed
         total += drawn
+        squares += (drawn - observed) ** 2
+    predicted = total / n_samples
+    squares -= n_samples * (predicted - observed) ** 2
+    spread = np.sqrt(np.maximum(squares, 0.0) / max(n_samples - 1, 1))
     p = (above + (ties + 1) / 2) / (n_samples + 1)
-    found = {"p_values": p, "observed": observed, "predicted": total / n_samples}
+    found = {"p_values": p, "observed": observed, "predicted": predicted, "spread": spread}
     if labels is None:
         found = {name: values[:, 0] for name, values in found.items()}
     summary = {}

@@ -8,10 +8,13 @@ from sknbln.model_selection import Comparison
 from sknbln.network import sparse_network
 from sknbln.plotting import (
     CalibrationDisplay,
+    CaptureDisplay,
     ComparisonDisplay,
     CompositionalCornerDisplay,
+    CompositionalGridDisplay,
     ConvergenceDisplay,
     CorrelationDisplay,
+    CountCornerDisplay,
     EmbeddingDisplay,
     LoadingsSpectrumDisplay,
     NetworkDisplay,
@@ -54,13 +57,27 @@ DRAW = {
     "corner": lambda model, X, **k: CompositionalCornerDisplay.from_estimator(
         model, X, n_genes=2, n_samples=100, **k
     ),
+    "grid": lambda model, X, **k: CompositionalGridDisplay.from_estimator(
+        model, X, n_genes=4, n_samples=100, **k
+    ),
+    "counts": lambda model, X, **k: CountCornerDisplay.from_estimator(
+        model, X, n_genes=2, n_samples=5, **k
+    ),
+    "capture": lambda model, X, **k: CaptureDisplay.from_estimator(model, **k),
     "calibration": lambda model, X, **k: CalibrationDisplay.from_estimator(
         model, X, n_samples=5, **k
     ),
 }
-SHAPE = {"convergence": (1, 2), "ppc": (2, 2), "corner": (2, 2), "calibration": (1, 2)}
+SHAPE = {
+    "convergence": (1, 2),
+    "ppc": (2, 2),
+    "corner": (2, 2),
+    "grid": (2, 2),
+    "counts": (2, 2),
+    "calibration": (1, 3),
+}
 NEED_LOADINGS = ["spectrum", "correlation", "embedding"]
-NEED_COUNTS = ["embedding", "ppc", "corner", "calibration"]
+NEED_COUNTS = ["embedding", "ppc", "corner", "grid", "counts", "calibration"]
 # and those that are drawn from a result, not from an estimator
 DRAW_ALL = {
     **DRAW,

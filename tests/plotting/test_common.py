@@ -122,7 +122,7 @@ def test_import_does_not_import_matplotlib():
 # ------------------------------------------------------------------ genes and grids
 
 
-@pytest.mark.parametrize("name", ["calibration", "corner", "correlation", "ppc"])
+@pytest.mark.parametrize("name", ["calibration", "corner", "correlation", "counts", "grid", "ppc"])
 def test_unknown_genes(name, model, counts):
     with pytest.raises(ValueError, match="unknown entries \\['nobody'\\]"):
         DRAW[name](model, counts, genes=["G03", "nobody"])

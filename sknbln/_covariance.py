@@ -37,7 +37,6 @@ class CovarianceMixin(PairTestMixin):
     loadings_: np.ndarray
     noise_variance_: np.ndarray
     dispersion_gradient_: np.ndarray
-    capture_offset_: np.ndarray
     informative_prior_estimator_: SourceModel
     w_prior_diagnostics_: dict[str, Any]
     _gene_covariance: np.ndarray

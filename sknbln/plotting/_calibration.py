@@ -1,10 +1,15 @@
 """Quantile residuals against uniform ones, variances against means, observed against predicted means."""
 
-import numpy as np
-from scipy.stats import binom
-from sklearn.utils import check_random_state
+from typing import Self
 
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import binom
+from sklearn.utils import Bunch, check_random_state
+
+from .._typing import CountsLike, Covariates, Panels, Seed
 from ..predictive import predictive_check, quantile_residuals
+from ..predictive._interface import PredictiveModel
 from ._common import (
     BLACK,
     BLUE,
@@ -91,7 +96,9 @@ class CalibrationDisplay:
     (150, 24)
     """
 
-    def __init__(self, residuals, observed, predicted, spread):
+    def __init__(
+        self, residuals: np.ndarray, observed: Bunch, predicted: Bunch, spread: Bunch
+    ) -> None:
         self.residuals = residuals
         self.observed = observed
         self.predicted = predicted
@@ -100,16 +107,16 @@ class CalibrationDisplay:
     @classmethod
     def from_estimator(
         cls,
-        estimator,
-        X,
+        estimator: PredictiveModel,
+        X: CountsLike,
         *,
-        genes=None,
-        n_samples=100,
-        random_state=None,
-        covariates=None,
-        offset=None,
-        ax=None,
-    ):
+        genes: ArrayLike | None = None,
+        n_samples: int = 100,
+        random_state: Seed = None,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        ax: Panels | None = None,
+    ) -> Self:
         """Draw the calibration of a fitted estimator on the rows of X.
 
         Parameters
@@ -150,7 +157,7 @@ class CalibrationDisplay:
         check = predictive_check(estimator, X, **options)
         return cls(residuals, check.observed, check.predicted, check.spread).plot(ax=ax)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Panels | None = None) -> Self:
         """Draw the picture.
 
         Parameters

@@ -1,7 +1,11 @@
 """Capture offsets against their prior."""
 
+from typing import Any, Self
+
 import numpy as np
 
+from .._typing import Axes
+from ..predictive._interface import PredictiveModel
 from ._common import (
     BLACK,
     BLUE,
@@ -54,13 +58,18 @@ class CaptureDisplay:
     (150,)
     """
 
-    def __init__(self, library_size, capture_offset, capture_prior):
+    def __init__(
+        self,
+        library_size: np.ndarray,
+        capture_offset: np.ndarray,
+        capture_prior: tuple[float, float],
+    ) -> None:
         self.library_size = library_size
         self.capture_offset = capture_offset
         self.capture_prior = capture_prior
 
     @classmethod
-    def from_estimator(cls, estimator, *, ax=None):
+    def from_estimator(cls, estimator: PredictiveModel, *, ax: Axes | None = None) -> Self:
         """Draw the capture offsets of a fit.
 
         Parameters
@@ -93,7 +102,7 @@ class CaptureDisplay:
             )
         return cls(estimator._library_size, estimator.capture_offset_, prior).plot(ax=ax)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Axes | None = None) -> Self:
         """Draw the picture.
 
         Parameters
@@ -109,17 +118,17 @@ class CaptureDisplay:
         self.figure_, self.ax_ = _, ax = one_axes(ax, (5.2, 4.2))
         size = np.maximum(self.library_size, 1.0)
         n = size.size
-        style = dict(
+        style: dict[str, Any] = dict(
             s=float(np.clip(6000 / n, 3, 22)), alpha=0.4, linewidths=0, rasterized=n > 5000
         )
         ax.scatter(size, self.capture_offset, color=BLACK, label=f"cells ({n})", **style)
         log_m0, sigma = self.capture_prior
         limits = at_least_a_decade((size.min() / 1.1, size.max() * 1.1))
-        grid = np.geomspace(*limits, _GRID)
+        grid = np.geomspace(limits[0], limits[1], _GRID)
         low, centre, high = (
             np.maximum(log_m0 + shift - np.log(grid), 0.0) for shift in (-sigma, 0.0, sigma)
         )
-        band = dict(color=BLUE, alpha=0.2, linewidth=0)
+        band: dict[str, Any] = dict(color=BLUE, alpha=0.2, linewidth=0)
         ax.plot(grid, centre, color=BLUE, label="prior, log M0 - log L")
         ax.fill_between(grid, low, high, label="one sigma_M to each side", **band)
         ax.set(

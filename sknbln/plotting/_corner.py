@@ -1,10 +1,16 @@
 """Corner grid of compositions."""
 
+from collections.abc import Sequence
 from numbers import Integral
+from typing import Self
 
+import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.utils._param_validation import Interval
 
+from .._typing import CountsLike, Panels, Seed
 from ..predictive._arguments import validated_options
+from ..predictive._interface import PredictiveModel
 from ._log_axes import compositions, draw_corner, share_axes
 
 
@@ -56,7 +62,9 @@ class CompositionalCornerDisplay:
     (3, 3)
     """
 
-    def __init__(self, model, cells, pseudobulk, names):
+    def __init__(
+        self, model: np.ndarray, cells: np.ndarray, pseudobulk: np.ndarray, names: Sequence[str]
+    ) -> None:
         self.model = model
         self.cells = cells
         self.pseudobulk = pseudobulk
@@ -66,15 +74,15 @@ class CompositionalCornerDisplay:
     @validated_options(n_genes=[Interval(Integral, 2, None, closed="left")])
     def from_estimator(
         cls,
-        estimator,
-        X,
+        estimator: PredictiveModel,
+        X: CountsLike,
         *,
-        genes=None,
-        n_genes=4,
-        n_samples=2000,
-        random_state=None,
-        ax=None,
-    ):
+        genes: ArrayLike | None = None,
+        n_genes: int = 4,
+        n_samples: int = 2000,
+        random_state: Seed = None,
+        ax: Panels | None = None,
+    ) -> Self:
         """Draw the compositions of a model and of the rows of X.
 
         Parameters
@@ -109,7 +117,7 @@ class CompositionalCornerDisplay:
         options = (genes, n_genes, n_samples, random_state)
         return cls(*compositions(cls, estimator, X, *options)).plot(ax=ax)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Panels | None = None) -> Self:
         """Draw the picture.
 
         Parameters

@@ -1,11 +1,16 @@
 """Corner grid of counts."""
 
+from collections.abc import Sequence
 from numbers import Integral
+from typing import Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.utils._param_validation import Interval
 
+from .._typing import Capture, CountsLike, Covariates, Level, Panels, Seed
 from ..predictive._arguments import prepare, validated_options
+from ..predictive._interface import PredictiveModel
 from ._common import fitted, gene_names, needed, readable_genes
 from ._log_axes import COUNTS, LogAxis, draw_corner
 
@@ -59,7 +64,9 @@ class CountCornerDisplay:
     (1500, 3)
     """
 
-    def __init__(self, replicates, cells, names, *, level=""):
+    def __init__(
+        self, replicates: np.ndarray, cells: np.ndarray, names: Sequence[str], *, level: str = ""
+    ) -> None:
         self.replicates = replicates
         self.cells = cells
         self.names = names
@@ -69,19 +76,19 @@ class CountCornerDisplay:
     @validated_options(n_genes=[Interval(Integral, 2, None, closed="left")])
     def from_estimator(
         cls,
-        estimator,
-        X,
+        estimator: PredictiveModel,
+        X: CountsLike,
         *,
-        genes=None,
-        n_genes=4,
-        level="library_anchored",
-        capture="posterior",
-        n_samples=20,
-        random_state=None,
-        covariates=None,
-        offset=None,
-        ax=None,
-    ):
+        genes: ArrayLike | None = None,
+        n_genes: int = 4,
+        level: Level = "library_anchored",
+        capture: Capture = "posterior",
+        n_samples: int = 20,
+        random_state: Seed = None,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        ax: Panels | None = None,
+    ) -> Self:
         """Draw observed counts against replicated ones.
 
         Parameters
@@ -124,7 +131,7 @@ class CountCornerDisplay:
         cells = replicates.X[:, chosen].toarray()
         return cls(drawn, cells, gene_names(estimator)[chosen], level=level).plot(ax=ax)
 
-    def plot(self, ax=None):
+    def plot(self, ax: Panels | None = None) -> Self:
         """Draw the picture.
 
         Parameters

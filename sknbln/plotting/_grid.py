@@ -1,10 +1,16 @@
 """Densities of compositions, gene by gene."""
 
+from collections.abc import Sequence
 from numbers import Integral
+from typing import Self
 
+import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.utils._param_validation import Interval
 
+from .._typing import CountsLike, Panels, Seed
 from ..predictive._arguments import validated_options
+from ..predictive._interface import PredictiveModel
 from ._common import N_COLS, grid_of_panels, legend_of_panels
 from ._log_axes import compositions, draw_one, share_axes
 
@@ -54,7 +60,9 @@ class CompositionalGridDisplay:
     (2, 3)
     """
 
-    def __init__(self, model, cells, pseudobulk, names):
+    def __init__(
+        self, model: np.ndarray, cells: np.ndarray, pseudobulk: np.ndarray, names: Sequence[str]
+    ) -> None:
         self.model = model
         self.cells = cells
         self.pseudobulk = pseudobulk
@@ -64,16 +72,16 @@ class CompositionalGridDisplay:
     @validated_options(n_genes=[Interval(Integral, 1, None, closed="left")], n_cols=N_COLS)
     def from_estimator(
         cls,
-        estimator,
-        X,
+        estimator: PredictiveModel,
+        X: CountsLike,
         *,
-        genes=None,
-        n_genes=9,
-        n_samples=2000,
-        random_state=None,
-        n_cols=None,
-        ax=None,
-    ):
+        genes: ArrayLike | None = None,
+        n_genes: int = 9,
+        n_samples: int = 2000,
+        random_state: Seed = None,
+        n_cols: int | None = None,
+        ax: Panels | None = None,
+    ) -> Self:
         """Draw the compositions of a model and of the rows of X.
 
         Parameters
@@ -108,7 +116,7 @@ class CompositionalGridDisplay:
         return cls(*compositions(cls, estimator, X, *options)).plot(n_cols=n_cols, ax=ax)
 
     @validated_options(n_cols=N_COLS)
-    def plot(self, ax=None, *, n_cols=None):
+    def plot(self, ax: Panels | None = None, *, n_cols: int | None = None) -> Self:
         """Draw the picture.
 
         Parameters

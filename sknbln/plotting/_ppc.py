@@ -1,12 +1,16 @@
 """Histograms of counts, observed and predicted."""
 
 from numbers import Integral
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval
 
+from .._typing import Capture, CountsLike, Covariates, Latent, Level, Panels, Seed
 from ..predictive._arguments import prepare, validated_options
+from ..predictive._interface import PredictiveModel
 from ._common import (
     BLACK,
     BLUE,
@@ -71,7 +75,7 @@ class PPCDisplay:
     (2, 3)
     """
 
-    def __init__(self, panels, *, level=""):
+    def __init__(self, panels: list[Bunch], *, level: str = "") -> None:
         self.panels = panels
         self.level = level
 
@@ -82,21 +86,21 @@ class PPCDisplay:
     )
     def from_estimator(
         cls,
-        estimator,
-        X,
+        estimator: PredictiveModel,
+        X: CountsLike,
         *,
-        genes=None,
-        n_genes=9,
-        level="library_anchored",
-        capture="posterior",
-        latent="posterior",
-        n_samples=100,
-        random_state=None,
-        covariates=None,
-        offset=None,
-        n_cols=None,
-        ax=None,
-    ):
+        genes: ArrayLike | None = None,
+        n_genes: int = 9,
+        level: Level = "library_anchored",
+        capture: Capture = "posterior",
+        latent: Latent = "posterior",
+        n_samples: int = 100,
+        random_state: Seed = None,
+        covariates: Covariates | None = None,
+        offset: ArrayLike | None = None,
+        n_cols: int | None = None,
+        ax: Panels | None = None,
+    ) -> Self:
         """Draw observed counts against replicated ones.
 
         Parameters
@@ -129,7 +133,7 @@ class PPCDisplay:
         """
         estimator = fitted(cls, estimator)
         needed(cls, X)
-        options = dict(level=level, capture=capture, latent=latent)
+        options: dict[str, Any] = dict(level=level, capture=capture, latent=latent)
         options |= dict(covariates=covariates, offset=offset)
         replicates, chosen = prepare(estimator, X, genes, n_samples, random_state, **options)
         counts = replicates.X
@@ -138,7 +142,7 @@ class PPCDisplay:
             chosen = _spread(mean, n_genes)
         observed = counts[:, chosen].toarray()
         edges = [_edges(column) for column in observed.T]
-        predicted = [[] for _ in chosen]
+        predicted: list[list[np.ndarray]] = [[] for _ in chosen]
         # one replicate at a time: only its histograms are kept
         for s in range(n_samples):
             replicate = replicates.counts(s, chosen)
@@ -158,7 +162,7 @@ class PPCDisplay:
         return cls(panels, level=level).plot(n_cols=n_cols, ax=ax)
 
     @validated_options(n_cols=N_COLS)
-    def plot(self, ax=None, *, n_cols=None):
+    def plot(self, ax: Panels | None = None, *, n_cols: int | None = None) -> Self:
         """Draw the picture.
 
         Parameters

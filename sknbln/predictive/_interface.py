@@ -18,6 +18,7 @@ class PredictiveModel(ABC):
     batch_size: int | None
     n_features_in_: int
     capture_prior_: tuple[float, float] | None  # None without a capture model
+    capture_offset_: np.ndarray  # (n_cells,) of the training rows
     _library_size: np.ndarray  # (n_cells,) totals of the training rows
     _known: Known  # their covariates and exposures
 

@@ -35,9 +35,9 @@ _BATCH_ENTRIES_OF_ACCELERATOR = 2**22
 # Counts that stay on an accelerator, zeros included, 8 bytes each; more go there in every pass
 _MOST_ENTRIES_OF_ACCELERATOR = 2**31
 # Counts that are solved at a time: the dozen arrays of a Newton iteration then stay in the cache of a
-# processor
+# processor. With factors at least some rows: fewer would read the products of the loadings too often
 _BLOCK_ENTRIES = 2**14
-_LEAST_BLOCK = 8  # rows
+_LEAST_BLOCK, _LEAST_BLOCK_WITH_FACTORS = 2, 8  # rows
 # Accuracy of the modes in a sweep. The error of the objective is less than the square root of the remaining
 # Newton decrement; that root may be this share of the fit's tolerance
 _MODE_SHARE = 1e-4
@@ -68,13 +68,13 @@ def pad_columns(a, k):
     return np.concatenate([a, np.zeros((a.shape[0], k - a.shape[1]))], 1)
 
 
-def _solved_at_once(rows, n_genes):
+def _solved_at_once(rows, n_genes, k):
     """Number of rows of a batch that are solved together, a divisor of ``rows``."""
     if not on_cpu():
         return rows
-    wanted = _BLOCK_ENTRIES // max(n_genes, 1)
-    # if even a few rows exceed the cache, larger blocks at least share the reads of each gene's parameters
-    wanted = max(wanted, _LEAST_BLOCK) if wanted >= _LEAST_BLOCK // 2 else 2 * _LEAST_BLOCK
+    wanted = max(
+        _BLOCK_ENTRIES // max(n_genes, 1), _LEAST_BLOCK_WITH_FACTORS if k else _LEAST_BLOCK
+    )
     return rows if rows <= wanted else math.gcd(rows, 2 ** int(math.log2(wanted)))
 
 
@@ -109,7 +109,6 @@ class RowBatches:
         bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
         self.rows = -(-rows // bucket) * bucket
         self.starts = range(0, max(n, 1), self.rows)  # without rows, one batch of padding
-        self.solved_at_once = _solved_at_once(self.rows, n_genes)
         self.workers = None  # threads; by default the processors
         keeps = not on_cpu() and n * n_genes <= _MOST_ENTRIES_OF_ACCELERATOR
         self._on_accelerator = {} if keeps else None  # `Cells` by their first row
@@ -207,7 +206,8 @@ class RowBatches:
 
     def solve(self, cells, params, zeta, last_step=LAST_STEP):
         """Solve the cells by :func:`solve_cells`, a block of cells at a time."""
-        return solve_cells(cells, params, zeta, last_step, block=self.solved_at_once)
+        block = _solved_at_once(self.rows, *params.loadings.shape)
+        return solve_cells(cells, params, zeta, last_step, block=block)
 
 
 @float64

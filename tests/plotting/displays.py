@@ -39,7 +39,8 @@ def comparison():
     """A comparison of three models, none of which was fitted."""
     columns = {"difference": [0.0, -1.5, -20.0], "difference_standard_error": [0.0, 0.5, 2.0]}
     names = ["negative binomial", "Poisson", "independent"]
-    return Comparison(pd.DataFrame(columns, index=names), pd.DataFrame(np.zeros((0, 3))))
+    nothing = pd.DataFrame(np.zeros((0, 3)))
+    return Comparison(pd.DataFrame(columns, index=names), nothing, nothing)
 
 
 def network(model):

@@ -58,7 +58,8 @@ lint: $(VENV)/.installed-test  ## Check style and types
 	"$(VENV)/bin/ruff" format --check .
 	"$(VENV)/bin/mypy"
 
-docs: $(VENV)/.installed-docs  ## Build docs/_build/html, examples included, warnings as errors
+docs: $(VENV)/.installed-docs  ## Check the spelling, build docs/_build/html, examples included, warnings as errors
+	"$(VENV)/bin/codespell" *.md docs/*.md docs/*.rst docs/guide examples sknbln benchmarks
 	"$(VENV)/bin/sphinx-build" -W --keep-going -b html docs docs/_build/html
 
 # The stamps: nothing is installed again until pyproject.toml changes.

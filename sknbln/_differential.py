@@ -143,7 +143,7 @@ def permuted_differences(g, i, a, units, n_permutations, rng):
     g, i : ndarray of shape (n_rows, n_genes)
         Scores and information.
     a : ndarray of shape (n_rows, 1)
-        What the fit of a row's offset takes of the mean of a product, per product of informations.
+        What the fit of a row's offset takes of the mean of a product, per product of information.
     units : Units
         What is permuted.
     n_permutations : int

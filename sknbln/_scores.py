@@ -50,7 +50,7 @@ class IndependentScores:
 
     Iteration yields tuples of a slice of rows, the scores g less what the coefficients of ``columns`` take,
     their information i, the shares ``r / (r + m)``, (n, n_genes) each, and ``a``, (n, 1): what the fit of
-    the capture offset takes of the mean of a product of scores, per product of informations.
+    the capture offset takes of the mean of a product of scores, per product of information.
 
     Parameters
     ----------

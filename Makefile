@@ -11,11 +11,6 @@ WORKERS ?= 2
 PYTHONS ?= 3.11 3.12 3.13
 
 VPYTHON := $(VENV)/bin/python
-# What JAX has compiled is kept beside the packages, which is half of the time of the tests. With a largest
-# size there is a lock, which the processes that share the cache need.
-export JAX_COMPILATION_CACHE_DIR := $(abspath $(VENV))/jax-cache
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.2
-export JAX_COMPILATION_CACHE_MAX_SIZE := 4000000000
 PYTEST := "$(VPYTHON)" -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -28,6 +23,12 @@ help:  ## Show this list
 
 demo: $(VENV)/.installed-plot  ## Install the package and run examples/plot_quickstart.py
 	"$(VPYTHON)" examples/plot_quickstart.py
+
+# What JAX has compiled is kept beside the packages, which is half of the time of the tests. With a largest
+# size there is a lock, which the processes that share the cache need, and filelock makes.
+test test-slow: export JAX_COMPILATION_CACHE_DIR := $(abspath $(VENV))/jax-cache
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0.2
+test test-slow: export JAX_COMPILATION_CACHE_MAX_SIZE := 4000000000
 
 test: $(VENV)/.installed-test  ## Run the tests, without the slow ones
 	$(PYTEST)

@@ -44,6 +44,11 @@ def float64(function):
     return scoped
 
 
+def setting_of_now():
+    """A function that makes a context with the 64-bit setting that holds now: for what a user runs inside."""
+    return functools.partial(jax.enable_x64, bool(jax.config.jax_enable_x64))
+
+
 def _malloc_trim():
     """The malloc_trim of glibc, which returns freed memory to the system; None with another allocator."""
     try:

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 
+from ._jax import setting_of_now
+
 try:
     from sklearn.callback import CallbackSupportMixin
 except ImportError:  # scikit-learn before 1.9 has no callbacks
@@ -113,12 +115,14 @@ class Stage:
     def __init__(self, progress, task, line, update):
         self._progress, self._task, self._line, self._update = progress, task, line, update
         self._start, self._step = time.perf_counter(), None
+        self._users_setting = setting_of_now()  # a stage may end its steps with another
 
     def begin(self):
         """A step begins."""
         if self._task is not None:
             self._step = self._task.subcontext("step")
-            self._step.call_on_fit_task_begin(**self._progress.data)
+            with self._users_setting():
+                self._step.call_on_fit_task_begin(**self._progress.data)
 
     def end(self, *found):
         """A step has ended, with what it found."""
@@ -126,10 +130,11 @@ class Stage:
         self._progress.say(self._line(*found, seconds, self._progress.estimator.verbose))
         if self._step is None:
             return False
-        return self._step.call_on_fit_task_end(
-            **self._progress.data,
-            reconstruction_attributes=lambda: self._progress.attributes(self._update, found),
-        )
+        with self._users_setting():
+            return self._step.call_on_fit_task_end(
+                **self._progress.data,
+                reconstruction_attributes=lambda: self._progress.attributes(self._update, found),
+            )
 
 
 def of_sweep(outcome, seconds, verbose):

@@ -3,6 +3,7 @@
 import logging
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -88,6 +89,7 @@ class Recorder:
         self.begun.append(self.name(context))
 
     def on_fit_task_end(self, estimator, context, *, X=None, metadata=None, fitted_estimator=None):
+        assert jnp.zeros(1).dtype == jnp.float32  # the user's setting, not ours
         name = self.name(context)
         self.ended.append(name)
         if hasattr(fitted_estimator, "score"):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.utils._param_validation import Interval
 
-from .._typing import Capture, CountsLike, Covariates, Level, Panels, Seed
+from .._typing import Capture, CountsLike, Covariates, Latent, Level, Panels, Seed
 from ..predictive._arguments import prepare, validated_options
 from ..predictive._interface import PredictiveModel
 from ._common import fitted, gene_names, needed, readable_genes
@@ -83,6 +83,7 @@ class CountCornerDisplay:
         n_genes: int = 4,
         level: Level = "library_anchored",
         capture: Capture = "posterior",
+        latent: Latent = "posterior",
         n_samples: int = 20,
         random_state: Seed = None,
         covariates: Covariates | None = None,
@@ -102,7 +103,7 @@ class CountCornerDisplay:
             :class:`CompositionalCornerDisplay`.
         n_genes : int, default=4
             Number of genes if `genes` is None.
-        level, capture, random_state
+        level, capture, latent, random_state
             See :func:`sknbln.predictive.posterior_predictive`.
         n_samples : int, default=20
             Number of replicates of X. The contours are of all of their rows.
@@ -123,7 +124,8 @@ class CountCornerDisplay:
         """
         estimator = fitted(cls, estimator)
         needed(cls, X)
-        options = dict(level=level, capture=capture, covariates=covariates, offset=offset)
+        options = dict(level=level, capture=capture, latent=latent)
+        options |= dict(covariates=covariates, offset=offset)
         replicates, chosen = prepare(estimator, X, genes, n_samples, random_state, **options)
         if genes is None:
             chosen = readable_genes(estimator, replicates.X, n_genes)

@@ -18,6 +18,7 @@ import numpy as np
 
 from . import lowrank
 from .channel import channel_terms, log_likelihood_terms, log_odds_terms
+from .marginal import variances
 from .mode import linearize, log_rates
 
 NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(9)
@@ -33,9 +34,7 @@ def left_out_density(cells, params, zeta, alpha, covariance, nodes, log_weights)
     factors, phi = lowrank.Factors.of(params.loadings), params.dispersion[None, :]
     y = log_rates(cells, params, factors, zeta, alpha)
     lin = linearize(cells, params, y, factors)
-    scaled = covariance * lin.scales[:, :, None] * lin.scales[:, None, :]
-    spread = factors.quadratic_diagonal(scaled)
-    variance = params.noise[None, :] * lin.rest + spread * lin.rest**2
+    _, variance = variances(params, factors, lin, covariance)
     g, a = lin.terms.gradient, lin.terms.curvature
     left = jnp.maximum(1.0 - a * variance, jnp.finfo(y.dtype).eps)
 

@@ -196,6 +196,13 @@ def rotated(genes, rotation):
     return genes._replace(gradient_loadings=gradient, moments=np.concatenate(moments, 1))
 
 
+def variances(params, factors, lin, covariance):
+    """``diag(F C F')`` and the posterior variances of the log-rates, ``diag(V)``, (n_cells, n_genes) each."""
+    scaled = covariance * lin.scales[:, :, None] * lin.scales[:, None, :]
+    spread = factors.quadratic_diagonal(scaled)
+    return spread, params.noise[None, :] * lin.rest + spread * lin.rest**2
+
+
 def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
     """The terms of `GeneSums`, each (n_cells, n_genes), and ``beta`` and ``xi``.
 
@@ -205,9 +212,7 @@ def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
     d, phi = params.noise[None, :], params.dispersion[None, :]
     terms, rest, b = lin.terms, lin.rest, lin.b
 
-    scaled = covariance * lin.scales[:, :, None] * lin.scales[:, None, :]
-    spread = factors.quadratic_diagonal(scaled)  # diag F C F'
-    variance = d * rest + spread * rest**2  # diag V
+    spread, variance = variances(params, factors, lin, covariance)
     K = b - b**2 * spread
 
     # the implicit term

@@ -124,9 +124,9 @@ class CountCornerDisplay:
         """
         estimator = fitted(cls, estimator)
         needed(cls, X)
-        options = dict(level=level, capture=capture, latent=latent)
-        options |= dict(covariates=covariates, offset=offset)
-        replicates, chosen = prepare(estimator, X, genes, n_samples, random_state, **options)
+        known = dict(covariates=covariates, offset=offset)
+        draws = dict(level=level, capture=capture, latent=latent)
+        replicates, chosen = prepare(estimator, X, genes, n_samples, random_state, **draws, **known)
         if genes is None:
             chosen = readable_genes(estimator, replicates.X, n_genes)
         drawn = np.concatenate([replicates.counts(s, chosen) for s in range(n_samples)])

@@ -70,6 +70,11 @@ class Rows(ABC):
         return out
 
     @functools.cached_property
+    def on_accelerator(self):
+        """Dense batches that were put on an accelerator, by their place and shape; see `RowBatches`."""
+        return {}
+
+    @functools.cached_property
     def totals(self):
         """Row totals, (n_cells,)."""
         return self.of_rows(lambda rows, X: np.asarray(X.sum(axis=1)).ravel())

@@ -111,9 +111,12 @@ def local_devices():
 
 
 def n_workers():
-    """Number of batches that are solved at the same time: processors, at most 8, or accelerators."""
+    """Number of batches that are solved at the same time: processors, at most 8; on accelerators two each.
+
+    While an accelerator solves a batch, the counts of the next are made dense and the sums of the last added.
+    """
     if not on_cpu():
-        return len(local_devices())
+        return 2 * len(local_devices())
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
     return min(os.cpu_count() or 1, _MOST_WORKERS)

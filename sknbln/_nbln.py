@@ -28,7 +28,7 @@ from ._embedding import EmbeddingMixin
 from ._known import checked_weight, refuse_genes_not_seen
 from ._nbvcp import NBVCPEstimator
 from ._progress import Progress, of_sweep
-from ._rows import FEW_ENTRIES, RowBatches, Sweeper, solve_rows
+from ._rows import RowBatches, Sweeper, in_single, solve_rows
 from ._typing import CaptureEfficiency, CountsLike, Covariates, Seed, keeping_hints
 from .exceptions import FitInterrupted
 from .solver import column_priors
@@ -550,7 +550,7 @@ class NBLNEstimator(
         capture = self._row_capture(X, known, source.params, offsets)
         rows = RowBatches(X, *capture, batch_size=self.batch_size, known=known)
         # the rest of a fit that goes on is a few sweeps, and of few counts compiling takes longer
-        single = previous is None and X.shape[0] * X.shape[1] > FEW_ENTRIES
+        single = previous is None and in_single(*X.shape)
         sweeper = Sweeper(rows, loadings.shape[1], self.tol_, single)
         candidates = _opening.candidates(
             Objective(sweeper, CountHistogram(X, known.weight), *priors),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ._rows import FEW_ENTRIES, RowBatches, pad_columns, sum_over_batches
+from ._rows import RowBatches, in_single, pad_columns, sum_over_batches
 from ._spectrum import MOST_FACTORS, score_spectrum
 from .solver.coupling import MarginalCoupling
 from .solver.gene_priors import EVEN, NEARLY_ALL_IN_NOISE, NEARLY_ALL_IN_R
@@ -59,7 +59,7 @@ def start_loadings(X, source, offsets, k, groups, batch_size, rng, known):
     zero = np.zeros(n_cells)
     batches = RowBatches(X, offsets.loc, zero, batch_size=batch_size, known=known)
     # single precision is enough for a start; a fit to few counts is the same to rounding for all batch sizes
-    dtype = np.float32 if n_cells * n_genes > FEW_ENTRIES else float
+    dtype = np.float32 if in_single(n_cells, n_genes) else float
     sums = sum_over_batches(batches, source.params, dtype)
     broad = loadings_from_scores(sums, known.total_weight, n_genes, k, rng)
     loadings = np.concatenate([broad, groups], 1)

@@ -16,7 +16,6 @@ from ._jax import compiled_once, float64, in_order, n_workers, on_cpu
 from ._known import Known
 from ._values import canonical
 from .solver.ascent import magnitude
-from .solver.channel import log_rising_slope
 from .solver.left_out import LOG_WEIGHTS, NODES, left_out_density
 from .solver.marginal import BatchSums, no_sums, score_products, solve_cells
 from .solver.mode import LAST_STEP
@@ -28,10 +27,14 @@ _LEAST_ROWS = 64  # minimum of an automatic batch: each batch costs a set of sum
 # the second, 0 too: one kernel then serves independent genes and up to 8 factors, and columns of zeros cost
 # less than the two seconds in which another is compiled
 _RANK_BUCKET, _RANK_BUCKET_OF_FEW = 4, 8
+# on an accelerator, where compiling takes as long as a fit
+_RANK_BUCKET_OF_ACCELERATOR = 16
 FEW_ENTRIES = 2**20
 # Counts in an automatic batch, about; 8 bytes each in a few arrays
 _BATCH_ENTRIES = 2**17
-_BATCH_ENTRIES_OF_ACCELERATOR = 2**22
+# The same on an accelerator, and rows at most: of a sample of many rows and of all of them the batches are
+# then of one shape
+_BATCH_ENTRIES_OF_ACCELERATOR, _MOST_ROWS_OF_ACCELERATOR = 2**24, 2**14
 # Counts that stay on an accelerator, zeros included, 8 bytes each; more go there in every pass
 _MOST_ENTRIES_OF_ACCELERATOR = 2**31
 # Counts that are solved at a time: the dozen arrays of a Newton iteration then stay in the cache of a
@@ -58,9 +61,19 @@ def padded_rank(k, entries):
 
     A zero column of W stays zero in a sweep.
     """
+    if not on_cpu():
+        return -(-max(k, 1) // _RANK_BUCKET_OF_ACCELERATOR) * _RANK_BUCKET_OF_ACCELERATOR
     if entries < FEW_ENTRIES:
         return -(-max(k, 1) // _RANK_BUCKET_OF_FEW) * _RANK_BUCKET_OF_FEW
     return -(-k // _RANK_BUCKET) * _RANK_BUCKET
+
+
+def in_single(n_cells, n_genes):
+    """Whether what need not be accurate is computed in single precision.
+
+    That pays where a pass over many counts waits for memory. On an accelerator compiling it takes longer.
+    """
+    return on_cpu() and n_cells * n_genes > FEW_ENTRIES
 
 
 def pad_columns(a, k):
@@ -76,6 +89,15 @@ def _solved_at_once(rows, n_genes, k):
         _BLOCK_ENTRIES // max(n_genes, 1), _LEAST_BLOCK_WITH_FACTORS if k else _LEAST_BLOCK
     )
     return rows if rows <= wanted else math.gcd(rows, 2 ** int(math.log2(wanted)))
+
+
+def _automatic_batch(n_genes):
+    """Number of rows of a batch, by the number of genes."""
+    n_genes = max(n_genes, 1)
+    if on_cpu():
+        return max(_BATCH_ENTRIES // n_genes, _LEAST_ROWS)
+    most = min(_BATCH_ENTRIES_OF_ACCELERATOR // n_genes, _MOST_ROWS_OF_ACCELERATOR)
+    return max(most, _LEAST_ROWS)
 
 
 class RowBatches:
@@ -103,15 +125,12 @@ class RowBatches:
         self.capture = np.stack([offset, scale, precision], 1).astype(float)
         self.known = Known.nothing(n) if known is None else known
         if batch_size is None:
-            entries = _BATCH_ENTRIES if on_cpu() else _BATCH_ENTRIES_OF_ACCELERATOR
-            batch_size = max(entries // max(n_genes, 1), _LEAST_ROWS)
+            batch_size = _automatic_batch(n_genes)
         rows = min(batch_size, max(n, 1))
         bucket = min(_ROW_BUCKET, 8 * -(-rows // 8))
         self.rows = -(-rows // bucket) * bucket
         self.starts = range(0, max(n, 1), self.rows)  # without rows, one batch of padding
         self.workers = None  # threads; by default the processors
-        keeps = not on_cpu() and n * n_genes <= _MOST_ENTRIES_OF_ACCELERATOR
-        self._on_accelerator = {} if keeps else None  # `Cells` by their first row
 
     def without_capture(self, rows):
         """The rows at these positions with their offset held at 0, in batches of the same shape."""
@@ -126,7 +145,6 @@ class RowBatches:
         other.counts, other.known = None, self.known.chosen(rows)
         other.capture = self.capture[rows]
         other.starts = range(0, max(n, 1), self.rows)
-        other._on_accelerator = None
         return other
 
     def run(self, operation, *common, of_rows):
@@ -173,25 +191,30 @@ class RowBatches:
         return [slice(start, min(start + self.rows, self.n_cells)) for start in self.starts]
 
     def cells(self, rows, dtype=float):
-        """The rows of a batch as `Cells` of this precision, which stay on an accelerator."""
-        kept = self._on_accelerator
-        if kept is None:
-            return self._cells(rows, dtype)
-        key = rows.start, np.dtype(dtype)
-        if key not in kept:
-            kept[key] = jax.device_put(self._cells(rows, dtype))
-        return kept[key]
-
-    def _cells(self, rows, dtype):
+        """The rows of a batch as `Cells` of this precision, whose counts stay on an accelerator."""
         n = rows.stop - rows.start
-        counts = np.zeros((self.rows, self.counts.shape[1]), dtype)
-        self.counts.block(rows).astype(dtype, copy=False).toarray(out=counts[:n])
         offset, scale, precision = self.capture[rows].T
         padded = self.padded(offset), self.padded(scale), self.padded(precision, 1.0)
         design, exposure, weight, _ = self.known.chosen(rows).dense()
         weight = np.ones(n) if weight is None else weight
         known = map(self.padded, (weight, design, exposure))
-        return Cells(counts, *(a.astype(dtype, copy=False) for a in (*padded, *known)))
+        of_rows = (a.astype(dtype, copy=False) for a in (*padded, *known))
+        return Cells(self._kept_counts(rows, np.dtype(dtype)), *of_rows)
+
+    def _kept_counts(self, rows, dtype):
+        """The dense counts of a batch; on an accelerator, where all counts fit, they are put there once."""
+        if on_cpu() or math.prod(self.counts.shape) > _MOST_ENTRIES_OF_ACCELERATOR:
+            return self._dense(rows, dtype)
+        kept, key = self.counts.on_accelerator, (rows.start, self.rows, dtype)
+        if key not in kept:
+            kept[key] = jax.device_put(self._dense(rows, dtype))
+        return kept[key]
+
+    def _dense(self, rows, dtype):
+        n = rows.stop - rows.start
+        counts = np.zeros((self.rows, self.counts.shape[1]), dtype)
+        self.counts.block(rows).astype(dtype, copy=False).toarray(out=counts[:n])
+        return counts
 
     def __iter__(self):
         """Yield (slice of rows, `Cells`)."""
@@ -299,7 +322,7 @@ def _solve_rows(batches, wide, k, start):
 
     def solved(rows, cells):
         results = batches.solve(cells, on_device, batches.padded(start[rows]))[1]
-        return rows, cells, jax.tree.map(np.asarray, results)
+        return rows, cells, jax.device_get(results)
 
     out = RowPosterior.empty(batches.n_cells, k)
     for part in batches.map(solved):
@@ -321,19 +344,13 @@ def gene_score_products(batches, params, start, free_dispersion):
 
 def _score_products(batches, wide, k, free_dispersion, start):
     p, k_padded = wide.coef.shape[1], wide.loadings.shape[1]
-    r = 1.0 / wide.dispersion if free_dispersion else None
-    params = jax.device_put(wide)
+    params, free = jax.device_put((wide, np.bool_(free_dispersion)))
 
     def products(rows, cells):
-        counts = np.asarray(cells.counts)
-        constants = np.zeros_like(counts)
-        if free_dispersion:
-            at, genes = np.nonzero(counts)
-            constants[at, genes] = log_rising_slope(counts[at, genes], r[genes])
         on_device = jax.device_put(cells)
         alpha, results, _ = batches.solve(on_device, params, batches.padded(start[rows]))
-        gene_sums = score_products(on_device, params, alpha, results, constants)
-        return rows, cells, *jax.tree.map(np.asarray, (results, gene_sums))
+        gene_sums = score_products(on_device, params, alpha, results, free)
+        return rows, cells, *jax.device_get((results, gene_sums))
 
     total, solved = None, RowPosterior.empty(batches.n_cells, k)
     for *batch, part in batches.map(products):
@@ -458,7 +475,7 @@ def _sweep(batches, params, last_step, scores):
         # trial parameters may overflow; the next sweep starts from the last finite scores
         is_finite = np.isfinite(mode).all(axis=1)
         scores[rows][is_finite] = mode[is_finite]
-        return jax.tree.map(np.asarray, sums)
+        return jax.device_get(sums)
 
     total = no_sums(*params.loadings.shape, params.coef.shape[1])
     for sums in batches.map(solved, dtype):

@@ -121,12 +121,23 @@ def test_automatic_batches_are_bounded_in_memory():
     assert len(batches.starts) > 1
 
 
-def test_padded_rank_and_columns():
+def test_padded_rank_and_columns(monkeypatch):
     assert [padded_rank(k, FEW_ENTRIES) for k in (0, 1, 4, 5, 8)] == [0, 4, 4, 8, 8]
     assert [padded_rank(k, FEW_ENTRIES - 1) for k in (0, 1, 8, 9)] == [8, 8, 8, 16]
+    monkeypatch.setattr(rows_module, "on_cpu", lambda: False)
+    assert [padded_rank(k, FEW_ENTRIES) for k in (0, 1, 16, 17)] == [16, 16, 16, 32]
     a = np.arange(6.0).reshape(3, 2)
     assert_array_equal(pad_columns(a, 4), np.column_stack([a, np.zeros((3, 2))]))
     assert_array_equal(pad_columns(a, 2), a)
+
+
+def test_a_sample_of_rows_and_all_rows_share_a_shape_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(rows_module, "on_cpu", lambda: False)
+    for n_genes in (1, 500, 2_000, 20_000):
+        zero = np.zeros(100_000)
+        whole = RowBatches(sp.csr_matrix((100_000, n_genes)), zero, zero)
+        some = RowBatches(sp.csr_matrix((20_000, n_genes)), zero[:20_000], zero[:20_000])
+        assert some.rows == whole.rows and whole.rows * n_genes <= 2**24 + 64 * n_genes
 
 
 def test_counts_stay_on_an_accelerator(monkeypatch):
@@ -148,7 +159,9 @@ def test_counts_stay_on_an_accelerator(monkeypatch):
         assert_sums_close(a, b)
     assert_sums_close(sweeper(params), first)
     assert_sums_close(sweeper(params), second)
-    assert read == batches.slices()
+    other = RowBatches(elsewhere, *capture, batch_size=8)  # of another stage of a fit
+    assert_sums_close(Sweeper(other, K)(params), first)
+    assert sorted(rows.start for rows in read) == [rows.start for rows in batches.slices()]
     some = np.array([3, 4])
     assert_array_equal(
         batches.without_capture(some).cells(slice(0, 2)).counts[:2], X[some].toarray()

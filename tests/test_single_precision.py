@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from sknbln import NBLNEstimator, NBVCPEstimator, _nbln
+from sknbln import NBLNEstimator, NBVCPEstimator, _rows
 from sknbln._jax import float64
 from sknbln._rows import RowBatches, Sweeper
 from sknbln.datasets import make_nbln_counts
@@ -28,7 +28,7 @@ def source(counts):
 @pytest.fixture
 def precisions(monkeypatch):
     """Every fit begins in single precision; a list of the precision of every pass."""
-    monkeypatch.setattr(_nbln, "FEW_ENTRIES", 0)
+    monkeypatch.setattr(_rows, "FEW_ENTRIES", 0)
     passes, original = [], Sweeper.__call__
 
     def noted(self, params):
@@ -83,7 +83,7 @@ def test_a_fit_ends_in_double_precision_at_the_same_optimum(
     assert precisions.count("double") >= 2
     assert model.n_iter_ == model.objective_history_.size - 1
     precisions.clear()
-    monkeypatch.setattr(_nbln, "FEW_ENTRIES", np.inf)
+    monkeypatch.setattr(_rows, "FEW_ENTRIES", np.inf)
     plain = estimator(source, latent_dim=latent_dim).fit(counts)
     assert "single" not in precisions
     assert model.converged_ and plain.converged_

@@ -39,6 +39,8 @@ _LOG_SERIES = (
     1.531383769920937332e-01,
     1.479819860511658591e-01,
 )
+# of the digamma function, from the highest power of 1 / z^2
+_DIGAMMA_SERIES = 691 / 32760, 1 / 132, 1 / 240, 1 / 252, 1 / 120, 1 / 12
 
 
 class ChannelTerms(NamedTuple):
@@ -143,7 +145,37 @@ def dispersion_terms(u, phi, terms, logs):
     return score, second, d_gradient, d_curvature
 
 
-# ------------------------------------------------------------------ constants, on the host
+# ------------------------------------------------------------------ constants
+
+
+def log_rising_slope(u, r):
+    """Derivative of :func:`log_rising` in ``log r``, elementwise, r finite and above 0.
+
+    ``r (digamma(u + r) - digamma(r)) - u``, by Stirling's series six further on. The differences are taken
+    term by term, so that nothing cancels but u, where r is large.
+    """
+    z, six = u + r, 6.0
+    zs, rs = z + six, r + six
+    difference = log1p_of_positive(u / rs) + 0.5 * u / (zs * rs)
+    difference = difference + _digamma_tail(zs) - _digamma_tail(rs)
+    return r * (difference + _six_reciprocals(r) - _six_reciprocals(z)) - u
+
+
+def _digamma_tail(z):
+    """``digamma(z) - log z + 1 / 2z``, for z of at least 6."""
+    x, series = 1.0 / z**2, 0.0
+    for c in _DIGAMMA_SERIES:
+        series = x * (c - series)
+    return -series
+
+
+def _six_reciprocals(z):
+    """``1 / z + ... + 1 / (z + 5)``, with one division."""
+    q = z * (z + 5.0)
+    return (2.0 * z + 5.0) * (3.0 * q**2 + 20.0 * q + 24.0) / (q * (q + 4.0) * (q + 6.0))
+
+
+# ... on the host
 
 
 def log_rising(u, r):
@@ -161,16 +193,6 @@ def log_rising(u, r):
     out[big] = (
         (ub + rb - 0.5) * np.log1p(ub / rb) - ub + _stirling_tail(ub + rb) - _stirling_tail(rb)
     )
-    return out
-
-
-def log_rising_slope(u, r):
-    """Derivative of :func:`log_rising` in ``log r``; r finite."""
-    small = r < _STIRLING
-    us, rs = u[small], r[small]
-    out = np.empty(u.shape)
-    out[small] = rs * (digamma(us + rs) - digamma(rs)) - us
-    out[~small] = log_rising_derivatives(u[~small], r[~small])[0]
     return out
 
 

@@ -27,6 +27,7 @@ from .channel import (
     dispersion_terms,
     log_likelihood_terms,
     log_odds_terms,
+    log_rising_slope,
     third_derivative,
 )
 from .mode import LAST_STEP, find_mode, linearization_at, linearize, log_rates
@@ -298,17 +299,18 @@ def _gene_blocks(a):
 
 
 @jax.jit
-def score_products(cells, params, alpha, results, constant_scores):
+def score_products(cells, params, alpha, results, free_dispersion):
     """Sums over cells of outer products of each gene's scores in (mu, b_1..b_p, w_1..w_k, log d, log r).
 
-    ``constant_scores`` (n_cells, n_genes) are the derivatives in log r of the constants, which do not depend
-    on y. Returns the products, (n_genes, p + k + 3, p + k + 3), and ``sum_c b``, (n_genes,).
+    Where log r is not free, its scores are without those of the constants, which do not depend on y.
+    Returns the products, (n_genes, p + k + 3, p + k + 3), and ``sum_c b``, (n_genes,).
     """
     n_genes, k = params.loadings.shape
     n_scores = cells.design.shape[1] + k + 3
     zeta, factors = results.zeta, lowrank.Factors.of(params.loadings)
     lin = linearize(cells, params, log_rates(cells, params, factors, zeta, alpha), factors)
     logs = log_odds_terms(params.dispersion[None, :], lin.terms)
+    constants = log_rising_slope(cells.counts, 1.0 / params.dispersion[None, :])
     scores, beta, xi = _gene_scores(cells, params, factors, alpha, lin, logs, results.covariance)
     second = zeta[:, :, None] * zeta[:, None, :] + results.covariance
     second = (second[:, :k, :] * lin.scales[:, None, :]).reshape(-1, k + 1)
@@ -332,7 +334,7 @@ def score_products(cells, params, alpha, results, constant_scores):
         alpha,
         lin.b,
         params.noise[None, :] * scores.gradient_noise,
-        scores.gradient_log_r + constant_scores,
+        scores.gradient_log_r + jnp.where(free_dispersion, constants, 0.0),
     )
     # a block of genes at a time, so that intermediate results stay in the processor's caches
     weight = cells.weight[:, None]

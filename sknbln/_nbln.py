@@ -32,7 +32,7 @@ from ._rows import RowBatches, Sweeper, in_single, solve_rows
 from ._typing import CaptureEfficiency, CountsLike, Covariates, Seed, keeping_hints
 from .exceptions import FitInterrupted
 from .solver import column_priors
-from .solver.ascent import ascend
+from .solver.ascent import LOOK_SWEEPS, Tolerance, ascend
 from .solver.coupling import Identity, MarginalCoupling
 from .solver.gauge import (
     LEAST_ROWS,
@@ -56,13 +56,17 @@ from .solver.start import resumed
 _RECOMMENDED_FREEZE = {"marginal": ("eta",), "parameter": ("r", "eta")}
 
 
-def _default_tol(cascade, column_prior, frozen):
+#: nats; what a parameter costs that is a sixteenth of its standard deviation off
+_LEAST_GAIN = 0.002
+
+
+def _default_tolerance(cascade, column_prior, frozen):
     """Tolerance of a fit whose `tol` is None: smaller where late sweeps still matter."""
     if column_prior is not None:
-        return 1e-6
+        return Tolerance(1e-6)
     if cascade == "parameter":
-        return 1e-4
-    return 1e-5 if "r" in frozen else 3e-5
+        return Tolerance(1e-4)
+    return Tolerance(1e-5) if "r" in frozen else Tolerance(3e-5, _LEAST_GAIN)
 
 
 class NBLNEstimator(
@@ -135,7 +139,8 @@ class NBLNEstimator(
     tol : float or None, default=None
         Relative tolerance of the log-posterior. The fit stops when the predicted gain of the next sweep
         (half the slope along its step) is less than half this fraction of the log-posterior's magnitude, or
-        when two sweeps in a row raised it by less than this fraction. None takes 3e-5; 1e-5 where r is
+        when two sweeps in a row raised it by less than this fraction. None takes 3e-5 or, where that is more,
+        .002 nats for each parameter, what a sixteenth of its standard deviation costs; 1e-5 where r is
         frozen under ``cascade="marginal"``, whose late sweeps still raise held-out scores; 1e-4 under
         ``cascade="parameter"``; and 1e-6 with a `loadings_prior`, under which the lengths of columns converge
         slowly: standard errors of a fit that stopped early are too small.
@@ -218,7 +223,7 @@ class NBLNEstimator(
         Newton decrement of each training row at the fit: the slope along the last step, nats. Below 1e-9
         where the row's mode has converged.
     tol_ : float
-        Tolerance of the fit.
+        Tolerance of the fit, as a fraction of the log-posterior's magnitude.
     objective_history_ : ndarray of shape (n_iter + 1,)
         Log-posterior per cell at the start and after each sweep. It never decreases, except where a
         loadings prior is updated between sweeps. If no step of the last sweep was accepted, the
@@ -407,9 +412,10 @@ class NBLNEstimator(
         """
         self.frozen_params_ = frozen = self._frozen()
         prior_name, column_prior = column_priors.named(self.loadings_prior)
-        self.tol_ = self.tol
         if self.tol is None:
-            self.tol_ = _default_tol(self.cascade, column_prior, frozen)
+            tol = _default_tolerance(self.cascade, column_prior, frozen)
+        else:
+            tol = Tolerance(self.tol)
         free = Params(
             mean="mu" not in frozen,
             loadings=True,
@@ -428,14 +434,14 @@ class NBLNEstimator(
         self._total = _source.total_overdispersion(source, offsets, known)
         with progress.stage("maximum", of_sweep, NBLNEstimator._at_sweep) as stage:
             outcome, rows = self._maximum(
-                X, source, offsets, free, column_prior, previous, rng, stage
+                X, source, offsets, free, column_prior, tol, previous, rng, stage
             )
         objective = outcome.objective
         objective.rotate(self._set_parameters(objective, outcome.point))
         self._set_rows(objective, rows, free, outcome)
         self.w_prior_diagnostics_ = self._prior_diagnostics(prior_name, outcome.columns)
         self.objective_history_ = np.asarray(outcome.history)
-        self.promised_gain_ = outcome.promised
+        self.promised_gain_, self.tol_ = outcome.promised, outcome.tol
         self.n_iter_ = outcome.n_iter
         self.converged_ = bool(outcome.converged and outcome.point.sums.n_unconverged == 0)
         if outcome.interrupted:
@@ -494,7 +500,7 @@ class NBLNEstimator(
             self.capture_prior_ = _capture.resolve(self.capture_efficiency, X, weight)
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
-    def _maximum(self, X, source, offsets, free, column_prior, previous, rng, watch):
+    def _maximum(self, X, source, offsets, free, column_prior, tol, previous, rng, watch):
         """The `Outcome` of the ascent, and the rows that it was over. Sets `rank_diagnostics_`.
 
         Of many rows a sample is fitted first, and all rows go on from there.
@@ -502,18 +508,12 @@ class NBLNEstimator(
         # before the number of factors is looked for, which takes random numbers too: with the same seed the
         # priors are the same whether it is given, found or continued
         priors = self._priors(source, free, rng)
-        ascent = partial(self._ascent, source, priors, free, column_prior, watch)
+        ascent = partial(self._ascent, source, priors, free, column_prior, tol, watch)
         whole, stages = (X, offsets, self._known), []
         if previous is None:
             sample = _opening.sample_of_rows(X.shape[0], rng)
-            some = whole
-            if sample is not None:
-                some = (
-                    X.chosen(sample).in_memory(),
-                    offsets.chosen(sample),
-                    self._known.chosen(sample),
-                )
-            outcome, rows = ascent(*some, self._start_loadings(*some, source, rng))
+            some = whole if sample is None else _chosen(sample, *whole)
+            outcome, rows = ascent(*some, self._start_loadings(*some, source, rng), rng)
             if outcome.interrupted and sample is not None:
                 raise KeyboardInterrupt  # no sweep over all rows is complete
             split, previous = outcome.objective.split, outcome.point.x
@@ -523,11 +523,21 @@ class NBLNEstimator(
             if not hasattr(self, "rank_diagnostics_"):
                 self.rank_diagnostics_ = None
         if goes_on:
-            outcome, rows = ascent(*whole, previous.loadings, previous, split)
+            outcome, rows = ascent(*whole, previous.loadings, rng, previous, split)
             outcome = outcome._replace(stages=[*stages, *outcome.stages])
         if self.latent_dim != "auto":  # columns that are not real are zero
             outcome = outcome.with_columns(min(self.latent_dim, *X.shape))
         return outcome, rows
+
+    def _candidates(self, source, priors, free, X, offsets, known, loadings, tol, single):
+        """Objectives over rows, with the coordinates of the start under each, and the rows."""
+        capture = self._row_capture(X, known, source.params, offsets)
+        rows = RowBatches(X, *capture, batch_size=self.batch_size, known=known)
+        sweeper = Sweeper(rows, loadings.shape[1], tol, single)
+        objective = Objective(sweeper, CountHistogram(X, known.weight), *priors)
+        return _opening.candidates(
+            objective, source, self._total, loadings, free, self.observation
+        ), rows
 
     def _ascent(
         self,
@@ -535,32 +545,29 @@ class NBLNEstimator(
         priors,
         free,
         column_prior,
+        tol,
         watch,
         X,
         offsets,
         known,
         loadings,
+        rng,
         previous=None,
         split=None,
     ):
         """The `Outcome` of an ascent over rows, and the rows; from previous coordinates, if there are any.
 
-        Without them the columns of noise are dropped.
+        Without them the columns of noise are dropped, and of two starts the better is taken: where there are
+        many counts, by some of the rows.
         """
-        capture = self._row_capture(X, known, source.params, offsets)
-        rows = RowBatches(X, *capture, batch_size=self.batch_size, known=known)
         # the rest of a fit that goes on is a few sweeps, and of few counts compiling takes longer
         single = previous is None and in_single(*X.shape)
-        sweeper = Sweeper(rows, loadings.shape[1], self.tol_, single)
-        candidates = _opening.candidates(
-            Objective(sweeper, CountHistogram(X, known.weight), *priors),
-            source,
-            self._total,
-            loadings,
-            free,
-            self.observation,
+        model = partial(
+            self._candidates, source, priors, free, loadings=loadings, tol=tol.share, single=single
         )
+        candidates, rows = model(X, offsets, known)
         has_columns, n_cells, edges = bool(np.any(loadings)), known.total_weight, None
+        climb = partial(ascend, free=free._replace(loadings=has_columns), tol=tol, watch=watch)
         if previous is not None:
             objective, start = candidates[0]
             if split is not None:
@@ -568,15 +575,21 @@ class NBLNEstimator(
             candidates = [(objective, resumed(start, previous, free))]
         elif self._selects() and has_columns and n_cells >= LEAST_ROWS:
             edges = noise_edges(X.shape[1], n_cells)
-        outcome = ascend(
+        if len(candidates) > 1:
+            sample = _opening.rows_to_look_at(*X.shape, rng)
+            if sample is not None:
+                some = _chosen(sample, X, offsets, known)
+                most = min(LOOK_SWEEPS + 1, self.max_iter)
+                look = climb(model(*some)[0], n_cells=some[-1].total_weight, max_iter=most)
+                if look.interrupted:
+                    raise KeyboardInterrupt  # no sweep over all rows is complete
+                candidates = [c for c in candidates if c[0].split == look.objective.split]
+        outcome = climb(
             candidates,
-            free._replace(loadings=has_columns),
             n_cells=n_cells,
-            tol=self.tol_,
             max_iter=self.max_iter,
             edges=edges,
             column_prior=column_prior,
-            watch=watch,
         )
         if outcome.information is not None:
             self.rank_diagnostics_ |= {
@@ -787,3 +800,8 @@ class NBLNEstimator(
         variance = np.einsum("gi,cij,gj->cg", W, rows.score_covariance, W, optimize=True)
         variance += params.noise + rows.offset_variance[:, None]
         return mean + variance / 2 - rows.score_offset_covariance @ W.T
+
+
+def _chosen(positions, X, offsets, known):
+    """Some of the rows, in memory."""
+    return X.chosen(positions).in_memory(), offsets.chosen(positions), known.chosen(positions)

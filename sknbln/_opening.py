@@ -15,13 +15,23 @@ SMALL_OVERDISPERSION = 0.5
 
 #: of more rows than `MANY_ROWS` a sample of `SAMPLE_ROWS` is fitted before all rows
 MANY_ROWS, SAMPLE_ROWS = 30_000, 20_000
+#: counts, zeros included, by which the better of two starts is told
+LOOK_ENTRIES = 2**23
 
 
 def sample_of_rows(n_cells, rng):
     """Positions of a random sample of many rows, in their order; None where there are few."""
-    if n_cells <= MANY_ROWS:
-        return None
-    return np.sort(rng.choice(n_cells, SAMPLE_ROWS, replace=False))
+    return _sample(n_cells, SAMPLE_ROWS, rng) if n_cells > MANY_ROWS else None
+
+
+def rows_to_look_at(n_cells, n_genes, rng):
+    """Positions of a random sample that tells the better of two starts; None where it is most of the rows."""
+    size = -(-LOOK_ENTRIES // n_genes)
+    return _sample(n_cells, size, rng) if 2 * size < n_cells else None
+
+
+def _sample(n_cells, size, rng):
+    return np.sort(rng.choice(n_cells, size, replace=False))
 
 
 def number_of_factors(X, source, offsets, most, rng, known):

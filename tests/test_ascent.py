@@ -12,7 +12,7 @@ from sknbln._counts import CountHistogram
 from sknbln._rows import RowBatches, Sweeper
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver import ascent
-from sknbln.solver.ascent import ascend
+from sknbln.solver.ascent import Tolerance, ascend
 from sknbln.solver.coupling import MarginalCoupling
 from sknbln.solver.gauge import noise_edges
 from sknbln.solver.metric import product
@@ -280,7 +280,7 @@ def scaled(evaluate, factor, constant=0.0):
 
 def test_tol_is_a_fraction_of_the_objectives_magnitude():
     """The same objective in other units takes the same path and stops at the same sweep."""
-    evaluate, start = problem(8)
+    evaluate, start = problem(5)
     plain = run(evaluate, start, tol=1e-4)
     large = run(scaled(evaluate, 1000.0), start, tol=1e-4)
     assert plain.converged and large.converged
@@ -290,6 +290,19 @@ def test_tol_is_a_fraction_of_the_objectives_magnitude():
     assert large.promised < 0.5 * 1e-4 * abs(large.history[-2])
     # with an absolute tolerance it would have gone on
     assert large.promised > 0.5 * 1e-4 and np.diff(large.history)[-1] > 1e-4
+
+
+def test_a_tolerance_for_each_parameter():
+    """The larger of the two counts, and parameters that are held do not."""
+    evaluate, start = problem(8)
+    n = sum(block.size for block in start)
+    for each in (1e-4, 0.1):
+        found = run(evaluate, start, tol=Tolerance(0.0, each))
+        assert found.converged and found.promised * N < each * n
+        assert_allclose(found.tol, each * n / max(abs(found.point.value), N))
+        assert found.n_iter == run(evaluate, start, tol=Tolerance(1e-9, each)).n_iter
+    least = Tolerance(0.0, 1.0).least(evaluate(start), HELD_DISPERSION, N)
+    assert_allclose(least, n - start.dispersion.size)
 
 
 def test_tol_is_of_one_nat_where_the_objective_is_about_zero():

@@ -9,6 +9,7 @@ from sknbln.solver.gene_priors import (
     EVEN,
     NEARLY_ALL_IN_NOISE,
     NEARLY_ALL_IN_R,
+    NOISE_EXPONENTIAL,
     NOISE_POOL,
     GenePriors,
     OverdispersionPrior,
@@ -237,3 +238,11 @@ def test_finite_at_the_ends_of_the_ranges(name):
             assert np.isfinite(PRIORS[name].log_density(at))
             for block in (*PRIORS[name].gradient(at), *PRIORS[name].information(at)):
                 assert np.all(np.isfinite(block))
+
+
+def test_a_step_leaves_a_share_of_d_where_log_d_has_a_prior():
+    x = parameters()
+    for name in ("pool", "split", "all"):
+        least = PRIORS[name].least_noise(x)
+        assert_allclose(noise_variance(x._replace(noise=least)), noise_variance(x) / 8, rtol=1e-10)
+    assert GenePriors().least_noise(x) == GenePriors(NOISE_EXPONENTIAL).least_noise(x) == -np.inf

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from scipy.special import gammaln
 from scipy.stats import nbinom
 from sklearn.exceptions import ConvergenceWarning
@@ -365,7 +366,6 @@ def test_curvature_of_mu_matches_a_parametric_bootstrap():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, 3e-5),
         (LITERAL, 1e-4),
         ({"informative_priors_freeze": ("r", "eta")}, 1e-5),
         ({"loadings_prior": "ard", "informative_priors_freeze": ("r", "eta")}, 1e-6),
@@ -376,4 +376,16 @@ def test_curvature_of_mu_matches_a_parametric_bootstrap():
 def test_tolerance_is_the_settings_unless_given(small, source, options, expected):
     with pytest.warns(ConvergenceWarning, match="max_iter=1 sweeps were done"):
         model = fit(small, source, max_iter=1, **options)
-    assert model.tol_ == expected
+    assert_allclose(model.tol_, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("depth", [10.0, 0.01])
+def test_default_tolerance_is_no_less_than_what_parameters_tell(depth):
+    """.002 nats for each parameter; of shallow counts that is more than a share of the log-posterior."""
+    counts = make_nbln_counts(150, 10, n_factors=2, depth=depth, random_state=0).data
+    source = NBVCPEstimator(random_state=0).fit(counts)
+    model = NBLNEstimator(2, informative_prior_estimator=source, random_state=0).fit(counts)
+    n_parameters = 10 * (3 + model.w_prior_diagnostics_["effective_rank"])
+    each = 0.002 * n_parameters / (150 * max(abs(model.objective_history_[-1]), 1.0))
+    assert_allclose(model.tol_, max(each, 3e-5), rtol=1e-6)
+    assert model.converged_

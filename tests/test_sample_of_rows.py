@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sknbln import NBLNEstimator, NBVCPEstimator, _opening
 from sknbln._rows import Sweeper
 from sknbln.datasets import make_nbln_counts
+from sknbln.solver.ascent import LOOK_SWEEPS
 
 N, SAMPLE, G, BATCH = 900, 600, 24, 192
 
@@ -67,7 +68,45 @@ def test_the_same_seed_takes_the_same_rows(counts, source, sampled):
     assert_array_equal(once.components_, again.components_)
 
 
-def test_an_interrupted_sample_leaves_the_estimator_as_it_was(counts, source, sampled, monkeypatch):
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Fits look at two starts, by a third of the rows."""
+    monkeypatch.setattr(_opening, "SMALL_OVERDISPERSION", -1.0)
+    monkeypatch.setattr(_opening, "LOOK_ENTRIES", N // 3 * G)
+
+
+def test_some_rows_tell_the_better_of_two_starts(counts, source, sampled, looked_at, monkeypatch):
+    monkeypatch.setattr(_opening, "MANY_ROWS", N)
+    model = estimator(source).fit(counts)
+    assert 2 * LOOK_SWEEPS + 4 > sampled.count(N // 3) > 8 and sampled == sorted(sampled)
+    monkeypatch.setattr(_opening, "LOOK_ENTRIES", N * G)
+    sampled.clear()
+    plain = estimator(source).fit(counts)
+    assert set(sampled) == {N}
+    assert model._split == plain._split
+    assert model.latent_dim_ == plain.latent_dim_ == 2
+    assert model.converged_ and plain.converged_
+    found, expected = (m.objective_history_[-1] for m in (model, plain))
+    assert_allclose(found, expected, atol=5 * model.tol_ * abs(expected))
+
+
+@pytest.mark.parametrize(
+    ("n_cells", "n_genes", "size"),
+    [(3874, 16_791, 500), (3000, 2000, None), (100_000, 1000, 8389), (8, 20_000, None)],
+)
+def test_few_rows_look_at_all(n_cells, n_genes, size):
+    rows = _opening.rows_to_look_at(n_cells, n_genes, np.random.RandomState(0))
+    assert rows is None if size is None else rows.shape == (size,) and np.all(np.diff(rows) > 0)
+
+
+@pytest.mark.parametrize("of", ["sample", "look"])
+def test_an_interrupted_sample_leaves_the_estimator_as_it_was(
+    counts, source, sampled, looked_at, monkeypatch, of
+):
+    if of == "look":
+        monkeypatch.setattr(_opening, "MANY_ROWS", N)
+    else:
+        monkeypatch.setattr(_opening, "LOOK_ENTRIES", N * G)
     counted = Sweeper.__call__
 
     def interrupted(self, params):
@@ -84,7 +123,7 @@ def test_an_interrupted_sample_leaves_the_estimator_as_it_was(counts, source, sa
             model.fit(counts)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert set(sampled) == {SAMPLE}
+    assert set(sampled) == {SAMPLE if of == "sample" else N // 3}
     assert vars(model) == state
 
 

@@ -39,6 +39,7 @@ class Outcome(NamedTuple):
     stages: list
     gain: float  # of the last sweep, nats per cell
     promised: float  # gain that the next sweep promises, nats per cell
+    tol: float  # the least gain of a sweep, by the objective's magnitude
     converged: bool
     reason: str  # why the ascent ended; "" where it goes on
     columns: ColumnScales | None  # None without a prior of the loadings
@@ -64,6 +65,20 @@ class Outcome(NamedTuple):
     def n_iter(self):
         """Number of sweeps."""
         return sum(len(stage) - 1 for stage in self.stages)
+
+
+class Tolerance(NamedTuple):
+    """What a sweep must gain: the larger of a share of the objective and an amount for each parameter."""
+
+    share: float  # of the objective's magnitude
+    #: nats. Where counts are few and parameters many, the share alone asks for more than the rows can tell
+    per_parameter: float = 0.0
+
+    def least(self, point, free, n_cells):
+        """The least gain, nats, never below the rounding error of the objective."""
+        n = sum(block.size for block, f in zip(point.gradient, free, strict=True) if f)
+        share = self.share * magnitude(point.value, n_cells) * n_cells
+        return max(share, self.per_parameter * n, point.rounding)
 
 
 class _Stopped(Exception):
@@ -157,7 +172,7 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
         Which blocks are estimated.
     n_cells : int
         Number of cells, for values per cell.
-    tol : float
+    tol : float or Tolerance
         Relative tolerance. The ascent stops when two sweeps in a row gained less than this fraction of the
         objective's magnitude (at least one nat per cell), or when the next quasi-Newton step promises less
         than `SURE` times that. The tolerance is never below the rounding error of the objective.
@@ -192,6 +207,7 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
             [*stages, [value / n_cells for value in climb.values]],
             climb.gain / n_cells,
             climb.promised / n_cells,
+            climb.least / n_cells / magnitude(climb.point.value, n_cells),
             *ended,
             columns,
             information,
@@ -291,7 +307,8 @@ class _Climb:
     """
 
     def __init__(self, evaluate, x, free, n_cells, tol, plain=PLAIN_SWEEPS):
-        self.evaluate, self.free, self.n_cells, self.tol = evaluate, free, n_cells, tol
+        self.evaluate, self.free, self.n_cells = evaluate, free, n_cells
+        self.tol = tol if isinstance(tol, Tolerance) else Tolerance(tol)
         self.plain = plain
         self.point = evaluate(x)
         if not np.isfinite(self.point.value):
@@ -312,6 +329,11 @@ class _Climb:
         self.step, self.promised = _next_step(self.point, self.memory, self.free)
 
     @property
+    def least(self):
+        """Least gain of a sweep, nats."""
+        return self.tol.least(self.point, self.free, self.n_cells)
+
+    @property
     def gain(self):
         """Gain of the last sweep, nats."""
         return self.gains[-1]
@@ -325,8 +347,7 @@ class _Climb:
             memory.forget()
             self.step, self.promised = _next_step(point, memory, free)
             trial, move = _search(self.evaluate, point, self.step, MAX_CUTS)
-        least = self.tol * magnitude(point.value, self.n_cells) * self.n_cells
-        least = max(least, point.rounding)
+        least = self.least
         if trial is None:
             self.gains.append(0.0)
             self.values.append(point.value)
@@ -347,32 +368,34 @@ class _Climb:
         self.point = trial
         self.step, self.promised = _next_step(trial, memory, free)
         self.small = self.small + 1 if self.gain < least else 0
-        self._look_for_the_end(SURE * least)
+        self._look_for_the_end(least)
 
     def _look_for_the_end(self, least):
-        promises_little = self.memory.pairs and self.promised < least
+        promises_little = self.memory.pairs and self.promised < SURE * least
         if promises_little:  # the memory may miss what is left: ask the metric alone too
             plain = _next_step(self.point, _Memory(), self.free)[1]
             self.promised = max(self.promised, plain)
         # without a memory a small promise is not enough: the metric overestimates the curvature of slow moves
-        promises_little = bool(self.memory.pairs) and self.promised < least
+        promises_little = bool(self.memory.pairs) and self.promised < SURE * least
         self.converged = self.small >= 2 or promises_little
+        tol = least / self.n_cells / magnitude(self.point.value, self.n_cells)
         if self.small >= 2:
-            self.reason = f"the last two sweeps gained less than tol={self.tol:g} of the objective"
+            self.reason = f"the last two sweeps gained less than tol={tol:.3g} of the objective"
         elif promises_little:
             self.reason = (
-                f"the next sweep promises less than {SURE:g} tol={self.tol:g} of the objective"
+                f"the next sweep promises less than {SURE:g} tol={tol:.3g} of the objective"
             )
 
 
-def _within_reach(step):
+def _within_reach(step, point):
     """Cut each gene's step to `LARGEST_STEP`: a gene without counts has next to no curvature."""
+    least = np.maximum(point.metric.least_noise - point.x.noise, -LARGEST_STEP)
     size = np.sqrt(step.mean**2 + np.sum(step.coef**2, 1) + np.sum(step.loadings**2, 1))
     cut = np.minimum(1.0, LARGEST_STEP / np.maximum(size, 1e-300))
     return Params(
         step.mean * cut,
         step.loadings * cut[:, None],
-        np.clip(step.noise, -LARGEST_STEP, LARGEST_STEP),
+        np.clip(step.noise, least, LARGEST_STEP),
         np.clip(step.dispersion, -LARGEST_STEP, LARGEST_STEP),
         step.coef * cut[:, None],
     )
@@ -389,7 +412,7 @@ def _next_step(point, memory, free):
     if memory.pairs and not (np.all(np.isfinite(step)) and float(step @ g) > 0):
         memory.forget()
         step = precondition(g)
-    step = _within_reach(_unflat(step, point.x, free))
+    step = _within_reach(_unflat(step, point.x, free), point)
     return step, 0.5 * float(_flat(_change(point.x, step, 1.0)[1], free) @ g)
 
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .overdispersion import TotalOverdispersion
-from .params import NOISE_UNIT, GaussianPrior, Params, noise_variance
+from .params import NOISE_UNIT, GaussianPrior, Params, noise_coordinate, noise_variance
 
+_LEAST_NOISE_LEFT = 1 / 8  # share of d that a step leaves, under a prior of log d
 _ROUNDS = 100  # of the iteration for centre and width, at most
 
 
@@ -199,6 +200,15 @@ class GenePriors:
             of_noise, of_dispersion = self.split.information(own)
             noise, dispersion = noise + of_noise, dispersion + of_dispersion
         return root._replace(mean=4.0 * root.noise**2, noise=noise, dispersion=dispersion)
+
+    def least_noise(self, x):
+        """Least coordinate of d up to which the information at coordinates x holds, (n_genes,) or -inf.
+
+        A normal prior of log d is steep near 0, where the coordinate is linear in d.
+        """
+        if self.split is None and not isinstance(self.noise, Pool):
+            return -np.inf
+        return noise_coordinate(_LEAST_NOISE_LEFT * noise_variance(x))
 
     def noise_precision(self, own):
         """Precision of the priors of log d, given r."""

@@ -219,7 +219,15 @@ class Objective:
         coef_shift = sums.information_coef_shift + np.diag(
             np.sum(np.broadcast_to(self.prior_coef.precision, x.coef.shape), 0)
         )
-        metric = Metric(moments, information_noise, information_log_r, shift, columns, coef_shift)
+        metric = Metric(
+            moments,
+            information_noise,
+            information_log_r,
+            shift,
+            columns,
+            coef_shift,
+            self.gene_priors.least_noise(x),
+        )
         metric = self.coupling.pull_back_metric(x, metric)
         metric.moments[:, 0] += self.prior_mean.precision
         return metric._replace(dispersion=metric.dispersion + self.prior_log_r.precision)

@@ -4,9 +4,10 @@ r"""Laplace marginal likelihood of cells, its exact gradient, and the sums over 
           - \tfrac12 (\textstyle\sum_g \log(1 + d_g a_g) + \log\det M) + \sum_g \epsilon_g
 
 with the next term of the expansion of each gene's own integral given the scores, ``epsilon`` (see
-`channel.second_order`). The mode moves with the global parameters, and the curvature at the mode with it. This implicit term of the
-gradient is written out here. With the posterior covariance ``V = (Sigma^{-1} + A)^{-1}``,
-``h = -diag(V) a' / 2 + depsilon/dy`` (a' the third derivative), ``q = V h`` and ``beta = Sigma^{-1} q``:
+`channel.second_order`). The mode moves with the global parameters, and the curvature at the mode with it.
+This implicit term of the gradient is written out here. With the posterior covariance
+``V = (Sigma^{-1} + A)^{-1}``, ``h = -diag(V) a' / 2 + depsilon/dy`` (a' the third derivative), ``q = V h``
+and ``beta = Sigma^{-1} q``:
 
 * location: ``alpha + beta``
 * covariance: ``(alpha alpha' - K)/2 + sym(alpha beta')``, with ``K = (A^{-1} + Sigma)^{-1}``; in d also

@@ -280,7 +280,7 @@ def scaled(evaluate, factor, constant=0.0):
 
 def test_tol_is_a_fraction_of_the_objectives_magnitude():
     """The same objective in other units takes the same path and stops at the same sweep."""
-    evaluate, start = problem(5)
+    evaluate, start = problem(8)
     plain = run(evaluate, start, tol=1e-4)
     large = run(scaled(evaluate, 1000.0), start, tol=1e-4)
     assert plain.converged and large.converged

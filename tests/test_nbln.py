@@ -388,3 +388,13 @@ def test_default_tolerance_is_no_less_than_what_parameters_tell(depth):
     each = 0.002 * n_parameters / (150 * max(abs(model.objective_history_[-1]), 1.0))
     assert_allclose(model.tol_, max(each, 1e-5), rtol=1e-6)
     assert model.converged_
+
+
+def test_genes_with_few_counts_keep_a_small_noise_variance():
+    """Laplace's method without its next term overstates zeros where d is large; d went to 5.3 here."""
+    sim = make_nbln_counts(6000, 60, n_factors=2, depth=0.1, random_state=0)
+    model = NBLNEstimator(2, random_state=0).fit(sim.data)
+    assert model.converged_
+    assert np.median(sim.data.mean(axis=0)) < 0.1
+    assert 0.05 < np.median(model.noise_variance_) < 0.25  # true: 0.05 to 0.2; 1.4 without
+    assert model.noise_variance_.max() < 1.0

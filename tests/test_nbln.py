@@ -342,7 +342,7 @@ def test_curvature_of_mu_matches_a_parametric_bootstrap():
         informative_priors_tau=np.inf,
         capture_efficiency=None,
         random_state=0,
-        tol=1e-5,
+        tol=1e-7,  # all refits start from one source: those that stop early are alike
     )
     source = NBVCPEstimator(capture_efficiency=None, random_state=0).fit(sim.data)
     model = NBLNEstimator(informative_prior_estimator=source, **options).fit(sim.data)

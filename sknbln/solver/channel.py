@@ -39,7 +39,6 @@ _LOG_SERIES = (
     1.531383769920937332e-01,
     1.479819860511658591e-01,
 )
-_CUBIC = 5 / 24  # of the squared third derivative in the second-order term of Laplace's method
 # of the digamma function, from the highest power of 1 / z^2
 _DIGAMMA_SERIES = 691 / 32760, 1 / 132, 1 / 240, 1 / 252, 1 / 120, 1 / 12
 
@@ -128,36 +127,6 @@ def _log1p_slope(primals, tangents):
 def third_derivative(terms):
     """Derivative of the curvature in ``y``."""
     return terms.curvature * (1.0 - terms.odds) * terms.keep
-
-
-def second_order(terms, d, rest):
-    """What Laplace's method leaves out of a gene's log-marginal given the scores, to second order.
-
-    ``(5/24) a'^2 v^3 - (1/8) a'' v^2`` with ``v = d / (1 + d a)``, ``a`` the curvature and a', a'' its
-    derivatives in y; ``rest`` is ``1 / (1 + d a)``. Without it genes with few counts get far too large a d,
-    and genes with many one too small. Elementwise; 0 where d is 0.
-    """
-    _, v, w, inner = _second_order_parts(terms, d, rest)
-    return v * w * inner
-
-
-def _second_order_parts(terms, d, rest):
-    """``s = a' / a``, v, ``w = a v`` below 1, and the term divided by ``v w``."""
-    s = 1.0 - 2.0 * terms.odds * terms.keep
-    v = d * rest
-    w = terms.curvature * v
-    return s, v, w, _CUBIC * s**2 * w - (1.5 * s**2 - 0.5) / 8.0
-
-
-def second_order_slopes(u, phi, terms, d, rest):
-    """Derivatives of `second_order` in y, in d at fixed y, and in log r at fixed y."""
-    s, v, w, inner = _second_order_parts(terms, d, rest)
-    turn = 0.5 * (1.0 - s**2)  # derivative of s in log r, and minus that in y
-    relative = 1.0 - s - u * phi / (1.0 + u * phi)  # derivative of log a in log r
-    own = inner * (rest - w) + _CUBIC * s**2 * w * rest
-    bend = s * turn * (2.0 * _CUBIC * w - 0.375)
-    in_d = rest**2 * w * (2.0 * inner + _CUBIC * s**2 * w)
-    return v * w * (s * own - bend), in_d, v * w * (relative * own + bend)
 
 
 def dispersion_terms(u, phi, terms, logs):

@@ -1,18 +1,15 @@
 r"""Laplace marginal likelihood of cells, its exact gradient, and the sums over cells for the global steps.
 
 .. math:: \log p(u_c) \approx \sum_g \log p(u \mid y^*) - \tfrac12 (\zeta' P \zeta + \alpha' D \alpha)
-          - \tfrac12 (\textstyle\sum_g \log(1 + d_g a_g) + \log\det M) + \sum_g \epsilon_g
+          - \tfrac12 (\textstyle\sum_g \log(1 + d_g a_g) + \log\det M)
 
-with the next term of the expansion of each gene's own integral given the scores, ``epsilon`` (see
-`channel.second_order`). The mode moves with the global parameters, and the curvature at the mode with it.
-This implicit term of the gradient is written out here. With the posterior covariance
-``V = (Sigma^{-1} + A)^{-1}``, ``h = -diag(V) a' / 2 + depsilon/dy`` (a' the third derivative), ``q = V h``
-and ``beta = Sigma^{-1} q``:
+The mode moves with the global parameters, and the curvature at the mode with it. This implicit term of the
+gradient is written out here. With the posterior covariance ``V = (Sigma^{-1} + A)^{-1}``,
+``h = -diag(V) a' / 2`` (a' the third derivative), ``q = V h`` and ``beta = Sigma^{-1} q``:
 
 * location: ``alpha + beta``
-* covariance: ``(alpha alpha' - K)/2 + sym(alpha beta')``, with ``K = (A^{-1} + Sigma)^{-1}``; in d also
-  ``depsilon/dd``
-* ``log r``: partial derivative ``- diag(V) (da/dlog r)/2 + q (dg/dlog r) + depsilon/dlog r``
+* covariance: ``(alpha alpha' - K)/2 + sym(alpha beta')``, with ``K = (A^{-1} + Sigma)^{-1}``
+* ``log r``: partial derivative ``- diag(V) (da/dlog r)/2 + q (dg/dlog r)``
 
 All are low-rank algebra with the Cholesky factor of the last Newton step. In ``tests/reference`` JAX
 differentiates through one Newton step from the mode, which gives the same gradient.
@@ -31,8 +28,6 @@ from .channel import (
     log_likelihood_terms,
     log_odds_terms,
     log_rising_slope,
-    second_order,
-    second_order_slopes,
     third_derivative,
 )
 from .mode import LAST_STEP, find_mode, linearization_at, linearize, log_rates
@@ -85,8 +80,7 @@ class BatchSums(NamedTuple):
 def _log_marginal(cells, params, mode, lin, logs):
     d = params.noise[None, :]
     likelihood = log_likelihood_terms(cells.counts, mode.y, logs)
-    left_out = second_order(lin.terms, d, lin.rest)
-    genes = lowrank.row_sums(likelihood - 0.5 * d * mode.alpha**2 + left_out)
+    genes = lowrank.row_sums(likelihood - 0.5 * d * mode.alpha**2)
     prior = jnp.sum(lin.prior_precision * mode.zeta**2, 1)
     return genes - 0.5 * (prior + lowrank.sum_of_logs(lin.den) + lowrank.log_det(lin.L))
 
@@ -222,9 +216,8 @@ def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
     spread, variance = variances(params, factors, lin, covariance)
     K = b - b**2 * spread
 
-    left_out = second_order_slopes(cells.counts, phi, terms, d, rest)
     # the implicit term
-    h = -0.5 * variance * third_derivative(terms) + left_out[0]
+    h = -0.5 * variance * third_derivative(terms)
     x = h * rest
     xi = lowrank.solve(lin.L, factors.project(x) * lin.scales)
     lifted = factors.lift(xi * lin.scales)
@@ -234,8 +227,8 @@ def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
     score, second, d_gradient, d_curvature = dispersion_terms(cells.counts, phi, terms, logs)
     terms = GeneSums(
         gradient_mean=alpha + beta,
-        gradient_noise=0.5 * (alpha**2 - K) + alpha * beta + left_out[1],
-        gradient_log_r=score - 0.5 * variance * d_curvature + q * d_gradient + left_out[2],
+        gradient_noise=0.5 * (alpha**2 - K) + alpha * beta,
+        gradient_log_r=score - 0.5 * variance * d_curvature + q * d_gradient,
         # variance of the score of d: of Gaussian responses, and a quarter of a count's fourth cumulant
         information_noise=0.5 * K**2 + 0.25 * K,
         information_log_r=-second,

@@ -115,13 +115,6 @@ def second_order(u, y, V, r):
     return float(np.sum(f4 * v**2) / 8 + f3 @ pair @ f3)
 
 
-def own_second_order(u, y, noise, r):
-    """The part of it that is each gene's own, given the scores: of one gene with ``v = 1 / (1 / d - f2)``."""
-    _, f2, f3, f4 = pmf_derivatives(u, y, r)
-    v = noise / (1 - noise * f2)
-    return float(np.sum(f4 * v**2 / 8 + 5 * f3**2 * v**3 / 24))
-
-
 def exact(u, loc, Sigma, r, *, half_width=9.0, n=None, log_factor=None):
     """``log p(u)`` for one or two genes, by a fine trapezoid rule around the mode.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sknbln.solver import lowrank
-from sknbln.solver.channel import log_likelihood_terms, log_odds_terms, second_order
+from sknbln.solver.channel import log_likelihood_terms, log_odds_terms
 from sknbln.solver.mode import find_mode, linearize, location, log_rates
 from sknbln.solver.params import Params
 
@@ -36,8 +36,7 @@ def total_log_marginal(mean, loadings, noise, log_r, cells, zeta):
     likelihood = jnp.sum(log_likelihood_terms(cells.counts, y, logs), 1)
     prior = jnp.sum(there.prior_precision * zeta**2, 1) + jnp.sum(noise[None, :] * alpha**2, 1)
     log_det = jnp.sum(jnp.log(there.den), 1) + lowrank.log_det(there.L)
-    left_out = jnp.sum(second_order(there.terms, noise[None, :], there.rest), 1)
-    return jnp.sum(cells.weight * (likelihood - 0.5 * (prior + log_det) + left_out))
+    return jnp.sum(cells.weight * (likelihood - 0.5 * (prior + log_det)))
 
 
 gradient = jax.jit(jax.grad(total_log_marginal, argnums=(0, 1, 2, 3)))

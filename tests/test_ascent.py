@@ -301,8 +301,10 @@ def test_a_tolerance_for_each_parameter():
         assert found.converged and found.promised * N < each * n
         assert_allclose(found.tol, each * n / max(abs(found.point.value), N))
         assert found.n_iter == run(evaluate, start, tol=Tolerance(1e-9, each)).n_iter
-    least = Tolerance(0.0, 1.0).least(evaluate(start), HELD_DISPERSION, N)
-    assert_allclose(least, n - start.dispersion.size)
+    point = evaluate(start)
+    relative = Tolerance(0.0, 1.0).relative(point, HELD_DISPERSION, N)
+    assert_allclose(relative * max(abs(point.value), N), n - start.dispersion.size)
+    assert Tolerance(0.01).relative(point, ALL, N) == 0.01
 
 
 def test_tol_is_of_one_nat_where_the_objective_is_about_zero():

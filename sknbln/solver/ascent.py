@@ -74,11 +74,11 @@ class Tolerance(NamedTuple):
     #: nats. Where counts are few and parameters many, the share alone asks for more than the rows can tell
     per_parameter: float = 0.0
 
-    def least(self, point, free, n_cells):
-        """The least gain, nats, never below the rounding error of the objective."""
+    def relative(self, point, free, n_cells):
+        """The least gain by the objective's magnitude, never below the rounding error of the objective."""
         n = sum(block.size for block, f in zip(point.gradient, free, strict=True) if f)
-        share = self.share * magnitude(point.value, n_cells) * n_cells
-        return max(share, self.per_parameter * n, point.rounding)
+        nats = max(self.per_parameter * n, point.rounding)
+        return max(self.share, nats / n_cells / magnitude(point.value, n_cells))
 
 
 class _Stopped(Exception):
@@ -207,7 +207,7 @@ def ascend(candidates, free, *, n_cells, tol, max_iter, edges=None, column_prior
             [*stages, [value / n_cells for value in climb.values]],
             climb.gain / n_cells,
             climb.promised / n_cells,
-            climb.least / n_cells / magnitude(climb.point.value, n_cells),
+            climb.relative,
             *ended,
             columns,
             information,
@@ -329,9 +329,9 @@ class _Climb:
         self.step, self.promised = _next_step(self.point, self.memory, self.free)
 
     @property
-    def least(self):
-        """Least gain of a sweep, nats."""
-        return self.tol.least(self.point, self.free, self.n_cells)
+    def relative(self):
+        """Least gain of a sweep, by the objective's magnitude."""
+        return self.tol.relative(self.point, self.free, self.n_cells)
 
     @property
     def gain(self):
@@ -347,7 +347,8 @@ class _Climb:
             memory.forget()
             self.step, self.promised = _next_step(point, memory, free)
             trial, move = _search(self.evaluate, point, self.step, MAX_CUTS)
-        least = self.least
+        tol = self.relative
+        least = tol * magnitude(point.value, self.n_cells) * self.n_cells
         if trial is None:
             self.gains.append(0.0)
             self.values.append(point.value)
@@ -368,9 +369,9 @@ class _Climb:
         self.point = trial
         self.step, self.promised = _next_step(trial, memory, free)
         self.small = self.small + 1 if self.gain < least else 0
-        self._look_for_the_end(least)
+        self._look_for_the_end(tol, least)
 
-    def _look_for_the_end(self, least):
+    def _look_for_the_end(self, tol, least):
         promises_little = self.memory.pairs and self.promised < SURE * least
         if promises_little:  # the memory may miss what is left: ask the metric alone too
             plain = _next_step(self.point, _Memory(), self.free)[1]
@@ -378,13 +379,10 @@ class _Climb:
         # without a memory a small promise is not enough: the metric overestimates the curvature of slow moves
         promises_little = bool(self.memory.pairs) and self.promised < SURE * least
         self.converged = self.small >= 2 or promises_little
-        tol = least / self.n_cells / magnitude(self.point.value, self.n_cells)
         if self.small >= 2:
-            self.reason = f"the last two sweeps gained less than tol={tol:.3g} of the objective"
+            self.reason = f"the last two sweeps gained less than tol={tol:g} of the objective"
         elif promises_little:
-            self.reason = (
-                f"the next sweep promises less than {SURE:g} tol={tol:.3g} of the objective"
-            )
+            self.reason = f"the next sweep promises less than {SURE:g} tol={tol:g} of the objective"
 
 
 def _within_reach(step, point):

@@ -154,8 +154,8 @@ def log_rising_slope(u, r):
     ``r (digamma(u + r) - digamma(r)) - u``, by Stirling's series six further on. The differences are taken
     term by term, so that nothing cancels but u, where r is large.
     """
-    z, six = u + r, 6.0
-    zs, rs = z + six, r + six
+    z = u + r
+    zs, rs = z + 6.0, r + 6.0
     difference = log1p_of_positive(u / rs) + 0.5 * u / (zs * rs)
     difference = difference + _digamma_tail(zs) - _digamma_tail(rs)
     return r * (difference + _six_reciprocals(r) - _six_reciprocals(z)) - u

@@ -39,9 +39,7 @@ class Metric(NamedTuple):
     shift: float  # in a common shift of all log-rates
     columns: Columns  # in a common change of all loadings
     coef_shift: np.ndarray = np.zeros((0, 0))  # (p, p) in a common shift of all genes' coefficients
-    least_noise: (
-        np.ndarray | float
-    ) = -np.inf  # (n_genes,) coordinate of d below which it does not hold
+    least_noise: np.ndarray | float = -np.inf  # (n_genes,) it holds for coordinates of d above
 
 
 def least_squares_matrix(moments, n=None):

@@ -60,13 +60,11 @@ _RECOMMENDED_FREEZE = {"marginal": ("eta",), "parameter": ("r", "eta")}
 _LEAST_GAIN = 0.002
 
 
-def _default_tolerance(cascade, column_prior, frozen):
+def _default_tolerance(cascade, column_prior):
     """Tolerance of a fit whose `tol` is None: smaller where late sweeps still matter."""
     if column_prior is not None:
         return Tolerance(1e-6)
-    if cascade == "parameter":
-        return Tolerance(1e-4)
-    return Tolerance(1e-5) if "r" in frozen else Tolerance(3e-5, _LEAST_GAIN)
+    return Tolerance(1e-4) if cascade == "parameter" else Tolerance(1e-5, _LEAST_GAIN)
 
 
 class NBLNEstimator(
@@ -139,9 +137,8 @@ class NBLNEstimator(
     tol : float or None, default=None
         Relative tolerance of the log-posterior. The fit stops when the predicted gain of the next sweep
         (half the slope along its step) is less than half this fraction of the log-posterior's magnitude, or
-        when two sweeps in a row raised it by less than this fraction. None takes 3e-5 or, where that is more,
-        .002 nats for each parameter, what a sixteenth of its standard deviation costs; 1e-5 where r is
-        frozen under ``cascade="marginal"``, whose late sweeps still raise held-out scores; 1e-4 under
+        when two sweeps in a row raised it by less than this fraction. None takes 1e-5 or, where that is more,
+        .002 nats for each parameter, what a sixteenth of its standard deviation costs; 1e-4 under
         ``cascade="parameter"``; and 1e-6 with a `loadings_prior`, under which the lengths of columns converge
         slowly: standard errors of a fit that stopped early are too small.
     batch_size : int or None, default=None
@@ -261,7 +258,8 @@ class NBLNEstimator(
     all in r and nearly all in d, and keeps the more likely. Under ``"parameter"``, ``d ~ Exponential(2)`` and
     ``log r ~ N(2, 1)``.
 
-    The log-rates are integrated out by Laplace's method. The parameters maximize the resulting marginal
+    The log-rates are integrated out by Laplace's method, with the next term of its expansion for each gene's
+    own residual. The parameters maximize the resulting marginal
     likelihood by its exact gradient, preconditioned by the least squares of each gene on the scores.
     A sweep costs about ``n_cells n_genes latent_dim^2`` operations; memory is one batch of rows.
 
@@ -413,7 +411,7 @@ class NBLNEstimator(
         self.frozen_params_ = frozen = self._frozen()
         prior_name, column_prior = column_priors.named(self.loadings_prior)
         if self.tol is None:
-            tol = _default_tolerance(self.cascade, column_prior, frozen)
+            tol = _default_tolerance(self.cascade, column_prior)
         else:
             tol = Tolerance(self.tol)
         free = Params(

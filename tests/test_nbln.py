@@ -342,7 +342,7 @@ def test_curvature_of_mu_matches_a_parametric_bootstrap():
         informative_priors_tau=np.inf,
         capture_efficiency=None,
         random_state=0,
-        tol=1e-5,
+        tol=1e-7,  # all refits start from one source: those that stop early are alike
     )
     source = NBVCPEstimator(capture_efficiency=None, random_state=0).fit(sim.data)
     model = NBLNEstimator(informative_prior_estimator=source, **options).fit(sim.data)
@@ -367,7 +367,6 @@ def test_curvature_of_mu_matches_a_parametric_bootstrap():
     ("options", "expected"),
     [
         (LITERAL, 1e-4),
-        ({"informative_priors_freeze": ("r", "eta")}, 1e-5),
         ({"loadings_prior": "ard", "informative_priors_freeze": ("r", "eta")}, 1e-6),
         ({"loadings_prior": "ard", "tol": 0.01}, 0.01),
     ],
@@ -387,5 +386,15 @@ def test_default_tolerance_is_no_less_than_what_parameters_tell(depth):
     model = NBLNEstimator(2, informative_prior_estimator=source, random_state=0).fit(counts)
     n_parameters = 10 * (3 + model.w_prior_diagnostics_["effective_rank"])
     each = 0.002 * n_parameters / (150 * max(abs(model.objective_history_[-1]), 1.0))
-    assert_allclose(model.tol_, max(each, 3e-5), rtol=1e-6)
+    assert_allclose(model.tol_, max(each, 1e-5), rtol=1e-6)
     assert model.converged_
+
+
+def test_genes_with_few_counts_keep_a_small_noise_variance():
+    """Laplace's method without its next term overstates zeros where d is large; d went to 5.3 here."""
+    sim = make_nbln_counts(6000, 60, n_factors=2, depth=0.1, random_state=0)
+    model = NBLNEstimator(2, random_state=0).fit(sim.data)
+    assert model.converged_
+    assert np.median(sim.data.mean(axis=0)) < 0.1
+    assert 0.05 < np.median(model.noise_variance_) < 0.25  # true: 0.05 to 0.2; 1.4 without
+    assert model.noise_variance_.max() < 1.0

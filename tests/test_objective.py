@@ -83,7 +83,12 @@ def test_value_is_the_dense_twins_plus_priors(coupling):
     for c in range(small.N_CELLS):
         Sigma = direct.covariance(params.loadings, noise_variance(params), cells.scale[c])
         loc = params.mean + x.coef @ of_cells.design[c] + of_cells.exposure[c] - cells.offset[c]
-        expected += direct.laplace(cells.counts[c], loc, Sigma, r).log_marginal
+        found = direct.laplace(cells.counts[c], loc, Sigma, r)
+        own = noise_variance(params)
+        beyond = direct.leading_second_order(
+            cells.counts[c], found.y, found.covariance, own, r
+        )
+        expected += found.log_marginal + beyond
     for prior, at in (  # normal
         (function.prior_mean, x.mean),
         (function.prior_log_r, x.dispersion),

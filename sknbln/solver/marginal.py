@@ -1,15 +1,16 @@
 r"""Laplace marginal likelihood of cells, its exact gradient, and the sums over cells for the global steps.
 
 .. math:: \log p(u_c) \approx \sum_g \log p(u \mid y^*) - \tfrac12 (\zeta' P \zeta + \alpha' D \alpha)
-          - \tfrac12 (\textstyle\sum_g \log(1 + d_g a_g) + \log\det M)
+          - \tfrac12 (\textstyle\sum_g \log(1 + d_g a_g) + \log\det M) + \epsilon
 
-The mode moves with the global parameters, and the curvature at the mode with it. This implicit term of the
-gradient is written out here. With the posterior covariance ``V = (Sigma^{-1} + A)^{-1}``,
-``h = -diag(V) a' / 2`` (a' the third derivative), ``q = V h`` and ``beta = Sigma^{-1} q``:
+with the next term of the expansion, ``epsilon`` (see `second_order`). The mode moves with the global parameters,
+and the curvature at the mode with it. This implicit term of the gradient is written out here. With the posterior
+covariance ``V = (Sigma^{-1} + A)^{-1}``, ``h = -diag(V) a' / 2 + depsilon/dy`` (a' the third derivative),
+``q = V h`` and ``beta = Sigma^{-1} q``:
 
 * location: ``alpha + beta``
-* covariance: ``(alpha alpha' - K)/2 + sym(alpha beta')``, with ``K = (A^{-1} + Sigma)^{-1}``
-* ``log r``: partial derivative ``- diag(V) (da/dlog r)/2 + q (dg/dlog r)``
+* covariance: ``(alpha alpha' - K)/2 + sym(alpha beta')``, with ``K = (A^{-1} + Sigma)^{-1}``, and that of epsilon
+* ``log r``: partial derivative ``- diag(V) (da/dlog r)/2 + q (dg/dlog r) + depsilon/dlog r``
 
 All are low-rank algebra with the Cholesky factor of the last Newton step. In ``tests/reference`` JAX
 differentiates through one Newton step from the mode, which gives the same gradient.
@@ -31,6 +32,7 @@ from .channel import (
     third_derivative,
 )
 from .mode import LAST_STEP, find_mode, linearization_at, linearize, log_rates
+from .second_order import second_order
 
 GENE_BLOCK = 64  # genes at a time in `score_products`
 
@@ -77,10 +79,16 @@ class BatchSums(NamedTuple):
     genes: GeneSums
 
 
+def _beyond(cells, params, factors, lin):
+    return second_order(
+        cells.counts, params.dispersion[None, :], params.noise[None, :], factors, lin
+    )
+
+
 def _log_marginal(cells, params, mode, lin, logs):
-    d = params.noise[None, :]
+    """That of Laplace's method, without the next term."""
     likelihood = log_likelihood_terms(cells.counts, mode.y, logs)
-    genes = lowrank.row_sums(likelihood - 0.5 * d * mode.alpha**2)
+    genes = lowrank.row_sums(likelihood - 0.5 * params.noise[None, :] * mode.alpha**2)
     prior = jnp.sum(lin.prior_precision * mode.zeta**2, 1)
     return genes - 0.5 * (prior + lowrank.sum_of_logs(lin.den) + lowrank.log_det(lin.L))
 
@@ -91,9 +99,9 @@ def _offset_curvature(factors, lin):
     return lowrank.row_sums(lin.b) - jnp.sum(pull * lowrank.solve(lin.L, pull), 1)
 
 
-def _cell_results(cells, params, factors, mode, lin, logs):
+def _cell_results(cells, params, factors, mode, lin, logs, beyond):
     return CellResults(
-        _log_marginal(cells, params, mode, lin, logs),
+        _log_marginal(cells, params, mode, lin, logs) + beyond.value,
         mode.zeta,
         lowrank.inverse(lin.L),
         -lowrank.row_sums(mode.alpha),
@@ -159,9 +167,11 @@ def _solve_block(cells, params, factors, zeta, last_step):
     mode = find_mode(cells, params, zeta, last_step, factors)
     lin = linearization_at(cells, params, mode)
     logs = log_odds_terms(params.dispersion[None, :], lin.terms)
-    results = _cell_results(cells, params, factors, mode, lin, logs)
+    beyond = _beyond(cells, params, factors, lin)
+    results = _cell_results(cells, params, factors, mode, lin, logs, beyond)
     live = cells.weight > 0
-    genes, regression = _gene_sums(cells, params, factors, mode, lin, logs, results.covariance)
+    covariance = results.covariance
+    genes, regression = _gene_sums(cells, params, factors, mode, lin, logs, beyond, covariance)
     sums = BatchSums(
         jnp.sum(cells.weight * results.log_marginal),
         jnp.sum(jnp.where(live & ~mode.converged, 1, 0)),
@@ -204,7 +214,7 @@ def variances(params, factors, lin, covariance):
     return spread, params.noise[None, :] * lin.rest + spread * lin.rest**2
 
 
-def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
+def _gene_scores(cells, params, factors, alpha, lin, logs, beyond, covariance):
     """The terms of `GeneSums`, each (n_cells, n_genes), and ``beta`` and ``xi``.
 
     The gradients are exact, of each cell's marginal in each gene's mean, d and log r. Of ``F' beta = P xi``,
@@ -217,7 +227,7 @@ def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
     K = b - b**2 * spread
 
     # the implicit term
-    h = -0.5 * variance * third_derivative(terms)
+    h = -0.5 * variance * third_derivative(terms) + beyond.in_log_rate
     x = h * rest
     xi = lowrank.solve(lin.L, factors.project(x) * lin.scales)
     lifted = factors.lift(xi * lin.scales)
@@ -227,8 +237,8 @@ def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
     score, second, d_gradient, d_curvature = dispersion_terms(cells.counts, phi, terms, logs)
     terms = GeneSums(
         gradient_mean=alpha + beta,
-        gradient_noise=0.5 * (alpha**2 - K) + alpha * beta,
-        gradient_log_r=score - 0.5 * variance * d_curvature + q * d_gradient,
+        gradient_noise=0.5 * (alpha**2 - K) + alpha * beta + beyond.in_noise,
+        gradient_log_r=score - 0.5 * variance * d_curvature + q * d_gradient + beyond.in_log_r,
         # variance of the score of d: of Gaussian responses, and a quarter of a count's fourth cumulant
         information_noise=0.5 * K**2 + 0.25 * K,
         information_log_r=-second,
@@ -239,12 +249,12 @@ def _gene_scores(cells, params, factors, alpha, lin, logs, covariance):
     return terms, beta, xi
 
 
-def _gene_sums(cells, params, factors, mode, lin, logs, covariance):
+def _gene_sums(cells, params, factors, mode, lin, logs, beyond, covariance):
     """`GeneSums` but for those of the whole batch, and the arguments of `_regression_sums` for these."""
     k = params.loadings.shape[1]
     weight = cells.weight[:, None]
     alpha, zeta = mode.alpha, mode.zeta
-    scores, beta, xi = _gene_scores(cells, params, factors, alpha, lin, logs, covariance)
+    scores, beta, xi = _gene_scores(cells, params, factors, alpha, lin, logs, beyond, covariance)
     v = alpha + lin.b * factors.lift(zeta * lin.scales)  # the working response times b
     second = zeta[:, :, None] * zeta[:, None, :] + covariance
 
@@ -257,6 +267,8 @@ def _gene_sums(cells, params, factors, mode, lin, logs, covariance):
         alpha=jnp.where(weight > 0, alpha, 0.0),
         z=zeta[:, :k],
         xi=weight * xi[:, :k],
+        beyond=beyond.beta,
+        beyond_xi=weight * beyond.xi[:, :k],
         second=second,
         scale=lin.scales[:, k],
     )
@@ -264,13 +276,15 @@ def _gene_sums(cells, params, factors, mode, lin, logs, covariance):
     return jax.tree.map(total, scores)._replace(gradient_coef=of_coef), regression
 
 
-def _regression_sums(params, design, b, v_beta, alpha, z, xi, second, scale):
+def _regression_sums(
+    params, design, b, v_beta, alpha, z, xi, beyond, beyond_xi, second, scale
+):
     """Gradient of the loadings, and ``sum_c b [1 c z][1 c z]'``; covariates c are scores that are known.
 
-    ``b``, ``alpha`` and ``v_beta`` (weighted working responses, and beta) are (n_cells, n_genes), 0 for
-    padding; ``z`` and ``xi`` (n_cells, k) are of the factors alone, ``second`` (n_cells, k + 1, k + 1) is the
+    ``b``, ``alpha``, ``beyond`` (the beta of `SecondOrder`) and ``v_beta`` (weighted working responses, and beta)
+    are (n_cells, n_genes); ``z``, ``xi`` and ``beyond_xi`` (n_cells, k) are of the factors alone, ``second`` (n_cells, k + 1, k + 1) is the
     second moment of the scores and ``scale`` (n_cells,) that of the capture column. The rows' weights are in
-    ``b``, ``v_beta`` and ``xi``.
+    ``b``, ``v_beta`` and the xi.
 
     ``(alpha alpha' - K + beta alpha' + alpha beta') F`` without a cells x genes x k array: ``F' alpha = P
     zeta`` and ``F' beta = P xi``, and ``alpha zeta' - K F = v zeta' - b F E[zeta zeta']``.
@@ -287,7 +301,7 @@ def _regression_sums(params, design, b, v_beta, alpha, z, xi, second, scale):
     moments, capture_part = sums[:, : 1 + p + k + i.size], sums[:, 1 + p + k + i.size :]
     zz = moments[:, 1 + p + k :][:, back[p:, p:]]  # (n_genes, k, k)
     gradient = (
-        v_beta.T @ z + alpha.T @ xi - jnp.sum(zz * params.loadings[:, None, :], 2) - capture_part
+        v_beta.T @ z + alpha.T @ xi + beyond.T @ beyond_xi - jnp.sum(zz * params.loadings[:, None, :], 2) - capture_part
     )
     return gradient, moments
 
@@ -311,16 +325,20 @@ def score_products(cells, params, alpha, results, free_dispersion):
     lin = linearize(cells, params, log_rates(cells, params, factors, zeta, alpha), factors)
     logs = log_odds_terms(params.dispersion[None, :], lin.terms)
     constants = log_rising_slope(cells.counts, 1.0 / params.dispersion[None, :])
-    scores, beta, xi = _gene_scores(cells, params, factors, alpha, lin, logs, results.covariance)
+    beyond = _beyond(cells, params, factors, lin)
+    scores, beta, xi = _gene_scores(
+        cells, params, factors, alpha, lin, logs, beyond, results.covariance
+    )
     second = zeta[:, :, None] * zeta[:, None, :] + results.covariance
     second = (second[:, :k, :] * lin.scales[:, None, :]).reshape(-1, k + 1)
-    z, xi = zeta[:, :k, None], xi[:, :k, None]
+    z, xi, beyond_xi = (a[:, :k, None] for a in (zeta, xi, beyond.xi))
     v = alpha + lin.b * factors.lift(zeta * lin.scales)
 
     def products(block):
-        mean, v_beta, own, b, noise, log_r, F = block
+        mean, v_beta, own, left, b, noise, log_r, F = block
         regression = (second @ F.T).reshape(-1, k, F.shape[0])
-        loadings = v_beta[:, None, :] * z + own[:, None, :] * xi - b[:, None, :] * regression
+        loadings = v_beta[:, None, :] * z + own[:, None, :] * xi + left[:, None, :] * beyond_xi
+        loadings = loadings - b[:, None, :] * regression
         mean, noise, log_r = mean[:, None, :], noise[:, None, :], log_r[:, None, :]
         coef = mean * cells.design[:, :, None]
         stacked = jnp.concatenate([mean, coef, loadings, noise, log_r], 1)
@@ -332,6 +350,7 @@ def score_products(cells, params, alpha, results, free_dispersion):
         scores.gradient_mean,
         v + beta,
         alpha,
+        beyond.beta,
         lin.b,
         params.noise[None, :] * scores.gradient_noise,
         scores.gradient_log_r + jnp.where(free_dispersion, constants, 0.0),

@@ -13,6 +13,8 @@ from scipy.special import expit, log_ndtr, logsumexp
 
 from .importance import nb_log_pmf
 
+REACH = 6.0  # bound of a gene's own variance in the next term of Laplace's expansion
+
 
 class Laplace(NamedTuple):
     """Laplace approximation of one cell's posterior of y."""
@@ -113,6 +115,18 @@ def second_order(u, y, V, r):
     v = np.diag(V)
     pair = V * np.outer(v, v) / 8 + V**3 / 12
     return float(np.sum(f4 * v**2) / 8 + f3 @ pair @ f3)
+
+
+def leading_second_order(u, y, V, noise, r):
+    """The part of it that does not shrink as genes are added: what is each gene's own, and the scores' move.
+
+    A gene's own is that of one gene with ``v = 1 / (1 / d - f2)``.
+    """
+    _, f2, f3, f4 = pmf_derivatives(u, y, r)
+    v = noise / (1 - noise * f2)
+    own = np.sum((f4 * v**2 / 8 + 5 * f3**2 * v**3 / 24) / np.sqrt(1 + (v / REACH) ** 2))
+    pull = f3 * v / 2
+    return float(own + 0.5 * pull @ (V - np.diag(v)) @ pull)
 
 
 def exact(u, loc, Sigma, r, *, half_width=9.0, n=None, log_factor=None):

@@ -12,6 +12,7 @@ from sknbln.solver import lowrank
 from sknbln.solver.channel import log_likelihood_terms, log_odds_terms
 from sknbln.solver.mode import find_mode, linearize, location, log_rates
 from sknbln.solver.params import Params
+from sknbln.solver.second_order import second_order
 
 
 def newton_step(cells, params, y):
@@ -30,13 +31,16 @@ def total_log_marginal(mean, loadings, noise, log_r, cells, zeta):
     fixed = jax.tree.map(jax.lax.stop_gradient, params)
     mode = find_mode(cells, fixed, zeta)
     zeta, alpha = newton_step(cells, params, jax.lax.stop_gradient(mode.y))
-    y = log_rates(cells, params, lowrank.Factors.of(loadings), zeta, alpha)
+    factors = lowrank.Factors.of(loadings)
+    y = log_rates(cells, params, factors, zeta, alpha)
     there = linearize(cells, params, y)
     logs = log_odds_terms(params.dispersion[None, :], there.terms)
     likelihood = jnp.sum(log_likelihood_terms(cells.counts, y, logs), 1)
     prior = jnp.sum(there.prior_precision * zeta**2, 1) + jnp.sum(noise[None, :] * alpha**2, 1)
     log_det = jnp.sum(jnp.log(there.den), 1) + lowrank.log_det(there.L)
-    return jnp.sum(cells.weight * (likelihood - 0.5 * (prior + log_det)))
+    phi = params.dispersion[None, :]
+    beyond = second_order(cells.counts, phi, noise[None, :], factors, there).value
+    return jnp.sum(cells.weight * (likelihood - 0.5 * (prior + log_det) + beyond))
 
 
 gradient = jax.jit(jax.grad(total_log_marginal, argnums=(0, 1, 2, 3)))

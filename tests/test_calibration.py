@@ -160,6 +160,7 @@ def exact_scores(model, X, n_draws, rng):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The log-rates of .* have a variance above:UserWarning")
 def test_score_differences_of_real_rows():
     """25 held-out rows of the immune cells x 300 genes; 10,000 draws a row and model.
 

@@ -399,9 +399,9 @@ def test_ard_is_calibrated_at_any_generous_latent_dim(latent_dim):
 @pytest.mark.slow
 @pytest.mark.parametrize("prior", ["none", "ard"])
 def test_intervals_of_loadings_and_scores_cover(prior):
-    """90 % intervals, four data sets together, after the rotation that matches truth and fit."""
+    """90 % intervals, twelve data sets together, after the rotation that matches truth and fit."""
     loadings, scores = [], []
-    for seed in range(4):
+    for seed in range(12):
         sim = make_nbln_counts(n_cells=600, n_genes=80, n_factors=2, random_state=seed)
         model = NBLNEstimator(2, loadings_prior=prior, random_state=0, **FREE).fit(sim.data)
         model.set_params(whiten=True)  # as the true scores are

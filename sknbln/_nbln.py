@@ -16,31 +16,26 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 
-from . import _capture, _fit_warnings, _opening, _posterior, _source
+from . import _capture, _fit_warnings, _posterior, _source
 from ._base import CountModelMixin, whole_or_nothing
 from ._blocks import CSRRows
 from ._correlation import with_prior_of_noise
-from ._counts import CountHistogram, validated_rows
+from ._counts import validated_rows
 from ._covariance import CovarianceMixin
 from ._design import Design
 from ._draws import PosteriorMixin
 from ._embedding import EmbeddingMixin
 from ._known import checked_weight, refuse_genes_not_seen
+from ._maximum import Maximization, Table
 from ._nbvcp import NBVCPEstimator
 from ._progress import Progress, of_sweep
-from ._rows import RowBatches, Sweeper, in_single, solve_rows
+from ._rows import RowBatches, solve_rows
 from ._typing import CaptureEfficiency, CountsLike, Covariates, Seed, keeping_hints
 from .exceptions import FitInterrupted
 from .solver import column_priors
-from .solver.ascent import LOOK_SWEEPS, Tolerance, ascend
+from .solver.ascent import Tolerance
 from .solver.coupling import Identity, MarginalCoupling
-from .solver.gauge import (
-    LEAST_ROWS,
-    compositional,
-    effective_rank,
-    noise_edges,
-    singular_basis,
-)
+from .solver.gauge import compositional, effective_rank, singular_basis
 from .solver.gene_priors import (
     EVEN,
     NOISE_EXPONENTIAL,
@@ -48,9 +43,7 @@ from .solver.gene_priors import (
     GenePriors,
     SplitPrior,
 )
-from .solver.objective import Objective
 from .solver.params import GaussianPrior, Params, in_model_units, noise_variance
-from .solver.start import resumed
 
 #: what each cascade freezes by default
 _RECOMMENDED_FREEZE = {"marginal": ("eta",), "parameter": ("r", "eta")}
@@ -499,117 +492,36 @@ class NBLNEstimator(
         return _source.posterior_of_genes(source, X.shape[1], names), X, previous
 
     def _maximum(self, X, source, offsets, free, column_prior, tol, previous, rng, watch):
-        """The `Outcome` of the ascent, and the rows that it was over. Sets `rank_diagnostics_`.
-
-        Of many rows a sample is fitted first, and all rows go on from there.
-        """
-        # before the number of factors is looked for, which takes random numbers too: with the same seed the
-        # priors are the same whether it is given, found or continued
-        priors = self._priors(source, free, rng)
-        ascent = partial(self._ascent, source, priors, free, column_prior, tol, watch)
-        whole, stages = (X, offsets, self._known), []
-        if previous is None:
-            sample = _opening.sample_of_rows(X.shape[0], rng)
-            some = whole if sample is None else _chosen(sample, *whole)
-            outcome, rows = ascent(*some, self._start_loadings(*some, source, rng), rng)
-            if outcome.interrupted and sample is not None:
-                raise KeyboardInterrupt  # no sweep over all rows is complete
-            split, previous = outcome.objective.split, outcome.point.x
-            goes_on, stages = sample is not None, outcome.stages
-        else:
-            split, goes_on = self._split, True
-            if not hasattr(self, "rank_diagnostics_"):
-                self.rank_diagnostics_ = None
-        if goes_on:
-            outcome, rows = ascent(*whole, previous.loadings, rng, previous, split)
-            outcome = outcome._replace(stages=[*stages, *outcome.stages])
-        if self.latent_dim != "auto":  # columns that are not real are zero
-            outcome = outcome.with_columns(min(self.latent_dim, *X.shape))
-        return outcome, rows
-
-    def _candidates(self, source, priors, free, X, offsets, known, loadings, tol, single):
-        """Objectives over rows, with the coordinates of the start under each, and the rows."""
-        capture = self._row_capture(X, known, source.params, offsets)
-        rows = RowBatches(X, *capture, batch_size=self.batch_size, known=known)
-        sweeper = Sweeper(rows, loadings.shape[1], tol, single)
-        objective = Objective(sweeper, CountHistogram(X, known.weight), *priors)
-        return _opening.candidates(
-            objective, source, self._total, loadings, free, self.observation
-        ), rows
-
-    def _ascent(
-        self,
-        source,
-        priors,
-        free,
-        column_prior,
-        tol,
-        watch,
-        X,
-        offsets,
-        known,
-        loadings,
-        rng,
-        previous=None,
-        split=None,
-    ):
-        """The `Outcome` of an ascent over rows, and the rows; from previous coordinates, if there are any.
-
-        Without them the columns of noise are dropped, and of two starts the better is taken: where there are
-        many counts, by some of the rows.
-        """
-        # the rest of a fit that goes on is a few sweeps, and of few counts compiling takes longer
-        single = previous is None and in_single(*X.shape)
-        model = partial(
-            self._candidates, source, priors, free, loadings=loadings, tol=tol.share, single=single
-        )
-        candidates, rows = model(X, offsets, known)
-        has_columns, n_cells, edges = bool(np.any(loadings)), known.total_weight, None
-        climb = partial(ascend, free=free._replace(loadings=has_columns), tol=tol, watch=watch)
-        if previous is not None:
-            objective, start = candidates[0]
-            if split is not None:
-                objective = objective.with_split(split)
-            candidates = [(objective, resumed(start, previous, free))]
-        elif self._selects() and has_columns and n_cells >= LEAST_ROWS:
-            edges = noise_edges(X.shape[1], n_cells)
-        if len(candidates) > 1:
-            sample = _opening.rows_to_look_at(*X.shape, rng)
-            if sample is not None:
-                some = _chosen(sample, X, offsets, known)
-                most = min(LOOK_SWEEPS + 1, self.max_iter)
-                look = climb(model(*some)[0], n_cells=some[-1].total_weight, max_iter=most)
-                if look.interrupted:
-                    raise KeyboardInterrupt  # no sweep over all rows is complete
-                candidates = [c for c in candidates if c[0].split == look.objective.split]
-        outcome = climb(
-            candidates,
-            n_cells=n_cells,
-            max_iter=self.max_iter,
-            edges=edges,
+        """The `Outcome` of the ascent, and the rows that it was over. Sets `rank_diagnostics_`."""
+        task = Maximization(
+            source=source,
+            total=self._total,
+            # before the number of factors is looked for, which takes random numbers too: with the same seed
+            # the priors are the same whether it is given, found or continued
+            priors=self._priors(source, free, rng),
+            free=free,
             column_prior=column_prior,
+            tol=tol,
+            latent_dim=None if self.latent_dim == "auto" else self.latent_dim,
+            selects=self._selects(),
+            observation=self.observation,
+            row_capture=partial(self._row_capture, params=source.params),
+            batch_size=self.batch_size,
+            max_iter=self.max_iter,
+            watch=watch,
         )
-        if outcome.information is not None:
-            self.rank_diagnostics_ |= {
-                "column_information": outcome.information,
-                "noise_edge": edges[-1],
-            }
+        table = Table(X, offsets, self._known)
+        if previous is None:
+            outcome, rows, self.rank_diagnostics_ = task.anew(table, rng)
+        else:
+            outcome, rows = task.go_on(table, previous, self._split)
+            self.rank_diagnostics_ = getattr(self, "rank_diagnostics_", None)
         return outcome, rows
 
     def _selects(self):
         """Whether the fit finds the number of factors, or how many of the given number are real."""
         name, _ = column_priors.named(self.loadings_prior)
         return self.latent_dim == "auto" or name in column_priors.CHOOSE_RANK
-
-    def _start_loadings(self, X, offsets, known, source, rng):
-        """Loadings at the start; sets `rank_diagnostics_`."""
-        most = min(X.shape) if self.latent_dim == "auto" else min(self.latent_dim, *X.shape)
-        k, groups, self.rank_diagnostics_ = most, np.zeros((X.shape[1], 0)), None
-        if self._selects():
-            k, groups, self.rank_diagnostics_ = _opening.number_of_factors(
-                X, source, offsets, most, rng, known
-            )
-        return _opening.start_loadings(X, source, offsets, k, groups, self.batch_size, rng, known)
 
     def _priors(self, source, free, rng):
         """Priors of mean and log r, the coupling, and other priors, as `Objective` takes them."""
@@ -798,8 +710,3 @@ class NBLNEstimator(
         variance = np.einsum("gi,cij,gj->cg", W, rows.score_covariance, W, optimize=True)
         variance += params.noise + rows.offset_variance[:, None]
         return mean + variance / 2 - rows.score_offset_covariance @ W.T
-
-
-def _chosen(positions, X, offsets, known):
-    """Some of the rows, in memory."""
-    return X.chosen(positions).in_memory(), offsets.chosen(positions), known.chosen(positions)

@@ -34,7 +34,7 @@ def _sample(n_cells, size, rng):
     return np.sort(rng.choice(n_cells, size, replace=False))
 
 
-def number_of_factors(X, source, offsets, most, rng, known):
+def number_of_factors(X, offsets, known, source, most, rng):
     """Number of factors of all genes and start loadings of groups of few genes, from the scores.
 
     Both together are at most ``most`` and `MOST_FACTORS`. The third result is the `rank_diagnostics_`.
@@ -60,7 +60,7 @@ def number_of_factors(X, source, offsets, most, rng, known):
     )
 
 
-def start_loadings(X, source, offsets, k, groups, batch_size, rng, known):
+def start_loadings(X, offsets, known, source, k, groups, batch_size, rng):
     """Loadings at the start: k columns from the moments of the scores, and those of the groups of genes.
 
     One column of zeros where there are none.

@@ -310,15 +310,15 @@ def test_no_factors_in_data_without_any():
 
 
 def test_each_stage_is_an_ascent_of_the_penalized_objective(rank_three, monkeypatch):
-    from sknbln import _nbln
+    from sknbln import _maximum
 
-    outcomes, original = [], _nbln.ascend
+    outcomes, original = [], _maximum.ascend
 
     def recorded(*args, **options):
         outcomes.append(original(*args, **options))
         return outcomes[-1]
 
-    monkeypatch.setattr(_nbln, "ascend", recorded)
+    monkeypatch.setattr(_maximum, "ascend", recorded)
     sim, source = rank_three
     model = NBLNEstimator(
         6, loadings_prior="ard", informative_prior_estimator=source, random_state=0, **FREE

@@ -133,11 +133,11 @@ def test_what_watches_may_interrupt(counts, nbvcp, monkeypatch):
         if outcome.n_iter == 3:
             raise KeyboardInterrupt
 
-    from sknbln import _nbln
+    from sknbln import _maximum
 
-    ascend = _nbln.ascend
+    ascend = _maximum.ascend
     monkeypatch.setattr(
-        _nbln, "ascend", lambda *a, **options: ascend(*a, **{**options, "watch": Watched(stop)})
+        _maximum, "ascend", lambda *a, **options: ascend(*a, **{**options, "watch": Watched(stop)})
     )
     model = estimator(nbvcp)
     with pytest.raises(FitInterrupted):

@@ -85,9 +85,7 @@ def test_value_is_the_dense_twins_plus_priors(coupling):
         loc = params.mean + x.coef @ of_cells.design[c] + of_cells.exposure[c] - cells.offset[c]
         found = direct.laplace(cells.counts[c], loc, Sigma, r)
         own = noise_variance(params)
-        beyond = direct.leading_second_order(
-            cells.counts[c], found.y, found.covariance, own, r
-        )
+        beyond = direct.leading_second_order(cells.counts[c], found.y, found.covariance, own, r)
         expected += found.log_marginal + beyond
     for prior, at in (  # normal
         (function.prior_mean, x.mean),

@@ -3,13 +3,13 @@ r"""Laplace marginal likelihood of cells, its exact gradient, and the sums over 
 .. math:: \log p(u_c) \approx \sum_g \log p(u \mid y^*) - \tfrac12 (\zeta' P \zeta + \alpha' D \alpha)
           - \tfrac12 (\textstyle\sum_g \log(1 + d_g a_g) + \log\det M) + \epsilon
 
-with the next term of the expansion, ``epsilon`` (see `second_order`). The mode moves with the global parameters,
-and the curvature at the mode with it. This implicit term of the gradient is written out here. With the posterior
-covariance ``V = (Sigma^{-1} + A)^{-1}``, ``h = -diag(V) a' / 2 + depsilon/dy`` (a' the third derivative),
-``q = V h`` and ``beta = Sigma^{-1} q``:
+with the next term of the expansion, ``epsilon`` (see `second_order`). The mode moves with the global
+parameters, and the curvature at the mode with it. That implicit term of the gradient is written here. With
+the posterior covariance ``V = (Sigma^{-1} + A)^{-1}``, ``h = -diag(V) a' / 2 + depsilon/dy`` (a' the third
+derivative), ``q = V h`` and ``beta = Sigma^{-1} q``:
 
 * location: ``alpha + beta``
-* covariance: ``(alpha alpha' - K)/2 + sym(alpha beta')``, with ``K = (A^{-1} + Sigma)^{-1}``, and that of epsilon
+* covariance: ``(alpha alpha' - K)/2 + sym(alpha beta')``, with ``K = (A^{-1} + Sigma)^{-1}``, and epsilon's
 * ``log r``: partial derivative ``- diag(V) (da/dlog r)/2 + q (dg/dlog r) + depsilon/dlog r``
 
 All are low-rank algebra with the Cholesky factor of the last Newton step. In ``tests/reference`` JAX
@@ -276,18 +276,16 @@ def _gene_sums(cells, params, factors, mode, lin, logs, beyond, covariance):
     return jax.tree.map(total, scores)._replace(gradient_coef=of_coef), regression
 
 
-def _regression_sums(
-    params, design, b, v_beta, alpha, z, xi, beyond, beyond_xi, second, scale
-):
+def _regression_sums(params, design, b, v_beta, alpha, z, xi, beyond, beyond_xi, second, scale):
     """Gradient of the loadings, and ``sum_c b [1 c z][1 c z]'``; covariates c are scores that are known.
 
-    ``b``, ``alpha``, ``beyond`` (the beta of `SecondOrder`) and ``v_beta`` (weighted working responses, and beta)
-    are (n_cells, n_genes); ``z``, ``xi`` and ``beyond_xi`` (n_cells, k) are of the factors alone, ``second`` (n_cells, k + 1, k + 1) is the
-    second moment of the scores and ``scale`` (n_cells,) that of the capture column. The rows' weights are in
-    ``b``, ``v_beta`` and the xi.
+    ``b``, ``alpha``, ``beyond`` (the beta of `SecondOrder`) and ``v_beta`` (weighted working responses, and
+    beta) are (n_cells, n_genes); ``z``, ``xi`` and ``beyond_xi`` (n_cells, k) are of the factors alone,
+    ``second`` (n_cells, k + 1, k + 1) is the second moment of the scores and ``scale`` (n_cells,) that of the
+    capture column. The rows' weights are in ``b``, ``v_beta`` and the xi.
 
-    ``(alpha alpha' - K + beta alpha' + alpha beta') F`` without a cells x genes x k array: ``F' alpha = P
-    zeta`` and ``F' beta = P xi``, and ``alpha zeta' - K F = v zeta' - b F E[zeta zeta']``.
+    ``(alpha alpha' - K + beta alpha' + alpha beta' + beyond beyond') F`` without a cells x genes x k array:
+    ``F' alpha = P zeta`` and ``F' beta = P xi``, and ``alpha zeta' - K F = v zeta' - b F E[zeta zeta']``.
     """
     k, p = params.loadings.shape[1], design.shape[1]
     with_capture = scale[:, None] * second[:, k, :k]
@@ -300,10 +298,8 @@ def _regression_sums(
     sums = b.T @ features
     moments, capture_part = sums[:, : 1 + p + k + i.size], sums[:, 1 + p + k + i.size :]
     zz = moments[:, 1 + p + k :][:, back[p:, p:]]  # (n_genes, k, k)
-    gradient = (
-        v_beta.T @ z + alpha.T @ xi + beyond.T @ beyond_xi - jnp.sum(zz * params.loadings[:, None, :], 2) - capture_part
-    )
-    return gradient, moments
+    outer = v_beta.T @ z + alpha.T @ xi + beyond.T @ beyond_xi
+    return outer - jnp.sum(zz * params.loadings[:, None, :], 2) - capture_part, moments
 
 
 def _gene_blocks(a):

@@ -3,15 +3,16 @@ r"""What Laplace's method leaves out of a cell's log-marginal, to second order, 
 .. math:: \epsilon = \sum_g \bigl(\tfrac{5}{24} a_g'^2 v_g^3 - \tfrac18 a_g'' v_g^2\bigr)
           + \tfrac12 h' (V - \mathrm{diag}(v)) h, \qquad h_g = -\tfrac12 a_g' v_g
 
-with ``a`` the curvature of the likelihood at the mode, a' and a'' its derivatives in the log-rate, V the posterior
-covariance of the log-rates and ``v = d / (1 + d a)`` the part of it that is each gene's own. The first sum is the
-next term of each gene's own integral given the scores, each divided by ``sqrt(1 + (v / REACH)^2)``. Without it
-genes with few counts get far too large a d, and genes with many one too small. The second is what moving the scores to the maximum of the genes' integrals
-gains: ``h`` is the slope of ``-log(1 + d a) / 2``, and each gene pulls at the scores of all. What is left of the
-expansion is smaller by the number of genes for each factor.
+with ``a`` the curvature of the likelihood at the mode, a' and a'' its derivatives in the log-rate, V the
+posterior covariance of the log-rates and ``v = d / (1 + d a)`` the part of it that is each gene's own. The
+first sum is the next term of each gene's own integral given the scores, each divided by
+``sqrt(1 + (v / REACH)^2)``. Without it genes with few counts get far too large a d, and genes with many one
+too small. The second is what moving the scores to the maximum of the genes' integrals gains: ``h`` is the
+slope of ``-log(1 + d a) / 2``, and each gene pulls at the scores of all. What is left of the expansion
+is smaller by the number of genes for each factor.
 
-Which terms matter where dimensions are many: Shun and McCullagh 1995, Laplace approximation of high dimensional
-integrals, J. R. Stat. Soc. B 57, 749.
+Which terms matter where dimensions are many: Shun and McCullagh 1995, Laplace approximation of high
+dimensional integrals, J. R. Stat. Soc. B 57, 749.
 """
 
 from typing import NamedTuple
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 from . import lowrank
 
 _CUBIC, _QUARTIC = 5 / 24, 1 / 8
-#: posterior variance of a log-rate up to which the expansion holds: a gene's own term grows no further than at it,
-#: where without a bound it would grow with d for ever
+#: nats squared; the posterior variance of a log-rate up to which the expansion holds. A gene's own term grows
+#: no further there; without a bound it would grow with d for ever
 REACH = 6.0
 
 
@@ -34,7 +35,9 @@ class SecondOrder(NamedTuple):
     in_log_rate: jnp.ndarray  # (n_cells, n_genes)
     in_noise: jnp.ndarray  # (n_cells, n_genes) that in d
     in_log_r: jnp.ndarray  # (n_cells, n_genes)
-    beta: jnp.ndarray  # (n_cells, n_genes) Sigma^{-1} V h; its derivative in Sigma is beta beta' / 2
+    beta: (
+        jnp.ndarray
+    )  # (n_cells, n_genes) Sigma^{-1} V h; its derivative in Sigma is beta beta' / 2
     xi: jnp.ndarray  # (n_cells, k + 1) P^{-1} F' beta
 
 

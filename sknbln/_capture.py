@@ -11,7 +11,8 @@ from scipy.special import gammaln, log_ndtr, logsumexp
 from ._blocks import as_rows
 from ._counts import CountHistogram, row_constants, user_stacklevel
 from ._known import Known
-from ._rows import RowBatches, left_out_densities, solve_rows
+from ._passes import left_out_densities, solve_rows
+from ._rows import RowBatches
 from .solver.params import dispersion
 
 #: prior total mRNA of a cell, counts

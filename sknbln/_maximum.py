@@ -12,7 +12,8 @@ from ._blocks import Rows
 from ._capture import OffsetPosterior
 from ._counts import CountHistogram
 from ._known import Known
-from ._rows import RowBatches, Sweeper, in_single
+from ._passes import Sweeper
+from ._rows import RowBatches, in_single
 from .solver.ascent import LOOK_SWEEPS, Tolerance, ascend
 from .solver.gauge import LEAST_ROWS, noise_edges
 from .solver.objective import Objective

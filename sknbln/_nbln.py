@@ -28,8 +28,9 @@ from ._embedding import EmbeddingMixin
 from ._known import checked_weight, refuse_genes_not_seen
 from ._maximum import Maximization, Table
 from ._nbvcp import NBVCPEstimator
+from ._passes import solve_rows
 from ._progress import Progress, of_sweep
-from ._rows import RowBatches, solve_rows
+from ._rows import RowBatches
 from ._typing import CaptureEfficiency, CountsLike, Covariates, Seed, keeping_hints
 from .exceptions import FitInterrupted
 from .solver import column_priors

@@ -19,8 +19,9 @@ from ._counts import CountHistogram, checked_n_samples, user_stacklevel, validat
 from ._design import Design
 from ._known import Known, checked_weight, refuse_genes_not_seen
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
+from ._passes import Sweeper, solve_rows
 from ._progress import Progress, of_steps, of_sweep
-from ._rows import RowBatches, Sweeper, solve_rows
+from ._rows import RowBatches
 from ._typing import CaptureEfficiency, CountsLike, Covariates, Seed, keeping_hints
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from ._rows import RowBatches, in_single, pad_columns, sum_over_batches
+from ._passes import sum_over_batches
+from ._rows import RowBatches, in_single, pad_columns
 from ._spectrum import MOST_FACTORS, score_spectrum
 from .solver.coupling import MarginalCoupling
 from .solver.gene_priors import EVEN, NEARLY_ALL_IN_NOISE, NEARLY_ALL_IN_R

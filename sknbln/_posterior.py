@@ -30,7 +30,7 @@ import numpyro.distributions as dist
 from numpyro.distributions.transforms import Transform
 from scipy.stats import truncnorm
 
-from ._rows import gene_score_products
+from ._passes import gene_score_products
 from .solver.coupling import marginal_level, remaining_level, remaining_level_slopes
 from .solver.metric import least_squares_matrix
 from .solver.objective import COEF_PRIOR_SCALE

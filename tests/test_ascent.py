@@ -9,7 +9,8 @@ from scipy import optimize
 from scipy.stats import ortho_group
 
 from sknbln._counts import CountHistogram
-from sknbln._rows import RowBatches, Sweeper
+from sknbln._passes import Sweeper
+from sknbln._rows import RowBatches
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver import ascent
 from sknbln.solver.ascent import Tolerance, ascend

@@ -13,7 +13,8 @@ from scipy import stats
 
 from sknbln import NBLNEstimator, NBVCPEstimator, _nbvcp
 from sknbln._capture import CapturePrior
-from sknbln._rows import RowBatches, solve_rows
+from sknbln._passes import solve_rows
+from sknbln._rows import RowBatches
 from sknbln.datasets import load_immune_cells, make_nbln_counts
 
 from .reference.importance import log_marginal

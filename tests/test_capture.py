@@ -23,7 +23,8 @@ from sknbln._capture import (
     score_rows_given_totals,
     warn_about_truncation,
 )
-from sknbln._rows import RowBatches, solve_rows
+from sknbln._passes import solve_rows
+from sknbln._rows import RowBatches
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver.params import Params
 

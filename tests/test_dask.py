@@ -148,12 +148,12 @@ def test_a_fit_on_workers_is_that_in_memory(counts, model, client, monkeypatch):
 
 
 def test_an_error_on_a_worker_is_raised_here_and_leaves_the_estimator(counts, client, monkeypatch):
-    from sknbln import _rows
+    from sknbln import _passes
 
     def fails(*args):
         raise RuntimeError("a worker's own")
 
-    monkeypatch.setattr(_rows, "_sweep", fails)
+    monkeypatch.setattr(_passes, "_sweep", fails)
     model = NBLNEstimator(random_state=0)
     with pytest.raises(RuntimeError, match="a worker's own"):
         model.fit(lazy(counts))

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 import sknbln
 from sknbln import NBLNEstimator, NBVCPEstimator, _svi
-from sknbln._rows import Sweeper
+from sknbln._passes import Sweeper
 from sknbln.datasets import make_nbln_counts
 from sknbln.exceptions import FitInterrupted
 
@@ -244,7 +244,7 @@ CHILD = """
 import json, sys, time
 import numpy as np
 from sknbln import NBLNEstimator, NBVCPEstimator
-from sknbln._rows import Sweeper
+from sknbln._passes import Sweeper
 from sknbln.datasets import make_nbln_counts
 
 X = make_nbln_counts(n_cells=40, n_genes=12, n_factors=2, random_state=0).data

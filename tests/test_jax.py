@@ -17,13 +17,8 @@ from numpy.testing import assert_array_equal
 
 from sknbln import _jax as jax_module
 from sknbln._jax import float64, in_order, warn_about_jaxlib
-from sknbln._rows import (
-    RowBatches,
-    Sweeper,
-    gene_score_products,
-    solve_rows,
-    sum_over_batches,
-)
+from sknbln._passes import Sweeper, gene_score_products, solve_rows, sum_over_batches
+from sknbln._rows import RowBatches
 from sknbln.solver.start import information_sums
 
 from .reference import small
@@ -199,7 +194,8 @@ def test_memory_is_given_back_after_a_compilation_and_only_then(monkeypatch):
 TWO_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from sknbln._jax import compiled_once, in_order
-from sknbln._rows import RowBatches, Sweeper
+from sknbln._passes import Sweeper
+from sknbln._rows import RowBatches
 from tests.reference.small import K_ROWS, rows
 
 used = lambda task: next(iter(jnp.ones(task).devices())).id

@@ -10,7 +10,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln._capture import CapturePrior, score_rows
-from sknbln._rows import RowBatches, solve_rows
+from sknbln._passes import solve_rows
+from sknbln._rows import RowBatches
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver.overdispersion import TotalOverdispersion
 from sknbln.solver.params import Params

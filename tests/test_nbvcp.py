@@ -16,7 +16,8 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sknbln import NBVCPEstimator, _nbvcp
 from sknbln._capture import CapturePrior
 from sknbln._counts import CountHistogram
-from sknbln._rows import RowBatches, solve_rows
+from sknbln._passes import solve_rows
+from sknbln._rows import RowBatches
 from sknbln.datasets import make_nbvcp_counts
 from sknbln.solver.params import in_model_units
 

@@ -22,7 +22,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln import _jax as jax_module
 from sknbln import _rows as rows_module
-from sknbln._rows import RowBatches, Sweeper, solve_rows
+from sknbln._passes import Sweeper, solve_rows
+from sknbln._rows import RowBatches
 from sknbln.solver import lowrank
 from sknbln.solver import mode as mode_module
 from sknbln.solver.column_priors import HYPER_PARAMETER_RANGE, TYPES, hyper_parameters

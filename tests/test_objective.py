@@ -8,7 +8,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln._counts import CountHistogram
 from sknbln._known import Known
-from sknbln._rows import RowBatches, Sweeper
+from sknbln._passes import Sweeper
+from sknbln._rows import RowBatches
 from sknbln.solver.channel import log_rising
 from sknbln.solver.column_priors import ColumnPenalty
 from sknbln.solver.coupling import Identity, MarginalCoupling

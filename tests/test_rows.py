@@ -11,16 +11,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sknbln import _rows as rows_module
 from sknbln._blocks import Rows
 from sknbln._known import Known
-from sknbln._rows import (
-    FEW_ENTRIES,
-    RowBatches,
-    Sweeper,
-    gene_score_products,
-    pad_columns,
-    padded_rank,
-    solve_rows,
-    sum_over_batches,
-)
+from sknbln._passes import Sweeper, gene_score_products, solve_rows, sum_over_batches
+from sknbln._rows import FEW_ENTRIES, RowBatches, pad_columns, padded_rank
 from sknbln.solver.channel import log_rising_derivatives
 from sknbln.solver.marginal import solve_cells
 from sknbln.solver.mode import DECREMENT_TOL

@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln import NBLNEstimator, NBVCPEstimator, _opening
-from sknbln._rows import Sweeper
+from sknbln._passes import Sweeper
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver.ascent import LOOK_SWEEPS
 

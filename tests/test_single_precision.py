@@ -7,7 +7,8 @@ from numpy.testing import assert_allclose
 
 from sknbln import NBLNEstimator, NBVCPEstimator, _rows
 from sknbln._jax import float64
-from sknbln._rows import RowBatches, Sweeper
+from sknbln._passes import Sweeper
+from sknbln._rows import RowBatches
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver.marginal import solve_cells
 from sknbln.solver.params import Params

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.linalg import subspace_angles
 
-from sknbln._rows import RowBatches, sum_over_batches
+from sknbln._passes import sum_over_batches
+from sknbln._rows import RowBatches
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver import start as start_module
 from sknbln.solver.params import Params, noise_coordinate, noise_variance

@@ -10,7 +10,8 @@ from sknbln import NBLNEstimator, NBVCPEstimator
 from sknbln._counts import CountHistogram
 from sknbln._known import Known
 from sknbln._nbvcp import _problem
-from sknbln._rows import RowBatches, Sweeper, gene_score_products, sum_over_batches
+from sknbln._passes import Sweeper, gene_score_products, sum_over_batches
+from sknbln._rows import RowBatches
 from sknbln._svi import _minibatches
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver.start import information_sums, score_product

@@ -3,7 +3,8 @@
 import numpy as np
 
 from sknbln._counts import CountHistogram
-from sknbln._rows import RowBatches, Sweeper
+from sknbln._passes import Sweeper
+from sknbln._rows import RowBatches
 from sknbln.solver.objective import Objective
 from sknbln.solver.params import GaussianPrior, Params, noise_coordinate
 

@@ -428,6 +428,30 @@ def test_error_against_importance_sampling(poisson):
         assert abs(estimate - value[c] - left) < 0.015 + 3 * se
 
 
+@pytest.mark.parametrize("d", [1.0, 5.0, 100.0])
+@pytest.mark.parametrize("r", [1.0, np.inf])
+@pytest.mark.parametrize("mean", [-4.0, 1.0])
+def test_one_gene_of_any_variance(mean, r, d):
+    """The error of the log-probability, on average over counts of the model, is less than Laplace's.
+
+    Up to d = 5 it is about .01 nats, where Laplace's is up to .05. Without `second_order.REACH` it would be
+    .7 at d = 100.
+    """
+    u = np.unique(np.r_[:6, np.round(np.geomspace(6, np.exp(min(mean + 3 * d**0.5, 6)), 9))])
+    ones = np.ones(u.size)
+    cells = Cells(u[:, None], 0 * ones, 0 * ones, ones, ones)
+    params = Params(np.array([mean]), np.zeros((1, small.RANK)), np.array([d]), np.array([1 / r]))
+    size, Sigma = np.array([r]), np.array([[d]])
+    rows = [(row, params.mean, Sigma, size) for row in cells.counts]
+    exact = np.array([direct.exact(*row) for row in rows])
+    plain = [direct.laplace(*row).log_marginal for row in rows]
+    weight = np.exp(exact) * np.gradient(u)  # of the counts between them
+    errors = (value - exact for value in (log_probability(cells, params, size), plain))
+    found, of_plain = (abs(np.average(error, weights=weight)) for error in errors)
+    assert found < of_plain + 1e-4
+    assert found < (0.015 if d <= 5 else 0.1)
+
+
 def test_the_two_references_agree():
     """Importance sampling against numerical integration, on two genes."""
     cells, params, r = few_genes(2, 1.0)

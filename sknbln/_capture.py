@@ -218,7 +218,7 @@ def offset_posterior(X, params, prior, batch_size=None, found=None, known=None):
     raw, sd = found.offset.copy(), found.offset_scale
     rows = np.flatnonzero(raw < 0)
     if rows.size:
-        gain, curvature, _ = _at_zero(
+        gain, curvature, _, _ = _at_zero(
             batches.without_capture(rows), offset[rows], scale[rows], params
         )
         raw[rows], sd[rows] = gain / curvature, 1 / np.sqrt(curvature)
@@ -226,10 +226,13 @@ def offset_posterior(X, params, prior, batch_size=None, found=None, known=None):
 
 
 def _at_zero(batches, offset, scale, params):
-    """Slope and negative curvature of log p(u, eta) at eta = 0, and log p(u | eta = 0)."""
-    posterior = solve_rows(batches, params)
-    slope = np.minimum(posterior.offset_slope + offset / scale**2, 0.0)
-    return slope, posterior.offset_curvature + scale**-2, posterior.log_marginal
+    """Slope and negative curvature of log p(u, eta) at eta = 0, log p(u | eta = 0), and the genes' pull.
+
+    The slope is that of the mode; the pull is what the genes' integrals add to it.
+    """
+    found = solve_rows(batches, params)
+    slope = np.minimum(found.offset_slope + offset / scale**2, 0.0)
+    return slope, found.offset_curvature + scale**-2, found.log_marginal, found.offset_pull
 
 
 def score_rows(X, params, prior, batch_size=None, known=None):
@@ -237,7 +240,8 @@ def score_rows(X, params, prior, batch_size=None, known=None):
 
     Log-rates and the capture offset are both integrated out. The capture prior of the offset is truncated
     at 0: if the mode is above 0, Laplace's method is corrected by the Gaussian's mass above 0; if it is at
-    the bound, the quadratic expansion there is integrated above 0.
+    the bound, the quadratic expansion there is integrated above 0. Both are around the maximum of the genes'
+    integrals, to which `solver.second_order` moves the mode.
     """
     offset, scale = row_prior(prior, X)
     batches = RowBatches(X, offset, scale, batch_size=batch_size, known=known)
@@ -245,11 +249,12 @@ def score_rows(X, params, prior, batch_size=None, known=None):
     value = posterior.log_marginal
     if prior is not None:
         raw, sd = posterior.offset, posterior.offset_scale
-        value = value + log_ndtr(raw / sd)
+        value = value + log_ndtr((raw + scale**2 * posterior.offset_pull) / sd)
         rows = np.flatnonzero(raw < 0)
         if rows.size:
             m, s = offset[rows], scale[rows]
-            slope, curvature, at_zero = _at_zero(batches.without_capture(rows), m, s, params)
+            slope, curvature, at_zero, pull = _at_zero(batches.without_capture(rows), m, s, params)
+            slope = slope + pull
             value[rows] = (
                 at_zero
                 - 0.5 * (m / s) ** 2

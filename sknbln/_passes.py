@@ -41,6 +41,7 @@ class RowPosterior(NamedTuple):
     score_offset_covariance: np.ndarray  # (n_rows, k)
     offset_slope: np.ndarray  # (n_rows,) d log_marginal / d offset, with the mode fixed
     offset_curvature: np.ndarray  # (n_rows,) -d^2 log_marginal / d offset^2, curvature fixed
+    offset_pull: np.ndarray  # (n_rows,) added to the slope by the genes' own integrals
     converged: np.ndarray  # (n_rows,)
     decrement: np.ndarray  # (n_rows,) Newton decrement, nats
 
@@ -52,7 +53,7 @@ class RowPosterior(NamedTuple):
     @classmethod
     def empty(cls, n, k):
         """Uninitialized arrays for n rows and k factors, to be written by :meth:`fill`."""
-        shapes = ((), (k,), (k, k), (), (), (k,), (), (), (), ())
+        shapes = ((), (k,), (k, k), (), (), (k,), (), (), (), (), ())
         kinds = [bool if name == "converged" else float for name in cls._fields]
         return cls(*(np.empty((n, *s), kind) for s, kind in zip(shapes, kinds, strict=True)))
 
@@ -69,6 +70,7 @@ class RowPosterior(NamedTuple):
             -scale[:, None] * covariance[:, :k, -1],
             results.offset_slope,
             results.offset_curvature,
+            results.offset_pull,
             results.converged,
             results.decrement,
         )

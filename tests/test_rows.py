@@ -237,6 +237,7 @@ def test_rows_are_those_of_the_kernel():
         offset_variance=s**2 * one.covariance[:, K, K],
         score_offset_covariance=-s[:, None] * one.covariance[:, :K, K],
         offset_slope=one.offset_slope,
+        offset_pull=one.offset_pull,
         offset_curvature=one.offset_curvature,
         converged=np.ones(small.N_CELLS, bool),
     )

@@ -45,6 +45,9 @@ class CellResults(NamedTuple):
     covariance: jnp.ndarray  # (n_cells, k + 1, k + 1) their posterior covariance
     offset_slope: jnp.ndarray  # (n_cells,) d log_marginal / d offset at fixed mode
     offset_curvature: jnp.ndarray  # (n_cells,) -d^2 log_marginal / d offset^2 at fixed curvature
+    offset_pull: (
+        jnp.ndarray
+    )  # (n_cells,) of the genes' integrals: what `SecondOrder` adds to the slope
     decrement: jnp.ndarray  # (n_cells,)
     converged: jnp.ndarray  # (n_cells,)
     n_newton: jnp.ndarray  # ()
@@ -106,6 +109,7 @@ def _cell_results(cells, params, factors, mode, lin, logs, beyond):
         lowrank.inverse(lin.L),
         -lowrank.row_sums(mode.alpha),
         _offset_curvature(factors, lin),
+        -lowrank.row_sums(beyond.beta),
         mode.decrement,
         mode.converged,
         mode.n_iter,

@@ -26,7 +26,7 @@ from unittest import mock
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
-from sknbln import NBLNEstimator, NBVCPEstimator, _nbln, _nbvcp
+from sknbln import NBLNEstimator, NBVCPEstimator, _maximum, _nbvcp
 
 # few widths and buckets of rows: what is compiled is shared
 WIDTHS = (2, 12, 40)
@@ -143,7 +143,7 @@ class Stages:
             return ascend
 
         with contextlib.ExitStack() as stack:
-            for module in (_nbvcp, _nbln):
+            for module in (_nbvcp, _maximum):
                 stack.enter_context(mock.patch.object(module, "ascend", recording(module.ascend)))
             yield
 

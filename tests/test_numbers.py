@@ -411,8 +411,8 @@ def test_every_ascent_is_looked_at(monkeypatch):
     options = dict(informative_prior_estimator=source, max_iter=8, tol=1.0, random_state=0)
     for name, model in (
         ("_nbvcp", NBVCPEstimator(random_state=0)),
-        ("_nbln", NBLNEstimator(1, **options)),
-        ("_nbln", NBLNEstimator(1, loadings_prior="ard", **options)),
+        ("_maximum", NBLNEstimator(1, **options)),
+        ("_maximum", NBLNEstimator(1, loadings_prior="ard", **options)),
     ):
         place = importlib.import_module(f"sknbln.{name}")
         with monkeypatch.context() as patch:

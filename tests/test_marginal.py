@@ -437,7 +437,7 @@ def test_one_gene_of_any_variance(mean, r, d):
     Up to d = 5 it is about .01 nats, where Laplace's is up to .05. Without `second_order.REACH` it would be
     .7 at d = 100.
     """
-    u = np.unique(np.r_[:6, np.round(np.geomspace(6, np.exp(min(mean + 3 * d**0.5, 6)), 9))])
+    u = np.r_[:6, np.geomspace(6, np.exp(np.clip(mean + 3 * d**0.5, 2, 6)), 9)]
     ones = np.ones(u.size)
     cells = Cells(u[:, None], 0 * ones, 0 * ones, ones, ones)
     params = Params(np.array([mean]), np.zeros((1, small.RANK)), np.array([d]), np.array([1 / r]))

@@ -240,8 +240,8 @@ def score_rows(X, params, prior, batch_size=None, known=None):
 
     Log-rates and the capture offset are both integrated out. The capture prior of the offset is truncated
     at 0: if the mode is above 0, Laplace's method is corrected by the Gaussian's mass above 0; if it is at
-    the bound, the quadratic expansion there is integrated above 0. Both are around the maximum of the genes'
-    integrals, to which `solver.second_order` moves the mode.
+    the bound, the quadratic expansion there is integrated above 0. Both expand around the maximum of the
+    genes' integrals, which `offset_pull` moves away from the mode (see `solver.second_order`).
     """
     offset, scale = row_prior(prior, X)
     batches = RowBatches(X, offset, scale, batch_size=batch_size, known=known)

@@ -229,9 +229,7 @@ class CovarianceMixin(PairTestMixin):
         -----
         A factor model with few factors gives every pair a correlation, those of unrelated genes included. To
         ask whether genes move together at all, use :meth:`correlation_test`. The intervals know of the
-        sampling of cells, and not of what the model itself is wrong by: with thousands of cells, the d of
-        genes with less than a count per cell is too large, and correlations of theirs too small by more than
-        their standard errors.
+        sampling of cells, and not of what the model itself is wrong by.
         """
         check_is_fitted(self)
         positions = gene_positions(self, genes)

@@ -52,24 +52,24 @@ class Maximization:
     max_iter: int
     watch: Any
 
-    def anew(self, table, rng):
-        """The `Outcome`, the `RowBatches` that it is over, and how the number of factors was found.
+    def sample(self, table, rng):
+        """The rows that are fitted first: all, or a sample of many."""
+        positions = _opening.sample_of_rows(table.X.shape[0], rng)
+        return table if positions is None else table.chosen(positions)
 
-        Of many rows a sample is fitted first, and all rows go on from there.
+    def anew(self, table, some, loadings, rng):
+        """The `Outcome`, the `RowBatches` that it is over, and what decided which columns are noise.
+
+        Some rows are fitted first, from these loadings, and all rows go on from there.
         """
-        sample = _opening.sample_of_rows(table.X.shape[0], rng)
-        some = table if sample is None else table.chosen(sample)
-        loadings, diagnostics = self._start(some, rng)
-        outcome, rows, edge = self._opened(some, loadings, rng)
-        if edge is not None:
-            diagnostics |= {"column_information": outcome.information, "noise_edge": edge}
-        if sample is not None:
+        outcome, rows, of_columns = self._opened(some, loadings, rng)
+        if some is not table:
             if outcome.interrupted:
                 raise KeyboardInterrupt  # no sweep over all rows is complete
             stages = outcome.stages
             outcome, rows = self.go_on(table, outcome.point.x, outcome.objective.split)
             outcome = outcome._replace(stages=[*stages, *outcome.stages])
-        return self._of_all_columns(outcome, table), rows, diagnostics
+        return self._of_all_columns(outcome, table), rows, of_columns
 
     def go_on(self, table, previous, split):
         """The `Outcome` and its rows, from the coordinates of a fit and its split of overdispersion."""
@@ -88,8 +88,8 @@ class Maximization:
             return outcome
         return outcome.with_columns(min(self.latent_dim, *table.X.shape))
 
-    def _start(self, table, rng):
-        """Loadings at the start, and how their number was found."""
+    def start(self, table, rng):
+        """Loadings at the start, and the `rank_diagnostics_`: how their number was found."""
         most = min(table.X.shape)
         if self.latent_dim is not None:
             most = min(most, self.latent_dim)
@@ -100,7 +100,7 @@ class Maximization:
         return loadings, diagnostics
 
     def _opened(self, table, loadings, rng):
-        """The `Outcome`, its rows, and the edge below which columns were dropped, if any was looked for.
+        """The `Outcome`, its rows, and what decided which columns are noise, if that was looked for.
 
         Of two starts the better is taken: where there are many counts, by some of the rows.
         """
@@ -119,7 +119,9 @@ class Maximization:
         if self.selects and np.any(loadings) and n_cells >= LEAST_ROWS:
             edges = noise_edges(table.X.shape[1], n_cells)
         outcome = self._climb(candidates, table, edges=edges, column_prior=self.column_prior)
-        return outcome, rows, None if outcome.information is None else edges[-1]
+        if outcome.information is None:
+            return outcome, rows, None
+        return outcome, rows, {"column_information": outcome.information, "noise_edge": edges[-1]}
 
     def _candidates(self, table, loadings, single):
         """Objectives over rows, with the coordinates of the start under each, and the rows."""

@@ -55,7 +55,7 @@ _LEAST_GAIN = 0.002
 
 
 def _default_tolerance(cascade, column_prior):
-    """Tolerance of a fit whose `tol` is None: smaller where late sweeps still matter."""
+    """Tolerance of a fit whose `tol` is None."""
     if column_prior is not None:
         return Tolerance(1e-6)
     return Tolerance(1e-4) if cascade == "parameter" else Tolerance(1e-5, _LEAST_GAIN)
@@ -252,9 +252,9 @@ class NBLNEstimator(
     all in r and nearly all in d, and keeps the more likely. Under ``"parameter"``, ``d ~ Exponential(2)`` and
     ``log r ~ N(2, 1)``.
 
-    The log-rates are integrated out by Laplace's method, with the next term of its expansion for each gene's
-    own residual. The parameters maximize the resulting marginal
-    likelihood by its exact gradient, preconditioned by the least squares of each gene on the scores.
+    The log-rates are integrated out by Laplace's method, with the leading part of the next term of its
+    expansion. The parameters maximize the resulting marginal likelihood by its exact gradient, preconditioned
+    by the least squares of each gene on the scores.
     A sweep costs about ``n_cells n_genes latent_dim^2`` operations; memory is one batch of rows.
 
     References
@@ -512,11 +512,14 @@ class NBLNEstimator(
             watch=watch,
         )
         table = Table(X, offsets, self._known)
-        if previous is None:
-            outcome, rows, self.rank_diagnostics_ = task.anew(table, rng)
-        else:
-            outcome, rows = task.go_on(table, previous, self._split)
+        if previous is not None:
             self.rank_diagnostics_ = getattr(self, "rank_diagnostics_", None)
+            return task.go_on(table, previous, self._split)
+        some = task.sample(table, rng)
+        loadings, self.rank_diagnostics_ = task.start(some, rng)
+        outcome, rows, of_columns = task.anew(table, some, loadings, rng)
+        if of_columns is not None:
+            self.rank_diagnostics_ |= of_columns
         return outcome, rows
 
     def _selects(self):

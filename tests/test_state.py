@@ -319,7 +319,7 @@ def fails(X):
         raise MemoryError("in a sweep")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sknbln._rows.Sweeper.__call__", broken)
+        patch.setattr("sknbln._passes.Sweeper.__call__", broken)
         with pytest.raises(MemoryError, match="in a sweep"):
             fit_both(X)
 

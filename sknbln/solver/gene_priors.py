@@ -6,9 +6,8 @@ vanish, and the log-density is one smooth function of the parameters (empirical 
 cascade ``d ~ Exponential(2)``.
 
 *Split*: ``log d - log T(r) ~ N(c, 1)``. The counts of one gene hardly tell a variance of its log-rate from
-the overdispersion of its counts, and the little that they tell is within the error of Laplace's method. An
-even split, c = 0, holds the balance. Where overdispersion is large the two differ, and c is one of two
-values, between which the likelihood decides.
+the overdispersion of its counts. An even split, c = 0, holds the balance. Where overdispersion is large the
+two differ, and c is one of two values, between which the likelihood decides.
 
 *Total overdispersion*: ``log(Sigma_gg + T_g(r_g)) ~ N(l_g, s_g^2)``, see `overdispersion`.
 """

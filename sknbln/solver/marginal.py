@@ -3,7 +3,7 @@ r"""Laplace marginal likelihood of cells, its exact gradient, and the sums over 
 .. math:: \log p(u_c) \approx \sum_g \log p(u \mid y^*) - \tfrac12 (\zeta' P \zeta + \alpha' D \alpha)
           - \tfrac12 (\textstyle\sum_g \log(1 + d_g a_g) + \log\det M) + \epsilon
 
-with the next term of the expansion, ``epsilon`` (see `second_order`). The mode moves with the global
+with part of the next term of the expansion, ``epsilon`` (`second_order`). The mode moves with the global
 parameters, and the curvature at the mode with it. That implicit term of the gradient is written here. With
 the posterior covariance ``V = (Sigma^{-1} + A)^{-1}``, ``h = -diag(V) a' / 2 + depsilon/dy`` (a' the third
 derivative), ``q = V h`` and ``beta = Sigma^{-1} q``:

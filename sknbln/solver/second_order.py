@@ -1,15 +1,17 @@
-r"""What Laplace's method leaves out of a cell's log-marginal, to second order, and its derivatives.
+r"""The leading part of what Laplace's method leaves out of a cell's log-marginal, and its derivatives.
 
-.. math:: \epsilon = \sum_g \bigl(\tfrac{5}{24} a_g'^2 v_g^3 - \tfrac18 a_g'' v_g^2\bigr)
-          + \tfrac12 h' (V - \mathrm{diag}(v)) h, \qquad h_g = -\tfrac12 a_g' v_g
+.. math:: \epsilon = \sum_g t_g \bigl(\tfrac{5}{24} a_g'^2 v_g^3 - \tfrac18 a_g'' v_g^2\bigr)
+          + \tfrac12 h' (V - \mathrm{diag}(v)) h, \qquad h_g = -\tfrac12 t_g a_g' v_g
 
 with ``a`` the curvature of the likelihood at the mode, a' and a'' its derivatives in the log-rate, V the
 posterior covariance of the log-rates and ``v = d / (1 + d a)`` the part of it that is each gene's own. The
-first sum is the next term of each gene's own integral given the scores, each divided by
-``sqrt(1 + (v / REACH)^2)``. Without it genes with few counts get far too large a d, and genes with many one
-too small. The second is what moving the scores to the maximum of the genes' integrals gains: ``h`` is the
-slope of ``-log(1 + d a) / 2``, and each gene pulls at the scores of all. What is left of the expansion
-is smaller by the number of genes for each factor.
+first sum is the next term of each gene's own integral given the scores. Without it genes with few counts get
+far too large a d, and genes with many one too small. The second is what moving the scores to the maximum of
+the genes' integrals gains: ``a' v / 2`` is the slope of ``log(1 + d a) / 2``, and each gene pulls at the
+scores of all. What is left of the expansion shrinks in proportion to the number of genes per factor.
+
+Where v is large the expansion ends: both parts would grow with d for ever, and the likelihood with them. The
+factor ``t = 1 / sqrt(1 + (v / REACH)^2)`` bounds them.
 
 Which terms matter where dimensions are many: Shun and McCullagh 1995, Laplace approximation of high
 dimensional integrals, J. R. Stat. Soc. B 57, 749.
@@ -23,18 +25,17 @@ import jax.numpy as jnp
 from . import lowrank
 
 _CUBIC, _QUARTIC = 5 / 24, 1 / 8
-#: nats squared; the posterior variance of a log-rate up to which the expansion holds. A gene's own term grows
-#: no further there; without a bound it would grow with d for ever
+#: nats squared; the posterior variance of a log-rate up to which the expansion holds
 REACH = 6.0
 
 
 class SecondOrder(NamedTuple):
-    """The term for each cell, its derivatives at fixed log-rates, and the pull of the genes at the scores."""
+    """The term for each cell, its partial derivatives, and the pull of the genes at the scores."""
 
     value: jnp.ndarray  # (n_cells,)
     in_log_rate: jnp.ndarray  # (n_cells, n_genes)
-    in_noise: jnp.ndarray  # (n_cells, n_genes) that in d
-    in_log_r: jnp.ndarray  # (n_cells, n_genes)
+    in_noise: jnp.ndarray  # (n_cells, n_genes) in d at fixed log-rates
+    in_log_r: jnp.ndarray  # (n_cells, n_genes) the same
     beta: (
         jnp.ndarray
     )  # (n_cells, n_genes) Sigma^{-1} V h; its derivative in Sigma is beta beta' / 2
@@ -56,7 +57,7 @@ def second_order(u, phi, d, factors, lin):
     within = share**2  # derivative of the logarithm of the bounded v in log v
     own = share * v * w * inner
 
-    h = -0.5 * s * w
+    h = -0.5 * s * w * share
     x = h * rest
     pull = factors.project(x) * lin.scales
     xi = lowrank.solve(lin.L, pull)
@@ -69,11 +70,12 @@ def second_order(u, phi, d, factors, lin):
 
     def slope(of_log_a, of_s):
         """Derivative along a change that changes log a and s by this much."""
-        shared = q * w * (s * of_log_a * (w - 0.5) - 0.5 * of_s) - 0.5 * q**2 * a * of_log_a
+        of_h = h * (rest - within * w) * of_log_a - 0.5 * share * w * of_s
+        shared = q * of_h - 0.5 * q**2 * a * of_log_a
         return of_scale * of_log_a + of_shape * of_s + shared
 
     of_own = share * rest**2 * w * (inner * (1.0 + within) + _CUBIC * s**2 * w)
-    of_shared = 0.5 * (beta**2 - x**2 - q * a * s * rest**2)
+    of_shared = 0.5 * (beta**2 - x**2 - q * a * s * rest**2 * share * within)
     return SecondOrder(
         value=lowrank.row_sums(own) + 0.5 * jnp.sum(pull * xi, 1),
         in_log_rate=slope(s, -turn),

@@ -124,8 +124,9 @@ def leading_second_order(u, y, V, noise, r):
     """
     _, f2, f3, f4 = pmf_derivatives(u, y, r)
     v = noise / (1 - noise * f2)
-    own = np.sum((f4 * v**2 / 8 + 5 * f3**2 * v**3 / 24) / np.sqrt(1 + (v / REACH) ** 2))
-    pull = f3 * v / 2
+    bound = 1 / np.sqrt(1 + (v / REACH) ** 2)
+    own = np.sum(bound * (f4 * v**2 / 8 + 5 * f3**2 * v**3 / 24))
+    pull = bound * f3 * v / 2
     return float(own + 0.5 * pull @ (V - np.diag(v)) @ pull)
 
 

@@ -81,9 +81,10 @@ def test_marginal_is_the_dense_twins(kind):
     assert_allclose(log_probability(cells, params, r), expected, rtol=0, atol=1e-9)
 
 
-def test_marginal_without_noise_in_some_genes():
+@pytest.mark.parametrize("largest", [0.3, 12.0])
+def test_marginal_without_noise_in_some_genes(largest):
     cells, params, r = small.problem(21)
-    noise = params.noise.copy()
+    noise = params.noise * (largest / 0.3)
     noise[::3] = 0.0
     params = params._replace(noise=noise)
     expected = [t.log_marginal for t in twins(cells, params, r)]
@@ -169,9 +170,11 @@ def test_gradient_is_that_of_a_live_newton_step(kind):
         assert_allclose(found, value, rtol=1e-8, atol=1e-8, err_msg=name)
 
 
-def test_gradient_of_a_live_newton_step_without_noise():
+@pytest.mark.parametrize("largest", [0.3, 12.0])
+def test_gradient_of_a_live_newton_step_without_noise(largest):
+    """In some genes; in the others of any size, also where `second_order` is bounded."""
     cells, params, r = small.problem(26)
-    noise = params.noise.copy()
+    noise = params.noise * (largest / 0.3)
     noise[::3] = 0.0
     args = params.mean, params.loadings, noise, np.log(r)
     expected = live_step.gradient(*args, cells, small.zeros(cells, params))
@@ -367,17 +370,16 @@ def few_genes(n_genes, largest_variance):
 
 
 @pytest.mark.parametrize(
-    "largest_variance, error, remainder", [(1.0, 0.03, 0.004), (3.0, 0.06, 0.02)]
+    "largest_variance, error, remainder", [(1.0, 0.01, 0.004), (3.0, 0.03, 0.02)]
 )
 @pytest.mark.parametrize("n_genes", [1, 2])
 def test_error_against_numerical_integration(n_genes, largest_variance, error, remainder):
     """One and two genes, integrated on a grid.
 
     The error of Laplace's method is the next term of its expansion (third and fourth derivatives of the
-    likelihood, `direct.second_order`), up to a remainder of the order after that. Over 90 random problems
-    each, a third of them Poisson, the error was at most 0.006 nats where Sigma_gg < 0.3 (mean
-    0.002), 0.020 below 1 (0.006) and 0.041 below 3 (0.016); what the next term leaves of it 0.0003, 0.0025
-    and 0.017.
+    likelihood, `direct.second_order`), up to a remainder of the order after that; the part of it that is left
+    out is small. Measured here: errors of at most 0.003 nats where Sigma_gg < 1, and 0.010 below 3. Laplace's
+    method alone, over 90 random problems each, a third of them Poisson: 0.020 and 0.041.
     """
     cells, params, r = few_genes(n_genes, largest_variance)
     value = log_probability(cells, params, r)

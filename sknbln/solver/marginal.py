@@ -45,9 +45,7 @@ class CellResults(NamedTuple):
     covariance: jnp.ndarray  # (n_cells, k + 1, k + 1) their posterior covariance
     offset_slope: jnp.ndarray  # (n_cells,) d log_marginal / d offset at fixed mode
     offset_curvature: jnp.ndarray  # (n_cells,) -d^2 log_marginal / d offset^2 at fixed curvature
-    offset_pull: (
-        jnp.ndarray
-    )  # (n_cells,) of the genes' integrals: what `SecondOrder` adds to the slope
+    offset_pull: jnp.ndarray  # (n_cells,) what the genes' integrals add to the slope
     decrement: jnp.ndarray  # (n_cells,)
     converged: jnp.ndarray  # (n_cells,)
     n_newton: jnp.ndarray  # ()
@@ -335,9 +333,9 @@ def score_products(cells, params, alpha, results, free_dispersion):
     v = alpha + lin.b * factors.lift(zeta * lin.scales)
 
     def products(block):
-        mean, v_beta, own, left, b, noise, log_r, F = block
+        mean, v_beta, own, shared, b, noise, log_r, F = block
         regression = (second @ F.T).reshape(-1, k, F.shape[0])
-        loadings = v_beta[:, None, :] * z + own[:, None, :] * xi + left[:, None, :] * beyond_xi
+        loadings = v_beta[:, None, :] * z + own[:, None, :] * xi + shared[:, None, :] * beyond_xi
         loadings = loadings - b[:, None, :] * regression
         mean, noise, log_r = mean[:, None, :], noise[:, None, :], log_r[:, None, :]
         coef = mean * cells.design[:, :, None]

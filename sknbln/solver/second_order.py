@@ -36,9 +36,8 @@ class SecondOrder(NamedTuple):
     in_log_rate: jnp.ndarray  # (n_cells, n_genes)
     in_noise: jnp.ndarray  # (n_cells, n_genes) in d at fixed log-rates
     in_log_r: jnp.ndarray  # (n_cells, n_genes) the same
-    beta: (
-        jnp.ndarray
-    )  # (n_cells, n_genes) Sigma^{-1} V h; its derivative in Sigma is beta beta' / 2
+    #: (n_cells, n_genes) Sigma^{-1} V h; the derivative in Sigma is beta beta' / 2
+    beta: jnp.ndarray
     xi: jnp.ndarray  # (n_cells, k + 1) P^{-1} F' beta
 
 

@@ -124,7 +124,8 @@ def _score_products(batches, wide, k, free_dispersion, start):
     def products(rows, cells):
         on_device = jax.device_put(cells)
         alpha, results, _ = batches.solve(on_device, params, batches.padded(start[rows]))
-        gene_sums = score_products(on_device, params, alpha, results, free)
+        block = batches.block(params)
+        gene_sums = score_products(on_device, params, alpha, results, free, block=block)
         return rows, cells, *jax.device_get((results, gene_sums))
 
     total, solved = None, RowPosterior.empty(batches.n_cells, k)

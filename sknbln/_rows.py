@@ -212,8 +212,11 @@ class RowBatches:
 
     def solve(self, cells, params, zeta, last_step=LAST_STEP):
         """Solve the cells by :func:`solve_cells`, a block of cells at a time."""
-        block = _solved_at_once(self.rows, *params.loadings.shape)
-        return solve_cells(cells, params, zeta, last_step, block=block)
+        return solve_cells(cells, params, zeta, last_step, block=self.block(params))
+
+    def block(self, params):
+        """Number of rows of a batch that are solved at a time."""
+        return _solved_at_once(self.rows, *params.loadings.shape)
 
 
 @float64

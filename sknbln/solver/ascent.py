@@ -26,7 +26,8 @@ MAX_CUTS = 12  # trials of a step
 MEMORY_CUTS = 2  # trials of a quasi-Newton step
 #: a pair with less curvature than this fraction of the metric's is mixed with the metric's
 LEAST_CURVATURE = 0.1
-LARGEST_STEP = 1.5  # nats, of each gene
+LARGEST_STEP = 0.75  # nats, of each gene
+SHORTEST, KEPT = 0.1, 0.7  # of a step that went too far: the shortest length of a gene, and the most of all
 SURE = 0.5  # most sweeps gain between half and twice their promise
 
 
@@ -422,12 +423,39 @@ def _change(x, step, length):
 
 
 def _search(evaluate, point, step, cuts):
-    """The first point along the step that does not lower the objective, and the move to it; or None, None."""
-    length = 1.0
+    """The first point along the step that does not lower the objective, and the move to it; or None, None.
+
+    What went too far is shortened gene by gene.
+    """
     for _ in range(cuts):
-        x, move = _change(point.x, step, length)
+        x, move = _change(point.x, step, 1.0)
         trial = evaluate(x)
         if np.isfinite(trial.value) and trial.value >= point.value - point.rounding:
             return trial, move
-        length *= 0.35
+        step = _shortened(step, point.gradient, trial.gradient)
     return None, None
+
+
+def _shortened(step, before, after):
+    """The step with a length of its own for each gene, by the slopes along it at its two ends.
+
+    The lengths are those at which the slope would be 0 if it were linear, at least `SHORTEST`. Given the
+    scores, the genes are independent: most of those with many counts can keep their steps, while those with
+    few, whose likelihood is far from quadratic, went too far. All lengths together promise at most `KEPT` of
+    what the step did, so that a few cuts reach a step that is small.
+    """
+    with np.errstate(all="ignore"):  # where the step ends beyond all numbers, its length is the shortest
+        slope, end = (_by_gene(step, gradient) for gradient in (before, after))
+        length = np.where(slope > end, slope / (slope - end), 1.0)
+        length = np.clip(np.where(np.isfinite(end), length, 0.0), SHORTEST, 1.0)
+    rising = np.maximum(slope, 0.0)
+    promised, kept = float(np.sum(rising)), float(np.sum(length * rising))
+    if kept > KEPT * promised:
+        length *= KEPT * promised / kept
+    return Params(*(a * (length if a.ndim == 1 else length[:, None]) for a in step))
+
+
+def _by_gene(step, gradient):
+    """The product of a step and a gradient of each gene, (n_genes,); where a block is not free, 0."""
+    products = (np.where(s != 0, s * g, 0.0) for s, g in zip(step, gradient, strict=True))
+    return sum(p if p.ndim == 1 else p.sum(1) for p in products)

@@ -310,53 +310,61 @@ def _gene_blocks(a):
     return jnp.pad(a, ((0, short), (0, 0))).reshape(-1, GENE_BLOCK, a.shape[1])
 
 
-@jax.jit
-def score_products(cells, params, alpha, results, free_dispersion):
+@partial(jax.jit, static_argnames="block")
+def score_products(cells, params, alpha, results, free_dispersion, *, block=None):
     """Sums over cells of outer products of each gene's scores in (mu, b_1..b_p, w_1..w_k, log d, log r).
 
-    Where log r is not free, its scores are without those of the constants, which do not depend on y.
+    Where log r is not free, its scores are without those of the constants, which do not depend on y. A block
+    of cells is expanded at a time, as in `solve_cells`, and then a block of genes is multiplied at a time.
     Returns the products, (n_genes, p + k + 3, p + k + 3), and ``sum_c b``, (n_genes,).
     """
     n_genes, k = params.loadings.shape
     n_scores = cells.design.shape[1] + k + 3
-    zeta, factors = results.zeta, lowrank.Factors.of(params.loadings)
+    factors = lowrank.Factors.of(params.loadings)
+    of_cells = (cells, alpha, results.zeta, results.covariance)
+    n_cells = alpha.shape[0]
+    shape = (1, n_cells) if block is None else (n_cells // block, block)
+    blocks = jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), of_cells)
+    by_gene, by_cell = jax.tree.map(
+        lambda a: a.reshape(n_cells, *a.shape[2:]),
+        jax.lax.map(lambda part: _score_parts(params, factors, free_dispersion, *part), blocks),
+    )
+    z, xi, beyond_xi, second = (jnp.moveaxis(a, 0, -1) for a in by_cell)
+    design = cells.design.T
+
+    def products(block):
+        mean, v_beta, own, shared, b, noise, log_r, F = (a[:, None, :] for a in block)
+        regression = (F[:, 0] @ second.reshape(k + 1, -1)).reshape(-1, *z.shape)
+        loadings = v_beta * z + own * xi + shared * beyond_xi - b * regression
+        stacked = jnp.concatenate([mean, mean * design, loadings, noise, log_r], 1)
+        stacked = jax.lax.optimization_barrier(stacked)
+        return stacked @ jnp.swapaxes(stacked, 1, 2)
+
+    # a block of genes at a time, so that intermediate results stay in the processor's caches
+    genes = *(_gene_blocks(a.T) for a in by_gene), _gene_blocks(factors.columns)
+    found = jax.lax.map(products, genes).reshape(-1, n_scores, n_scores)[:n_genes]
+    return found, jnp.sqrt(cells.weight) @ by_gene[4]  # the other root is in there
+
+
+def _score_parts(params, factors, free_dispersion, cells, alpha, zeta, covariance):
+    """What the scores of genes are made of: arrays (n_cells, n_genes), and those of each cell."""
+    k = params.loadings.shape[1]
     lin = linearize(cells, params, log_rates(cells, params, factors, zeta, alpha), factors)
     logs = log_odds_terms(params.dispersion[None, :], lin.terms)
     constants = log_rising_slope(cells.counts, 1.0 / params.dispersion[None, :])
     beyond = _beyond(cells, params, factors, lin)
-    scores, beta, xi = _gene_scores(
-        cells, params, factors, alpha, lin, logs, beyond, results.covariance
-    )
-    second = zeta[:, :, None] * zeta[:, None, :] + results.covariance
-    second = (second[:, :k, :] * lin.scales[:, None, :]).reshape(-1, k + 1)
-    z, xi, beyond_xi = (a[:, :k, None] for a in (zeta, xi, beyond.xi))
-    v = alpha + lin.b * factors.lift(zeta * lin.scales)
-
-    def products(block):
-        mean, v_beta, own, shared, b, noise, log_r, F = block
-        regression = (second @ F.T).reshape(-1, k, F.shape[0])
-        loadings = v_beta[:, None, :] * z + own[:, None, :] * xi + shared[:, None, :] * beyond_xi
-        loadings = loadings - b[:, None, :] * regression
-        mean, noise, log_r = mean[:, None, :], noise[:, None, :], log_r[:, None, :]
-        coef = mean * cells.design[:, :, None]
-        stacked = jnp.concatenate([mean, coef, loadings, noise, log_r], 1)
-        # the barrier keeps XLA from contracting the strided axis in place, which is twice as slow
-        by_gene = jax.lax.optimization_barrier(jnp.transpose(stacked, (2, 1, 0)))
-        return by_gene @ jnp.swapaxes(by_gene, 1, 2)
-
-    parts = (
+    scores, beta, xi = _gene_scores(cells, params, factors, alpha, lin, logs, beyond, covariance)
+    by_gene = (
         scores.gradient_mean,
-        v + beta,
+        alpha + lin.b * factors.lift(zeta * lin.scales) + beta,
         alpha,
         beyond.beta,
         lin.b,
         params.noise[None, :] * scores.gradient_noise,
         scores.gradient_log_r + jnp.where(free_dispersion, constants, 0.0),
     )
-    # a block of genes at a time, so that intermediate results stay in the processor's caches
-    weight = cells.weight[:, None]
-    root = jnp.sqrt(weight)
-    blocks = [_gene_blocks((root * a).T).swapaxes(1, 2) for a in parts]
-    F = _gene_blocks(factors.columns)
-    products = jax.lax.map(products, (*blocks, F)).reshape(-1, n_scores, n_scores)[:n_genes]
-    return products, jnp.sum(weight * lin.b, 0)
+    second = zeta[:, :, None] * zeta[:, None, :] + covariance
+    second = jnp.swapaxes(second[:, :k, :] * lin.scales[:, None, :], 1, 2)
+    by_cell = zeta[:, :k], xi[:, :k], beyond.xi[:, :k], second
+    root = jnp.sqrt(cells.weight)[:, None]
+    return tuple(root * a for a in by_gene), by_cell

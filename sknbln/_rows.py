@@ -24,6 +24,9 @@ _RANK_BUCKET, _RANK_BUCKET_OF_FEW = 4, 8
 # on an accelerator, where compiling takes as long as a fit
 _RANK_BUCKET_OF_ACCELERATOR = 16
 FEW_ENTRIES = 2**20
+# Of more counts than these the latent dimension is not padded: two more columns cost a tenth to a fifth of
+# every pass, which is more than a compilation
+MANY_ENTRIES = 2**25
 # Counts in an automatic batch, about; 8 bytes each in a few arrays
 _BATCH_ENTRIES = 2**17
 # The same on an accelerator, and rows at most: of a sample of many rows and of all of them the batches are
@@ -48,6 +51,8 @@ def padded_rank(k, entries):
         return -(-max(k, 1) // _RANK_BUCKET_OF_ACCELERATOR) * _RANK_BUCKET_OF_ACCELERATOR
     if entries < FEW_ENTRIES:
         return -(-max(k, 1) // _RANK_BUCKET_OF_FEW) * _RANK_BUCKET_OF_FEW
+    if entries > MANY_ENTRIES:
+        return k
     return -(-k // _RANK_BUCKET) * _RANK_BUCKET
 
 

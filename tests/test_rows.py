@@ -12,7 +12,7 @@ from sknbln import _rows as rows_module
 from sknbln._blocks import Rows
 from sknbln._known import Known
 from sknbln._passes import Sweeper, gene_score_products, solve_rows, sum_over_batches
-from sknbln._rows import FEW_ENTRIES, RowBatches, pad_columns, padded_rank
+from sknbln._rows import FEW_ENTRIES, MANY_ENTRIES, RowBatches, pad_columns, padded_rank
 from sknbln.solver.channel import log_rising_derivatives
 from sknbln.solver.marginal import solve_cells
 from sknbln.solver.mode import DECREMENT_TOL
@@ -115,6 +115,7 @@ def test_automatic_batches_are_bounded_in_memory():
 
 def test_padded_rank_and_columns(monkeypatch):
     assert [padded_rank(k, FEW_ENTRIES) for k in (0, 1, 4, 5, 8)] == [0, 4, 4, 8, 8]
+    assert [padded_rank(k, MANY_ENTRIES + 1) for k in (0, 1, 10)] == [0, 1, 10]
     assert [padded_rank(k, FEW_ENTRIES - 1) for k in (0, 1, 8, 9)] == [8, 8, 8, 16]
     monkeypatch.setattr(rows_module, "on_cpu", lambda: False)
     assert [padded_rank(k, FEW_ENTRIES) for k in (0, 1, 16, 17)] == [16, 16, 16, 32]

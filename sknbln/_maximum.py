@@ -13,7 +13,7 @@ from ._capture import OffsetPosterior
 from ._counts import CountHistogram
 from ._known import Known
 from ._passes import Sweeper
-from ._rows import RowBatches, in_single
+from ._rows import RowBatches, in_single, sample_of_rows
 from .solver.ascent import LOOK_SWEEPS, Tolerance, ascend
 from .solver.gauge import LEAST_ROWS, noise_edges
 from .solver.objective import Objective
@@ -54,7 +54,7 @@ class Maximization:
 
     def sample(self, table, rng):
         """The rows that are fitted first: all, or a sample of many."""
-        positions = _opening.sample_of_rows(table.X.shape[0], rng)
+        positions = sample_of_rows(table.X.shape[0], rng)
         return table if positions is None else table.chosen(positions)
 
     def anew(self, table, some, loadings, rng):

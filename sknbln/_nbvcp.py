@@ -21,7 +21,7 @@ from ._known import Known, checked_weight, refuse_genes_not_seen
 from ._nbvcp_posterior import NBVCPPosterior, SourceModel, independent_params
 from ._passes import Sweeper, solve_rows
 from ._progress import Progress, of_steps, of_sweep
-from ._rows import RowBatches
+from ._rows import RowBatches, sample_of_rows
 from ._typing import CaptureEfficiency, CountsLike, Covariates, Seed, keeping_hints
 from .exceptions import FitInterrupted
 from .predictive._replicates import ParameterDraws
@@ -36,6 +36,7 @@ from .solver.objective import (
 from .solver.params import GaussianPrior, Params, in_model_units
 
 _MAP_TOL = 1e-10
+_SAMPLE_TOL = 1e-7  # of the fit to a sample of many rows, whose noise is far above
 _MAP_MAX_ITER = 100
 _PIN_ROUNDS = 3
 
@@ -244,7 +245,7 @@ class NBVCPEstimator(
         self._known = known = self._known_at_fit(X, covariates, offset, weight, missing)
         problem = _problem(X, prior, histogram, known)
         with progress.stage("maximum", of_sweep) as stage:
-            outcome, scores = self._maximum(X, problem, histogram, previous, known, stage)
+            outcome, scores = self._maximum(X, problem, histogram, previous, known, stage, rng)
         point = outcome.point
         batches = RowBatches(X, *problem.row_prior, batch_size=self.batch_size, known=known)
         rows = solve_rows(batches, in_model_units(point.x), scores)
@@ -316,10 +317,11 @@ class NBVCPEstimator(
         self._refuse_other_covariates(design)
         return guide
 
-    def _maximum(self, X, problem, histogram, previous=None, known=None, watch=None):
+    def _maximum(self, X, problem, histogram, previous=None, known=None, watch=None, rng=None):
         """MAP estimate of log m, log r and B, with the offsets integrated out by Laplace's method.
 
-        Returns the `Outcome` of the ascent, and the rows' scores as start values of their modes.
+        With ``rng`` a random sample of many rows is fitted first. Returns the `Outcome` of the ascent, and
+        the rows' scores as start values of their modes.
         """
         n_cells, n_genes = X.shape
         known = Known.nothing(n_cells) if known is None else known
@@ -340,6 +342,14 @@ class NBVCPEstimator(
                 previous.log_dispersion[0],
                 previous.coef_mean,
             )
+        elif rng is not None and (sample := sample_of_rows(n_cells, rng)) is not None:
+            some, of_some = X.chosen(sample).in_memory(), known.chosen(sample)
+            count = CountHistogram(some, of_some.weight)
+            rows = offset[sample], scale[sample]
+            outcome, _ = self._ascent(some, *rows, x, problem, count, of_some, watch, _SAMPLE_TOL)
+            if outcome.interrupted:
+                raise KeyboardInterrupt  # no sweep over all rows is complete
+            x = outcome.point.x
         for _ in range(_PIN_ROUNDS):
             outcome, scores = self._ascent(X, offset, scale, x, problem, histogram, known, watch)
             x = outcome.point.x
@@ -350,7 +360,7 @@ class NBVCPEstimator(
             offset[below] = scale[below] = 0.0
         return outcome, scores
 
-    def _ascent(self, X, offset, scale, x, problem, histogram, known, watch):
+    def _ascent(self, X, offset, scale, x, problem, histogram, known, watch, tol=_MAP_TOL):
         """The `Outcome` of an ascent from coordinates x, and the rows' scores."""
         n_cells = known.total_weight
         priors = (
@@ -362,7 +372,7 @@ class NBVCPEstimator(
             [(objective, x)],
             Params(mean=True, loadings=False, noise=False, dispersion=True),
             n_cells=n_cells,
-            tol=_MAP_TOL,
+            tol=tol,
             max_iter=_MAP_MAX_ITER,
             watch=watch,
         )

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ._passes import sum_over_batches
-from ._rows import RowBatches, in_single, pad_columns
+from ._rows import RowBatches, in_single, pad_columns, random_rows
 from ._spectrum import MOST_FACTORS, score_spectrum
 from .solver.coupling import MarginalCoupling
 from .solver.gene_priors import EVEN, NEARLY_ALL_IN_NOISE, NEARLY_ALL_IN_R
@@ -14,25 +14,14 @@ from .solver.start import loadings_from_scores, start_coordinates
 SMALL_OVERDISPERSION = 0.5
 
 
-#: of more rows than `MANY_ROWS` a sample of `SAMPLE_ROWS` is fitted before all rows
-MANY_ROWS, SAMPLE_ROWS = 30_000, 20_000
 #: counts, zeros included, by which the better of two starts is told
 LOOK_ENTRIES = 2**23
-
-
-def sample_of_rows(n_cells, rng):
-    """Positions of a random sample of many rows, in their order; None where there are few."""
-    return _sample(n_cells, SAMPLE_ROWS, rng) if n_cells > MANY_ROWS else None
 
 
 def rows_to_look_at(n_cells, n_genes, rng):
     """Positions of a random sample that tells the better of two starts; None where it is most of the rows."""
     size = -(-LOOK_ENTRIES // n_genes)
-    return _sample(n_cells, size, rng) if 2 * size < n_cells else None
-
-
-def _sample(n_cells, size, rng):
-    return np.sort(rng.choice(n_cells, size, replace=False))
+    return random_rows(n_cells, size, rng) if 2 * size < n_cells else None
 
 
 def number_of_factors(X, offsets, known, source, most, rng):

@@ -38,6 +38,8 @@ _MOST_ENTRIES_OF_ACCELERATOR = 2**31
 # processor. With factors at least some rows: fewer would read the products of the loadings too often
 _BLOCK_ENTRIES = 2**14
 _LEAST_BLOCK, _LEAST_BLOCK_WITH_FACTORS = 2, 8  # rows
+#: of more rows than `MANY_ROWS` a sample of `SAMPLE_ROWS` is fitted before all rows
+MANY_ROWS, SAMPLE_ROWS = 30_000, 20_000
 
 solve_cells = compiled_once(solve_cells)
 
@@ -67,6 +69,16 @@ def in_single(n_cells, n_genes):
 def pad_columns(a, k):
     """Append zero columns to `a` until it has `k`."""
     return np.concatenate([a, np.zeros((a.shape[0], k - a.shape[1]))], 1)
+
+
+def sample_of_rows(n_cells, rng):
+    """Positions of a random sample of many rows, in their order; None where there are few."""
+    return random_rows(n_cells, SAMPLE_ROWS, rng) if n_cells > MANY_ROWS else None
+
+
+def random_rows(n_cells, size, rng):
+    """Positions of a random sample, in their order."""
+    return np.sort(rng.choice(n_cells, size, replace=False))
 
 
 def _solved_at_once(rows, n_genes, k):

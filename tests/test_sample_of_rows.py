@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sknbln import NBLNEstimator, NBVCPEstimator, _opening
+from sknbln import NBLNEstimator, NBVCPEstimator, _opening, _rows
 from sknbln._passes import Sweeper
 from sknbln.datasets import make_nbln_counts
 from sknbln.solver.ascent import LOOK_SWEEPS
@@ -27,8 +27,8 @@ def source(counts):
 @pytest.fixture
 def sampled(monkeypatch):
     """Fits of more than SAMPLE rows sample, and list the number of rows of every pass."""
-    monkeypatch.setattr(_opening, "MANY_ROWS", SAMPLE)
-    monkeypatch.setattr(_opening, "SAMPLE_ROWS", SAMPLE)
+    monkeypatch.setattr(_rows, "MANY_ROWS", SAMPLE)
+    monkeypatch.setattr(_rows, "SAMPLE_ROWS", SAMPLE)
     passes, original = [], Sweeper.__call__
 
     def counted(self, params):
@@ -50,7 +50,7 @@ def test_a_sample_saves_passes_over_all_rows_and_the_optimum_is_the_same(counts,
     assert set(sampled) == {SAMPLE, N} and sampled == sorted(sampled)
     assert sampled.count(N) <= 5
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_opening, "MANY_ROWS", N)
+        patch.setattr(_rows, "MANY_ROWS", N)
         sampled.clear()
         plain = estimator(source).fit(counts)
     assert sampled.count(N) > 5
@@ -61,6 +61,38 @@ def test_a_sample_saves_passes_over_all_rows_and_the_optimum_is_the_same(counts,
     assert_allclose(model.components_, plain.components_, atol=0.1)
     assert model.n_iter_ == model.objective_history_.size - 1
     assert model.rank_diagnostics_["column_information"].size >= 2
+
+
+def test_independent_genes_start_from_a_sample_too(counts, sampled):
+    fitted = NBVCPEstimator(batch_size=BATCH, random_state=0).fit(counts)
+    assert set(sampled) == {SAMPLE, N} and sampled == sorted(sampled)
+    few = sampled.count(N)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_rows, "MANY_ROWS", N)
+        sampled.clear()
+        plain = NBVCPEstimator(batch_size=BATCH, random_state=0).fit(counts)
+    assert set(sampled) == {N} and few < sampled.count(N)
+    # the rest of the fit has other minibatches: equal but for a part of the standard deviations
+    (loc, scale), (expected, _) = fitted._guide.log_mean, plain._guide.log_mean
+    assert np.all(np.abs(loc - expected) < 0.3 * scale)
+
+
+def test_an_interrupted_sample_of_independent_genes_leaves_nothing(counts, sampled, monkeypatch):
+    calls, original = [], Sweeper.__call__
+
+    def third(self, params):
+        calls.append(self.batches.n_cells)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, params)
+
+    monkeypatch.setattr(Sweeper, "__call__", third)
+    model = NBVCPEstimator(batch_size=BATCH, random_state=0)
+    state = dict(vars(model))
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(counts)
+    assert set(calls) == {SAMPLE}
+    assert vars(model) == state
 
 
 def test_the_same_seed_takes_the_same_rows(counts, source, sampled):
@@ -76,7 +108,7 @@ def looked_at(monkeypatch):
 
 
 def test_some_rows_tell_the_better_of_two_starts(counts, source, sampled, looked_at, monkeypatch):
-    monkeypatch.setattr(_opening, "MANY_ROWS", N)
+    monkeypatch.setattr(_rows, "MANY_ROWS", N)
     model = estimator(source).fit(counts)
     assert 2 * LOOK_SWEEPS + 4 > sampled.count(N // 3) > 8 and sampled == sorted(sampled)
     monkeypatch.setattr(_opening, "LOOK_ENTRIES", N * G)
@@ -104,7 +136,7 @@ def test_an_interrupted_sample_leaves_the_estimator_as_it_was(
     counts, source, sampled, looked_at, monkeypatch, of
 ):
     if of == "look":
-        monkeypatch.setattr(_opening, "MANY_ROWS", N)
+        monkeypatch.setattr(_rows, "MANY_ROWS", N)
     else:
         monkeypatch.setattr(_opening, "LOOK_ENTRIES", N * G)
     counted = Sweeper.__call__
@@ -129,7 +161,7 @@ def test_an_interrupted_sample_leaves_the_estimator_as_it_was(
 
 @pytest.mark.parametrize(("n", "n_sample"), [(30_000, None), (30_001, 20_000)])
 def test_few_rows_are_all_taken(n, n_sample):
-    sample = _opening.sample_of_rows(n, np.random.RandomState(0))
+    sample = _rows.sample_of_rows(n, np.random.RandomState(0))
     if n_sample is None:
         assert sample is None
     else:

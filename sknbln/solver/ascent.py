@@ -27,7 +27,10 @@ MEMORY_CUTS = 2  # trials of a quasi-Newton step
 #: a pair with less curvature than this fraction of the metric's is mixed with the metric's
 LEAST_CURVATURE = 0.1
 LARGEST_STEP = 0.75  # nats, of each gene
-SHORTEST, KEPT = 0.1, 0.7  # of a step that went too far: the shortest length of a gene, and the most of all
+SHORTEST, KEPT = (
+    0.1,
+    0.7,
+)  # of a step that went too far: the shortest length of a gene, and the most of all
 SURE = 0.5  # most sweeps gain between half and twice their promise
 
 
@@ -444,7 +447,9 @@ def _shortened(step, before, after):
     few, whose likelihood is far from quadratic, went too far. All lengths together promise at most `KEPT` of
     what the step did, so that a few cuts reach a step that is small.
     """
-    with np.errstate(all="ignore"):  # where the step ends beyond all numbers, its length is the shortest
+    with np.errstate(
+        all="ignore"
+    ):  # where the step ends beyond all numbers, its length is the shortest
         slope, end = (_by_gene(step, gradient) for gradient in (before, after))
         length = np.where(slope > end, slope / (slope - end), 1.0)
         length = np.clip(np.where(np.isfinite(end), length, 0.0), SHORTEST, 1.0)

@@ -207,6 +207,41 @@ def test_max_iter_is_kept_and_reported():
     assert_allclose(outcome.gain, outcome.history[-1] - outcome.history[-2], rtol=1e-8)
 
 
+def test_genes_that_went_too_far_are_shortened_alone():
+    """Independent genes, each quadratic along its step: the second trial ends at the optimum of each.
+
+    Three of them went 4 times as far as their optimum.
+    """
+    G, far = 40, np.r_[[4.0] * 3, [1.0] * 37]
+    rng = np.random.default_rng(0)
+    step = Params(*(rng.standard_normal(s) for s in ((G,), (G, 2), (G,), (G,), (G, 0))))
+    before = Params(*map(np.copy, step))  # the gradient is along the step
+
+    def ends(far):
+        return Params(*(b * (1 - far if b.ndim == 1 else 1 - far[:, None]) for b in before))
+
+    shorter = ascent._shortened(step, before, ends(far))
+    lengths = shorter.mean / step.mean
+    for block, whole in zip(shorter, step, strict=True):
+        assert_allclose(block, whole * (lengths if block.ndim == 1 else lengths[:, None]))
+    # all together keep a share of what was promised, so that cuts of steps end
+    slope = sum(np.square(b).reshape(G, -1).sum(1) for b in step)
+    assert_allclose(lengths @ slope, ascent.KEPT * slope.sum())
+    assert_allclose(lengths / lengths[-1], 1 / far)
+    # where many went far, each goes to its own optimum, and that beyond all numbers a tenth of the way
+    far = np.r_[np.nan, [3.0] * 39]
+    lengths = ascent._shortened(step, before, ends(far)).mean / step.mean
+    assert_allclose(lengths, np.r_[ascent.SHORTEST, [1 / 3] * 39])
+
+
+def test_blocks_that_are_not_free_do_not_count_for_the_lengths():
+    """Poisson genes have an infinite log r, and gradients there that are no numbers."""
+    step = Params(np.ones(3), np.zeros((3, 0)), np.zeros(3), np.zeros(3))
+    before = Params(np.ones(3), np.zeros((3, 0)), np.zeros(3), np.full(3, np.nan))
+    after = before._replace(mean=np.full(3, -1.0))
+    assert_allclose(ascent._shortened(step, before, after).mean, 0.5)
+
+
 @pytest.mark.parametrize("tol", [1e-2, 1e-3, 1e-5])
 def test_small_gains_stop_it(tol, monkeypatch):
     """Either the next step promises less than half the tolerance, or two sweeps in a row gained less."""

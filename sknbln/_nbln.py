@@ -382,8 +382,8 @@ class NBLNEstimator(
             covariates; if covariates are linearly dependent, constant or missing in some rows; under
             `warm_start`, if the number of genes or factors, or the covariates, differ from the previous fit.
         FitInterrupted
-            After Ctrl-C, if at least one sweep is complete: the fitted attributes are those of the last
-            complete sweep. An earlier Ctrl-C, or a second one, leaves the estimator unchanged.
+            After Ctrl-C, if at least one sweep over all rows is complete: the fitted attributes are those of
+            the last complete sweep. An earlier Ctrl-C, or a second one, leaves the estimator unchanged.
         TypeError
             If `informative_prior_estimator` is not an NBVCPEstimator, or X is an object that holds a matrix
             and is none, such as AnnData, or has no slices of rows.

@@ -217,9 +217,9 @@ class NBVCPEstimator(
         TypeError
             If X is an object that holds a matrix and is none, such as AnnData, or has no slices of rows.
         FitInterrupted
-            After Ctrl-C, if at least one sweep is complete: the fitted attributes are those of the last
-            complete sweep or variational step. An earlier Ctrl-C, or a second one, leaves the estimator
-            unchanged.
+            After Ctrl-C, if at least one sweep over all rows is complete: the fitted attributes are those of
+            the last complete sweep or variational step. An earlier Ctrl-C, or a second one, leaves the
+            estimator unchanged.
 
         Warns
         -----

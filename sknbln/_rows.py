@@ -24,9 +24,9 @@ _RANK_BUCKET, _RANK_BUCKET_OF_FEW = 4, 8
 # on an accelerator, where compiling takes as long as a fit
 _RANK_BUCKET_OF_ACCELERATOR = 16
 FEW_ENTRIES = 2**20
-# Of more counts than these the latent dimension is not padded: two more columns cost a tenth to a fifth of
-# every pass, which is more than a compilation
-MANY_ENTRIES = 2**25
+# Of more genes than these the latent dimension is not padded: two more columns, whose products leave the
+# caches, cost a tenth to a fifth of every pass, which is more than a compilation
+MANY_GENES = 2**13
 # Counts in an automatic batch, about; 8 bytes each in a few arrays
 _BATCH_ENTRIES = 2**17
 # The same on an accelerator, and rows at most: of a sample of many rows and of all of them the batches are
@@ -44,16 +44,16 @@ MANY_ROWS, SAMPLE_ROWS = 30_000, 20_000
 solve_cells = compiled_once(solve_cells)
 
 
-def padded_rank(k, entries):
-    """Latent dimension of the compiled kernel for a number of counts.
+def padded_rank(k, n_cells, n_genes):
+    """Latent dimension of the compiled kernel.
 
     A zero column of W stays zero in a sweep.
     """
     if not on_cpu():
         return -(-max(k, 1) // _RANK_BUCKET_OF_ACCELERATOR) * _RANK_BUCKET_OF_ACCELERATOR
-    if entries < FEW_ENTRIES:
+    if n_cells * n_genes < FEW_ENTRIES:
         return -(-max(k, 1) // _RANK_BUCKET_OF_FEW) * _RANK_BUCKET_OF_FEW
-    if entries > MANY_ENTRIES:
+    if n_genes > MANY_GENES:
         return k
     return -(-k // _RANK_BUCKET) * _RANK_BUCKET
 
@@ -179,7 +179,7 @@ class RowBatches:
 
     def padded_rank(self, k):
         """Latent dimension of the compiled kernel."""
-        return padded_rank(k, math.prod(self.counts.shape))
+        return padded_rank(k, *self.counts.shape)
 
     @property
     def n_cells(self):

@@ -32,7 +32,7 @@ def test_scales_stay_in_their_ranges():
     step = Params(
         *(np.full(b.shape, s) for b, s in zip(x, (1.0, 1.0, 99.0, -99.0, 1.0), strict=True))
     )
-    new = moved(x, step, 1.0)
+    new = moved(x, step)
     assert_allclose(new.noise, NOISE_RANGE[1])
     assert_allclose(new.dispersion, LOG_DISPERSION_RANGE[0])
     assert_allclose(new.mean, x.mean + 1)

@@ -12,7 +12,7 @@ from sknbln import _rows as rows_module
 from sknbln._blocks import Rows
 from sknbln._known import Known
 from sknbln._passes import Sweeper, gene_score_products, solve_rows, sum_over_batches
-from sknbln._rows import FEW_ENTRIES, MANY_ENTRIES, RowBatches, pad_columns, padded_rank
+from sknbln._rows import FEW_ENTRIES, MANY_GENES, RowBatches, pad_columns, padded_rank
 from sknbln.solver.channel import log_rising_derivatives
 from sknbln.solver.marginal import solve_cells
 from sknbln.solver.mode import DECREMENT_TOL
@@ -114,11 +114,13 @@ def test_automatic_batches_are_bounded_in_memory():
 
 
 def test_padded_rank_and_columns(monkeypatch):
-    assert [padded_rank(k, FEW_ENTRIES) for k in (0, 1, 4, 5, 8)] == [0, 4, 4, 8, 8]
-    assert [padded_rank(k, MANY_ENTRIES + 1) for k in (0, 1, 10)] == [0, 1, 10]
-    assert [padded_rank(k, FEW_ENTRIES - 1) for k in (0, 1, 8, 9)] == [8, 8, 8, 16]
+    assert [padded_rank(k, FEW_ENTRIES, 1) for k in (0, 1, 4, 5, 8)] == [0, 4, 4, 8, 8]
+    assert [padded_rank(k, 1000, MANY_GENES) for k in (0, 1, 10)] == [0, 4, 12]
+    assert [padded_rank(k, 1000, MANY_GENES + 1) for k in (0, 1, 10)] == [0, 1, 10]
+    assert [padded_rank(k, 1, MANY_GENES + 1) for k in (0, 1, 10)] == [8, 8, 16]
+    assert [padded_rank(k, FEW_ENTRIES - 1, 1) for k in (0, 1, 8, 9)] == [8, 8, 8, 16]
     monkeypatch.setattr(rows_module, "on_cpu", lambda: False)
-    assert [padded_rank(k, FEW_ENTRIES) for k in (0, 1, 16, 17)] == [16, 16, 16, 32]
+    assert [padded_rank(k, FEW_ENTRIES, 1) for k in (0, 1, 16, 17)] == [16, 16, 16, 32]
     a = np.arange(6.0).reshape(3, 2)
     assert_array_equal(pad_columns(a, 4), np.column_stack([a, np.zeros((3, 2))]))
     assert_array_equal(pad_columns(a, 2), a)
@@ -201,7 +203,7 @@ def test_sums_are_those_of_the_kernel_without_padding():
 
 def test_padded_columns_of_the_scores_stay_zero():
     sweeper, _ = sweep(*rows(), None)
-    assert sweeper.scores.shape == (20, padded_rank(K, 0) + 1)
+    assert sweeper.scores.shape == (20, padded_rank(K, 1, 1) + 1)
     assert_array_equal(sweeper.scores[:, K:-1], 0.0)
 
 
@@ -329,7 +331,7 @@ def test_score_products_are_sums_over_cells_of_their_gradients(free_dispersion):
 def test_score_products_of_poisson_counts_are_finite():
     X, offset, scale, precision, params = rows(small.N_CELLS)
     params = params._replace(dispersion=np.zeros(small.N_GENES))
-    start = np.zeros((small.N_CELLS, padded_rank(K, 0) + 1))
+    start = np.zeros((small.N_CELLS, padded_rank(K, 1, 1) + 1))
     batches = RowBatches(X, offset, scale, precision)
     products, *_ = gene_score_products(batches, params, start, False)
     assert np.all(np.isfinite(products))

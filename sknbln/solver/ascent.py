@@ -26,11 +26,9 @@ MAX_CUTS = 12  # trials of a step
 MEMORY_CUTS = 2  # trials of a quasi-Newton step
 #: a pair with less curvature than this fraction of the metric's is mixed with the metric's
 LEAST_CURVATURE = 0.1
-LARGEST_STEP = 0.75  # nats, of each gene
-SHORTEST, KEPT = (
-    0.1,
-    0.7,
-)  # of a step that went too far: the shortest length of a gene, and the most of all
+LARGEST_STEP = 1.5  # nats, of each gene
+SHORTEST, ALIKE = 0.1, 0.35  # lengths of moves that went too far: of a gene, of all genes
+KEPT = 0.7  # most of what a move promised that is kept of it
 SURE = 0.5  # most sweeps gain between half and twice their promise
 
 
@@ -415,12 +413,12 @@ def _next_step(point, memory, free):
         memory.forget()
         step = precondition(g)
     step = _within_reach(_unflat(step, point.x, free), point)
-    return step, 0.5 * float(_flat(_change(point.x, step, 1.0)[1], free) @ g)
+    return step, 0.5 * float(_flat(_change(point.x, step)[1], free) @ g)
 
 
-def _change(x, step, length):
-    """Coordinates after ``length`` times a step, and their changes."""
-    new = moved(x, step, length)
+def _change(x, step):
+    """Coordinates after a step, and their changes."""
+    new = moved(x, step)
     with np.errstate(invalid="ignore"):  # inf - inf of blocks that are not free
         return new, Params(*(a - b for a, b in zip(new, x, strict=True)))
 
@@ -431,36 +429,38 @@ def _search(evaluate, point, step, cuts):
     What went too far is shortened gene by gene.
     """
     for _ in range(cuts):
-        x, move = _change(point.x, step, 1.0)
+        x, move = _change(point.x, step)
         trial = evaluate(x)
         if np.isfinite(trial.value) and trial.value >= point.value - point.rounding:
             return trial, move
-        step = _shortened(step, point.gradient, trial.gradient)
+        step = _shortened(move, point.gradient, trial.gradient)
     return None, None
 
 
-def _shortened(step, before, after):
-    """The step with a length of its own for each gene, by the slopes along it at its two ends.
+def _shortened(move, before, after):
+    """The move with a length of its own for each gene, by the slopes along it at its two ends.
 
-    The lengths are those at which the slope would be 0 if it were linear, at least `SHORTEST`. Given the
-    scores, the genes are independent: most of those with many counts can keep their steps, while those with
+    The lengths are those at which the slopes would be 0 if they were linear, at least `SHORTEST`. At given
+    scores the genes are independent: most of those with many counts can keep their moves, while those with
     few, whose likelihood is far from quadratic, went too far. All lengths together promise at most `KEPT` of
-    what the step did, so that a few cuts reach a step that is small.
+    what the move did, so that a few cuts reach a move that is small. Where they promise next to nothing,
+    because genes that lose are not shortened, all are shortened alike: what is tried next has to rise.
     """
-    with np.errstate(
-        all="ignore"
-    ):  # where the step ends beyond all numbers, its length is the shortest
-        slope, end = (_by_gene(step, gradient) for gradient in (before, after))
-        length = np.where(slope > end, slope / (slope - end), 1.0)
-        length = np.clip(np.where(np.isfinite(end), length, 0.0), SHORTEST, 1.0)
-    rising = np.maximum(slope, 0.0)
-    promised, kept = float(np.sum(rising)), float(np.sum(length * rising))
-    if kept > KEPT * promised:
+    move = Params(*(np.nan_to_num(a) for a in move))  # inf - inf where a block is not free
+    with np.errstate(all="ignore"):  # a move may end beyond all numbers: its length is the shortest
+        slope, end = (_by_gene(move, gradient) for gradient in (before, after))
+        turn = slope / (slope - end)
+        length = np.clip(np.where(turn > 0, turn, 1.0), SHORTEST, 1.0)
+    length = np.where(np.isfinite(end), length, SHORTEST)
+    promised, kept = float(np.sum(slope)), float(np.sum(length * slope))
+    if promised <= 0 or kept < SHORTEST * promised:
+        length = np.full(length.shape, ALIKE)
+    elif kept > KEPT * promised:
         length *= KEPT * promised / kept
-    return Params(*(a * (length if a.ndim == 1 else length[:, None]) for a in step))
+    return Params(*(a * (length if a.ndim == 1 else length[:, None]) for a in move))
 
 
-def _by_gene(step, gradient):
-    """The product of a step and a gradient of each gene, (n_genes,); where a block is not free, 0."""
-    products = (np.where(s != 0, s * g, 0.0) for s, g in zip(step, gradient, strict=True))
+def _by_gene(move, gradient):
+    """The product of a move and a gradient of each gene, (n_genes,)."""
+    products = (np.where(m != 0, m * g, 0.0) for m, g in zip(move, gradient, strict=True))
     return sum(p if p.ndim == 1 else p.sum(1) for p in products)

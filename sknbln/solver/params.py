@@ -49,12 +49,12 @@ def in_model_units(x):
     return x._replace(noise=noise_variance(x), dispersion=np.exp(-x.dispersion))
 
 
-def moved(x, step, length):
-    """Coordinates after ``length`` times a step, clipped to the ranges of d and r.
+def moved(x, step):
+    """Coordinates after a step, clipped to the ranges of d and r.
 
     A noise variance of 0 and a dispersion of inf stay as they are: they are not free.
     """
-    new = Params(*(a + length * s for a, s in zip(x, step, strict=True)))
+    new = Params(*(a + s for a, s in zip(x, step, strict=True)))
     return new._replace(
         noise=np.where(x.noise > 0, np.clip(new.noise, *NOISE_RANGE), 0.0),
         dispersion=np.where(

@@ -26,7 +26,8 @@ MAX_CUTS = 12  # trials of a step
 MEMORY_CUTS = 2  # trials of a quasi-Newton step
 #: a pair with less curvature than this fraction of the metric's is mixed with the metric's
 LEAST_CURVATURE = 0.1
-LARGEST_STEP = 1.5  # nats, of each gene
+#: nats, of each gene: by the metric alone, and by the memory, whose curvature is that of where it comes from
+LARGEST_STEP, LARGEST_MEMORY_STEP = 1.5, 0.75
 SHORTEST, ALIKE = 0.1, 0.35  # lengths of moves that went too far: of a gene, of all genes
 KEPT = 0.7  # most of what a move promised that is kept of it
 SURE = 0.5  # most sweeps gain between half and twice their promise
@@ -387,16 +388,16 @@ class _Climb:
             self.reason = f"the next sweep promises less than {SURE:g} tol={tol:g} of the objective"
 
 
-def _within_reach(step, point):
-    """Cut each gene's step to `LARGEST_STEP`: a gene without counts has next to no curvature."""
-    least = np.maximum(point.metric.least_noise - point.x.noise, -LARGEST_STEP)
+def _within_reach(step, point, largest):
+    """Cut each gene's step to ``largest`` nats: a gene without counts has next to no curvature."""
+    least = np.maximum(point.metric.least_noise - point.x.noise, -largest)
     size = np.sqrt(step.mean**2 + np.sum(step.coef**2, 1) + np.sum(step.loadings**2, 1))
-    cut = np.minimum(1.0, LARGEST_STEP / np.maximum(size, 1e-300))
+    cut = np.minimum(1.0, largest / np.maximum(size, 1e-300))
     return Params(
         step.mean * cut,
         step.loadings * cut[:, None],
-        np.clip(step.noise, least, LARGEST_STEP),
-        np.clip(step.dispersion, -LARGEST_STEP, LARGEST_STEP),
+        np.clip(step.noise, least, largest),
+        np.clip(step.dispersion, -largest, largest),
         step.coef * cut[:, None],
     )
 
@@ -412,7 +413,8 @@ def _next_step(point, memory, free):
     if memory.pairs and not (np.all(np.isfinite(step)) and float(step @ g) > 0):
         memory.forget()
         step = precondition(g)
-    step = _within_reach(_unflat(step, point.x, free), point)
+    largest = LARGEST_MEMORY_STEP if memory.pairs else LARGEST_STEP
+    step = _within_reach(_unflat(step, point.x, free), point, largest)
     return step, 0.5 * float(_flat(_change(point.x, step)[1], free) @ g)
 
 

@@ -121,11 +121,11 @@ class NBVCPEstimator(
 
     Notes
     -----
-    The MAP estimate, with the capture offsets integrated out by Laplace's method, takes a few passes over
-    the data. A Gaussian guide that starts there is then fitted by NumPyro's stochastic variational
-    inference. The guide is independent except for the common shift of all ``log m_g`` and ``eta_c``, which
-    only the priors identify: :meth:`sample_posterior` draws the two together. Memory is that of one batch
-    plus the sparse matrix.
+    The MAP estimate, with the capture offsets integrated out by Laplace's method, takes a few passes over the
+    data; of more than 30,000 rows it starts from that of a random sample of 20,000. A Gaussian guide that
+    starts there is then fitted by NumPyro's stochastic variational inference. The guide is independent except
+    for the common shift of all ``log m_g`` and ``eta_c``, which only the priors identify:
+    :meth:`sample_posterior` draws the two together. Memory is that of one batch plus the sparse matrix.
 
     Examples
     --------

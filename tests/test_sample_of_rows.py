@@ -100,6 +100,20 @@ def test_the_same_seed_takes_the_same_rows(counts, source, sampled):
     assert_array_equal(once.components_, again.components_)
 
 
+def test_independent_genes_are_the_same_twice_and_from_a_file(counts, sampled, tmp_path):
+    """The sample of rows that are read block by block is that of rows in memory."""
+    h5py = pytest.importorskip("h5py")
+    options = dict(batch_size=BATCH, random_state=3)
+    once, again = (NBVCPEstimator(**options).fit(counts) for _ in range(2))
+    with h5py.File(tmp_path / "X.h5", "w") as file:
+        X = file.create_dataset("X", data=counts.toarray(), chunks=(100, G))
+        stored = NBVCPEstimator(**options).fit(X)
+    for other in (again, stored):
+        assert_array_equal(once.mean_, other.mean_)
+        assert_array_equal(once.dispersion_, other.dispersion_)
+    assert SAMPLE in sampled
+
+
 @pytest.fixture
 def looked_at(monkeypatch):
     """Fits look at two starts, by a third of the rows."""

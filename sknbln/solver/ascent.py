@@ -26,7 +26,8 @@ MAX_CUTS = 12  # trials of a step
 MEMORY_CUTS = 2  # trials of a quasi-Newton step
 #: a pair with less curvature than this fraction of the metric's is mixed with the metric's
 LEAST_CURVATURE = 0.1
-#: nats, of each gene: by the metric alone, and by the memory, whose curvature is that of where it comes from
+#: nats, of each gene: by the metric alone or without loadings, and by the memory, which knows little of the
+#: curvature of few counts along many columns
 LARGEST_STEP, LARGEST_MEMORY_STEP = 1.5, 0.75
 SHORTEST, ALIKE = 0.1, 0.35  # lengths of moves that went too far: of a gene, of all genes
 KEPT = 0.7  # most of what a move promised that is kept of it
@@ -413,7 +414,7 @@ def _next_step(point, memory, free):
     if memory.pairs and not (np.all(np.isfinite(step)) and float(step @ g) > 0):
         memory.forget()
         step = precondition(g)
-    largest = LARGEST_MEMORY_STEP if memory.pairs else LARGEST_STEP
+    largest = LARGEST_MEMORY_STEP if memory.pairs and free.loadings else LARGEST_STEP
     step = _within_reach(_unflat(step, point.x, free), point, largest)
     return step, 0.5 * float(_flat(_change(point.x, step)[1], free) @ g)
 

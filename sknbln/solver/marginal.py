@@ -343,7 +343,7 @@ def score_products(cells, params, alpha, results, free_dispersion, *, block=None
     # a block of genes at a time, so that intermediate results stay in the processor's caches
     genes = *(_gene_blocks(a.T) for a in by_gene), _gene_blocks(factors.columns)
     found = jax.lax.map(products, genes).reshape(-1, n_scores, n_scores)[:n_genes]
-    return found, jnp.sqrt(cells.weight) @ by_gene[4]  # the other root is in there
+    return found, jnp.sqrt(cells.weight) @ by_gene[4]  # b times one root of the weight already
 
 
 def _score_parts(params, factors, free_dispersion, cells, alpha, zeta, covariance):

@@ -337,6 +337,7 @@ def score_products(cells, params, alpha, results, free_dispersion, *, block=None
         regression = (F[:, 0] @ second.reshape(k + 1, -1)).reshape(-1, *z.shape)
         loadings = v_beta * z + own * xi + shared * beyond_xi - b * regression
         stacked = jnp.concatenate([mean, mean * design, loadings, noise, log_r], 1)
+        # the barrier keeps XLA from fusing this with the product
         stacked = jax.lax.optimization_barrier(stacked)
         return stacked @ jnp.swapaxes(stacked, 1, 2)
 

@@ -337,7 +337,7 @@ def test_stages_without_any_move_end_the_fit_and_warn(rank_three, monkeypatch, p
     from sknbln.solver import ascent
 
     monkeypatch.setattr(ascent, "_next_step", lambda *args: (None, 1e9))
-    monkeypatch.setattr(ascent, "_search", lambda *args: (None, None))
+    monkeypatch.setattr(ascent, "search", lambda *args: (None, None))
     sim, source = rank_three
     model = NBLNEstimator(
         2, loadings_prior=prior, informative_prior_estimator=source, random_state=0, **FREE

@@ -19,6 +19,7 @@ Every function is written to run in float64 (see ``sknbln._jax.float64``).
 ``gene_priors``     priors of the genes' noise variances and dispersions
 ``metric``          the metric of the ascent, and steps of the parameters
 ``columns``         a common change of all loadings
+``line_search``     steps that go too far, shortened gene by gene
 ``ascent``          the loop over sweeps with its monotone guard
 ``column_priors``   priors of the loadings' columns
 ``gauge``           W_perp, its singular basis, the effective rank of the loadings

@@ -12,9 +12,10 @@ import numpy as np
 
 from .column_priors import ColumnScales, next_scales
 from .gauge import above_noise, column_information
+from .line_search import change, search
 from .metric import direction, product
 from .objective import Objective, Point
-from .params import Params, moved
+from .params import Params
 
 PLAIN_SWEEPS = (
     4  # sweeps that are not remembered: first steps say little of the curvature at the maximum
@@ -29,8 +30,6 @@ LEAST_CURVATURE = 0.1
 #: nats, of each gene: by the metric alone or without loadings, and by the memory, which knows little of the
 #: curvature of few counts along many columns
 LARGEST_STEP, LARGEST_MEMORY_STEP = 1.5, 0.75
-SHORTEST, ALIKE = 0.1, 0.35  # lengths of moves that went too far: of a gene, of all genes
-KEPT = 0.7  # most of what a move promised that is kept of it
 SURE = 0.5  # most sweeps gain between half and twice their promise
 
 
@@ -346,11 +345,11 @@ class _Climb:
         """Take the next step, shortened if it has to be, and prepare the one after."""
         point, memory, free = self.point, self.memory, self.free
         cuts = MEMORY_CUTS if memory.pairs else MAX_CUTS
-        trial, move = _search(self.evaluate, point, self.step, cuts)
+        trial, move = search(self.evaluate, point, self.step, cuts)
         if trial is None and memory.pairs:
             memory.forget()
             self.step, self.promised = _next_step(point, memory, free)
-            trial, move = _search(self.evaluate, point, self.step, MAX_CUTS)
+            trial, move = search(self.evaluate, point, self.step, MAX_CUTS)
         tol = self.relative
         least = tol * magnitude(point.value, self.n_cells) * self.n_cells
         if trial is None:
@@ -416,54 +415,4 @@ def _next_step(point, memory, free):
         step = precondition(g)
     largest = LARGEST_MEMORY_STEP if memory.pairs and free.loadings else LARGEST_STEP
     step = _within_reach(_unflat(step, point.x, free), point, largest)
-    return step, 0.5 * float(_flat(_change(point.x, step)[1], free) @ g)
-
-
-def _change(x, step):
-    """Coordinates after a step, and their changes."""
-    new = moved(x, step)
-    with np.errstate(invalid="ignore"):  # inf - inf of blocks that are not free
-        return new, Params(*(a - b for a, b in zip(new, x, strict=True)))
-
-
-def _search(evaluate, point, step, cuts):
-    """The first point along the step that does not lower the objective, and the move to it; or None, None.
-
-    What went too far is shortened gene by gene.
-    """
-    for _ in range(cuts):
-        x, move = _change(point.x, step)
-        trial = evaluate(x)
-        if np.isfinite(trial.value) and trial.value >= point.value - point.rounding:
-            return trial, move
-        step = _shortened(move, point.gradient, trial.gradient)
-    return None, None
-
-
-def _shortened(move, before, after):
-    """The move with a length of its own for each gene, by the slopes along it at its two ends.
-
-    The lengths are those at which the slopes would be 0 if they were linear, at least `SHORTEST`. At given
-    scores the genes are independent: most of those with many counts can keep their moves, while those with
-    few, whose likelihood is far from quadratic, went too far. All lengths together promise at most `KEPT` of
-    what the move did, so that a few cuts reach a move that is small. Where they promise next to nothing,
-    because genes that lose are not shortened, all are shortened alike: what is tried next has to rise.
-    """
-    move = Params(*(np.nan_to_num(a) for a in move))  # inf - inf where a block is not free
-    with np.errstate(all="ignore"):  # a move may end beyond all numbers: its length is the shortest
-        slope, end = (_by_gene(move, gradient) for gradient in (before, after))
-        turn = slope / (slope - end)
-        length = np.clip(np.where(turn > 0, turn, 1.0), SHORTEST, 1.0)
-    length = np.where(np.isfinite(end), length, SHORTEST)
-    promised, kept = float(np.sum(slope)), float(np.sum(length * slope))
-    if promised <= 0 or kept < SHORTEST * promised:
-        length = np.full(length.shape, ALIKE)
-    elif kept > KEPT * promised:
-        length *= KEPT * promised / kept
-    return Params(*(a * (length if a.ndim == 1 else length[:, None]) for a in move))
-
-
-def _by_gene(move, gradient):
-    """The product of a move and a gradient of each gene, (n_genes,)."""
-    products = (np.where(m != 0, m * g, 0.0) for m, g in zip(move, gradient, strict=True))
-    return sum(p if p.ndim == 1 else p.sum(1) for p in products)
+    return step, 0.5 * float(_flat(change(point.x, step)[1], free) @ g)

@@ -286,6 +286,7 @@ def test_sum_over_batches_is_the_loop():
     assert_allclose(total, information.sum(0), rtol=1e-12)
 
 
+@pytest.mark.usefixtures("strict_jax")
 @pytest.mark.parametrize("free_dispersion", [True, False])
 def test_score_products_are_sums_over_cells_of_their_gradients(free_dispersion):
     """Every cell's own gradient in (mu, b, w, log d, log r), by a batch of one real row and padding.

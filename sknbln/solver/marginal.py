@@ -329,12 +329,12 @@ def score_products(cells, params, alpha, results, free_dispersion, *, block=None
         lambda a: a.reshape(n_cells, *a.shape[2:]),
         jax.lax.map(lambda part: _score_parts(params, factors, free_dispersion, *part), blocks),
     )
-    z, xi, beyond_xi, second = (jnp.moveaxis(a, 0, -1) for a in by_cell)
-    design = cells.design.T
+    z, xi, beyond_xi, second = (jnp.moveaxis(a, 0, -1)[None] for a in by_cell)
+    design = cells.design.T[None]
 
     def products(block):
         mean, v_beta, own, shared, b, noise, log_r, F = (a[:, None, :] for a in block)
-        regression = (F[:, 0] @ second.reshape(k + 1, -1)).reshape(-1, *z.shape)
+        regression = (F[:, 0] @ second.reshape(k + 1, -1)).reshape(-1, *z.shape[1:])
         loadings = v_beta * z + own * xi + shared * beyond_xi - b * regression
         stacked = jnp.concatenate([mean, mean * design, loadings, noise, log_r], 1)
         # the barrier keeps XLA from fusing this with the product

@@ -8,11 +8,11 @@ import sys
 import tomllib
 from pathlib import Path
 
-REQUIREMENT = re.compile(r"(?P<name>[\w-]+)>=(?P<lowest>[\w.]+)")
+REQUIREMENT = re.compile(r"(?P<name>[\w-]+)(\[[\w,-]+\])?>=(?P<lowest>[\w.]+)")
 
 
 def lowest(requirement):
-    """``name==lowest`` of a requirement ``name>=lowest,...``."""
+    """``name==lowest`` of a requirement ``name[extras]>=lowest,...``."""
     found = REQUIREMENT.match(requirement)
     if found is None:
         sys.exit(f"pyproject.toml: {requirement!r} has no lower bound: expected 'name>=version'.")

@@ -85,6 +85,7 @@ def compiled_once(kernel):
         if key in seen:
             return kernel(*args, **kwargs)
         with _COMPILING:
+            give_back()
             result = kernel(*args, **kwargs)
             seen.add(key)
         give_back()

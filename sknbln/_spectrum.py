@@ -45,6 +45,7 @@ MOST_GROUPS = 10
 _LARGEST_SD = 2.0  # nats; of a gene's loading at the start
 #: a gene has counts in at least this many rows; in half of fewer rows
 LEAST_ROWS = 10
+_AT_ONCE = 2**18  # scores in a block of genes
 _ORDERS = 64  # random orders of the rows in a permutation, at most
 _TOLERANCE = 1e-3  # of the largest eigenvalue of a permutation, relative
 _LARGEST_DIRECT = 100  # larger matrices are decomposed by Lanczos' method
@@ -142,18 +143,45 @@ def _take_out(g, i, design):
     g -= i * (coefficients(A, g @ columns) @ columns.T)
 
 
-def _standardize(g, i, design):
+def _parts(g):
+    """Slices of the genes of `g`, (n_genes, n), whose temporary arrays stay small."""
+    size = max(_AT_ONCE // max(g.shape[1], 1), 1)
+    return [slice(at, min(at + size, len(g))) for at in range(0, len(g), size)]
+
+
+def _filled(g, block, genes):
+    """The counts of some genes, (n_genes, n), written to `g` from CSR of rows."""
+    size = max(_AT_ONCE // block.shape[1], 1)
+    for at in range(0, block.shape[0], size):
+        dense = block[at : at + size].toarray()
+        g[:, at : at + size] = (dense if genes.size == dense.shape[1] else dense[:, genes]).T
+
+
+def _sums(root, weight):
+    """Sums of the information over genes, (n,), and of its squares over cells, (n_genes,)."""
+    of_rows, squares = np.zeros(root.shape[1], root.dtype), np.empty(len(root), root.dtype)
+    for part in _parts(root):
+        i = root[part] ** 2 * weight
+        of_rows += i.sum(0)
+        squares[part] = np.einsum("gc,gc->g", i, i)
+    return np.maximum(of_rows, 1e-30), squares
+
+
+def _standardize(g, root, weight, of_rows, design):
     """Subtract what cells' levels and genes' means take from scores, and scale genes to length 1; in place.
 
-    With the columns of a design, what the genes' coefficients take too. Scores ``g`` and information ``i``
-    are (n_genes, n_cells).
+    With the columns of a design, what the genes' coefficients take too. The information of the scores
+    ``g``, (n_genes, n_cells), is ``root**2 * weight``, and its sums over genes are ``of_rows``.
     """
-    g -= i * (g.sum(0) / np.maximum(i.sum(0), 1e-30))
-    g -= i * (g.sum(1) / np.maximum(i.sum(1), 1e-30))[:, None]
-    if design.shape[1]:
-        _take_out(g, i, design)
-    norms = np.linalg.norm(g, axis=1)
-    g /= np.where(norms > 0, norms, 1.0)[:, None]
+    level, norms = g.sum(0) / of_rows, np.empty(len(g), g.dtype)
+    for part in _parts(g):
+        own, i = g[part], root[part] ** 2 * weight
+        own -= i * level
+        own -= i * (own.sum(1) / np.maximum(i.sum(1), 1e-30))[:, None]
+        if design.shape[1]:
+            _take_out(own, i, design)
+        norms[part] = np.linalg.norm(own, axis=1)
+        own /= np.where(norms[part] > 0, norms[part], 1.0)[:, None]
     return norms
 
 
@@ -201,25 +229,29 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
     if n < n_cells:
         chosen = np.sort(rng.choice(n_cells, n, replace=False))
         counts, offset, known = counts.chosen(chosen), offset[chosen], known.chosen(chosen)
-    block = counts.block(slice(0, n))
+    block = counts.in_memory().X
     genes = np.flatnonzero(block.getnnz(0) >= min(LEAST_ROWS, n / 2))
     if not genes.size:
         return ScoreSpectrum(np.zeros(1), np.zeros(N_PERMUTATIONS), np.zeros((n_genes, 0)))
-    g = block[:, genes].astype(np.float32).T.toarray(order="C")
-    m = np.subtract.outer(np.log(mean[genes]).astype(np.float32), offset.astype(np.float32))
-    if not known.is_nothing:
-        shift = known.log_scale(coef)
-        m += (shift[:, genes] if shift.shape[1] > 1 else shift).T
-    np.exp(m, out=m)
-    abundance = m.sum(1)
-    g, i = scores(g, m, dispersion[genes].astype(np.float32)[:, None])[:2]
-    del m  # each of these arrays may be as large as the counts in memory
-    root = np.sqrt(i)
-    standard = np.divide(g, root, out=np.zeros_like(g), where=root > 0)
+    log_mean, r = (a[genes].astype(np.float32)[:, None] for a in (np.log(mean), dispersion))
+    shift = 0.0 if known.is_nothing else known.log_scale(coef)
+    level = np.asarray(shift - offset[:, None], np.float32).T  # of all genes, or of each
+    weight = np.float32(1.0)
     if known.weight is not None:
         weight = np.sqrt(known.weight).astype(np.float32)
-        g, i, root = g * weight, i * weight, root * weight
-    norms = _standardize(g, i, known.design)
+    # each of these arrays may be as large as the counts in memory
+    g, root, standard = (np.empty((genes.size, n), np.float32) for _ in range(3))
+    abundance = np.empty(genes.size)
+    _filled(g, block, genes)
+    for part in _parts(g):
+        m = np.exp(log_mean[part] + (level[genes[part]] if len(level) > 1 else level))
+        abundance[part] = m.sum(1)
+        own, i = scores(g[part], m, r[part])[:2]
+        np.sqrt(i, out=root[part])
+        standard[part] = np.divide(own, root[part], out=np.zeros_like(own), where=i > 0)
+        own *= weight
+    of_rows, squares = _sums(root, weight)
+    norms = _standardize(g, root, weight, of_rows, known.design)
     # at most as many genes as rows, those with the most counts: no larger a product than for the eigenvalues
     most = np.sort(np.argsort(-abundance, kind="stable")[:n])
     gram, of_most = _products(g, most)
@@ -229,7 +261,8 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
     for _ in range(FEW_PERMUTATIONS if has_many else N_PERMUTATIONS):
         _permuted(standard, g, generator)
         g *= root
-        _standardize(g, i, known.design)
+        g *= weight
+        _standardize(g, root, weight, of_rows, known.design)
         gram, of_permuted = _products(g, most)
         null.append(_leading(g, gram, 1)[0][0])
         largest.append(_largest_correlation(of_permuted))
@@ -240,7 +273,7 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
     left = _correlations_left(of_most, values[:k], vectors[most, :k])
     groups = _groups(left, GROUP_MARGIN * np.mean(largest))
     # from correlations of scores to covariances of log-rates
-    scale = norms[most] / np.sqrt(np.sum(i[most] ** 2, 1))
+    scale = norms[most] / np.sqrt(squares[most])
     loadings = np.zeros((n_genes, groups.shape[1]))
     loadings[genes[most]] = np.clip(groups * scale[:, None], -_LARGEST_SD, _LARGEST_SD)
     return replace(spectrum, groups=loadings)

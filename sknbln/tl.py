@@ -320,12 +320,17 @@ def _covariates(adata, batch_key, covariate_keys):
     return pd.DataFrame(columns) if columns else None
 
 
+def _layers(adata):
+    """Names of the layers; from AnnData 0.13 X is the layer None too."""
+    return [name for name in adata.layers if name is not None]
+
+
 def _matrix(adata, layer):
     if layer is None:
         return adata.X
     if layer not in adata.layers:
         raise KeyError(
-            f"adata has no layer {layer!r}; its layers are {', '.join(adata.layers) or 'none'}."
+            f"adata has no layer {layer!r}; its layers are {', '.join(_layers(adata)) or 'none'}."
         )
     return adata.layers[layer]
 
@@ -366,7 +371,7 @@ def _not_counts(matrix):
 
 
 def _where_counts_are(adata):
-    layers = [name for name in adata.layers if _not_counts(adata.layers[name]) is None]
+    layers = [name for name in _layers(adata) if _not_counts(adata.layers[name]) is None]
     if layers:
         names = ", ".join(map(repr, layers))
         return f"Layers that look like counts: {names}; pass layer={layers[0]!r}."

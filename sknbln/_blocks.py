@@ -57,6 +57,10 @@ class Rows(ABC):
         for rows in self.slices():
             yield rows, self.block(rows)
 
+    def as_they_are(self):
+        """Yield (slice of rows, their counts) where any type of number will do."""
+        yield from self
+
     def of_rows(self, function):
         """``function(rows, counts)`` of each block, an array with a row for each, put together."""
         out = None
@@ -125,6 +129,10 @@ class CSRRows(Rows):
         first = np.searchsorted(self.X.indptr, np.arange(0, self.X.nnz, _CONVERTED_AT_ONCE))
         borders = np.unique(np.r_[0, first.clip(0, n), n])
         return _between(borders.tolist())
+
+    def as_they_are(self):
+        """Yield all rows, without converting them."""
+        yield slice(0, self.shape[0]), self.X
 
     def block(self, rows):
         """The rows of a slice, a view of the same memory where they are float64."""

@@ -338,7 +338,10 @@ class CountHistogram:
             self.n_cells = float(weight.sum())
         self.gene, self.count, self.times = functools.reduce(
             _merged,
-            (_distinct(X, None if weight is None else weight[rows]) for rows, X in as_rows(X)),
+            (
+                _distinct(X, None if weight is None else weight[rows])
+                for rows, X in as_rows(X).as_they_are()
+            ),
         )
         self.log_factorials = float(np.sum(self.times * log_factorial(self.count)))
 

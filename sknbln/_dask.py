@@ -1,14 +1,22 @@
 """Dask arrays: chunks of rows that are read here, or solved where they are, on the workers of a cluster."""
 
+import contextlib
+import functools
 import itertools
+import os
 import sys
 from collections import deque
 
+import jax
 import numpy as np
 import scipy.sparse as sp
 from sklearn.utils import _safe_indexing
 
 from ._blocks import BLOCK_ENTRIES, StoredRows, as_csr
+from ._jax import give_back, of_libc
+
+# of glibc's malloc: what sets its thresholds, their numbers, and the largest that it takes
+_MALLOPT, _TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGEST = of_libc("mallopt"), -1, -3, 2**25
 
 
 def is_dask(X):
@@ -80,7 +88,8 @@ def _rows_of(a, rows):
 
 def _transformed(model, chunk, covariates, offset, start):
     try:
-        return model.transform(chunk, covariates=covariates, offset=offset)
+        with on_worker():
+            return model.transform(chunk, covariates=covariates, offset=offset)
     except ValueError as error:
         error.add_note(
             f"Rows are counted from row {start}, the first of a chunk of the Dask array."
@@ -157,3 +166,60 @@ class Cluster:
 
 def _same(value):
     return value
+
+
+@contextlib.contextmanager
+def on_worker():
+    """What a task runs in: on a worker with a process of its own it saves a third of the time.
+
+    JAX starts with as many threads as the worker has: with one for each processor of the machine, those of
+    all workers wait for each other in every small loop. And malloc keeps what the task frees until its end:
+    Dask has its workers return it to the system at once, so that the pages of every new array are cleared.
+    """
+    worker = _worker()
+    if worker is None:
+        yield
+        return
+    _start_jax(worker.state.nthreads)
+    thresholds = _malloc_thresholds()
+    for option, _ in thresholds:
+        _MALLOPT(option, _LARGEST)
+    try:
+        yield
+    finally:
+        for option, value in thresholds:
+            _MALLOPT(option, value)
+        give_back()
+
+
+def _worker():
+    """The worker that runs this task; None elsewhere, and where the process is shared with its client."""
+    distributed = sys.modules.get("distributed")
+    if distributed is None:
+        return None
+    try:
+        worker = distributed.get_worker()
+    except ValueError:
+        return None
+    return worker if worker.nanny is not None else None
+
+
+@functools.cache
+def _start_jax(n_threads):
+    """JAX with this number of threads, unless it has started, or the environment says how many."""
+    if "NPROC" in os.environ:
+        return
+    os.environ["NPROC"] = str(n_threads)  # XLA reads it when it starts
+    try:
+        jax.local_devices()
+    finally:
+        del os.environ["NPROC"]
+
+
+def _malloc_thresholds():
+    """Thresholds of malloc that the environment sets, (number, bytes); none with malloc's own defaults."""
+    trim = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
+    if _MALLOPT is None or not trim.isdigit():
+        return []
+    mmap = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    return [(_TRIM_THRESHOLD, int(trim)), (_MMAP_THRESHOLD, int(mmap) if mmap.isdigit() else 2**17)]

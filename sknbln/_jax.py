@@ -49,15 +49,15 @@ def setting_of_now():
     return functools.partial(jax.enable_x64, bool(jax.config.jax_enable_x64))
 
 
-def _malloc_trim():
-    """The malloc_trim of glibc, which returns freed memory to the system; None with another allocator."""
+def of_libc(name):
+    """The function of the C library with this name; None where there is none."""
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return None
 
 
-_TRIM = _malloc_trim()
+_TRIM = of_libc("malloc_trim")  # of glibc: returns freed memory to the system
 _COMPILING = threading.Lock()
 
 
@@ -71,9 +71,9 @@ def give_back():
 def compiled_once(kernel):
     """Wrap a jitted function that threads share: the first thread compiles it, the others wait.
 
-    The memory freed by the compilation is returned to the system. The compiler allocates many small pieces
-    all over the heap, and glibc keeps the free memory between them: for a pair of fits that is more than all
-    the memory that they use.
+    Free memory is returned to the system before the compilation, which needs most of the memory of a small
+    fit, and after it. The compiler allocates many small pieces all over the heap, and glibc keeps the free
+    memory between them: for a pair of fits that is more than all the memory that they use.
     """
     seen = set()
 

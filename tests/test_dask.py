@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -158,6 +161,85 @@ def test_an_error_on_a_worker_is_raised_here_and_leaves_the_estimator(counts, cl
     with pytest.raises(RuntimeError, match="a worker's own"):
         model.fit(lazy(counts))
     assert not hasattr(model, "n_features_in_")
+
+
+# ------------------------------------------------------------------ what a task on a worker runs in
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """A worker of 3 threads, as Dask starts them; what malloc is told, and what JAX starts with."""
+    calls = SimpleNamespace(malloc=[], threads=[])
+    one = SimpleNamespace(nanny="tcp://127.0.0.1:1", state=SimpleNamespace(nthreads=3))
+    monkeypatch.setattr(distributed, "get_worker", lambda: one)
+    monkeypatch.setattr(_dask, "_MALLOPT", lambda *option: calls.malloc.append(option))
+    monkeypatch.setattr(
+        _dask.jax, "local_devices", lambda: calls.threads.append(os.environ.get("NPROC"))
+    )
+    for name in ("NPROC", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    _dask._start_jax.cache_clear()
+    yield calls
+    _dask._start_jax.cache_clear()
+
+
+def test_jax_has_the_threads_of_its_worker(worker, monkeypatch):
+    for _ in range(2):
+        with _dask.on_worker():
+            pass
+    assert worker.threads == ["3"] and "NPROC" not in os.environ
+    _dask._start_jax.cache_clear()
+    monkeypatch.setenv("NPROC", "5")  # a user's own number
+    with _dask.on_worker():
+        pass
+    assert worker.threads == ["3"] and os.environ["NPROC"] == "5"
+
+
+def test_malloc_of_a_worker_keeps_what_a_task_frees(worker, monkeypatch):
+    with _dask.on_worker():
+        pass
+    assert worker.malloc == []  # by its own defaults it does
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    with pytest.raises(ZeroDivisionError), _dask.on_worker():
+        assert worker.malloc == [(-1, 2**25), (-3, 2**25)]
+        raise ZeroDivisionError
+    assert worker.malloc[2:] == [(-1, 65536), (-3, 2**17)]
+
+
+def test_a_process_that_is_not_only_a_workers_stays_as_it_is(worker, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(nanny=None))
+    with _dask.on_worker():
+        pass
+
+    def nowhere():
+        raise ValueError("No worker found")
+
+    monkeypatch.setattr(distributed, "get_worker", nowhere)
+    with _dask.on_worker():
+        pass
+    assert worker.malloc == worker.threads == []
+
+
+COUNT = """
+import os
+from sknbln import _dask
+_dask._start_jax(%d)
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
+def test_jax_starts_as_many_threads_as_it_is_told():
+    found = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", COUNT % n], check=True, stdout=subprocess.PIPE
+            ).stdout
+        )
+        for n in (1, 5)
+    ]
+    assert found[1] >= found[0] + 4
 
 
 @pytest.mark.slow

@@ -153,11 +153,14 @@ def test_blocks_are_whole_chunks(counts, tmp_path):
 @pytest.mark.parametrize("weight", [None, np.linspace(0.5, 2, N)], ids=["", "weights"])
 def test_distinct_counts_of_blocks_are_those_of_all(counts, weight):
     whole = CountHistogram(sp.csr_matrix(counts.astype(float)), weight)
-    found = CountHistogram(rows_of(Slices(counts))[0], weight)
-    assert_array_equal(found.gene, whole.gene)
-    assert_array_equal(found.count, whole.count)
-    assert_allclose(found.times, whole.times, rtol=1e-13)
-    assert found.n_cells == whole.n_cells
+    others = [sp.csr_matrix(counts.astype(kind)) for kind in ("i4", "u2", "f4")]
+    for rows in (rows_of(Slices(counts))[0], *others):
+        found = CountHistogram(rows, weight)
+        assert_array_equal(found.gene, whole.gene)
+        assert_array_equal(found.count, whole.count)
+        assert found.count.dtype == float
+        assert_allclose(found.times, whole.times, rtol=1e-13)
+        assert found.n_cells == whole.n_cells
 
 
 @pytest.mark.parametrize("kind", ["i4", "u1", "f4"])

@@ -49,7 +49,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from jax.scipy.special import gammaln
-from numpyro.infer import Trace_ELBO
+from numpyro.infer.util import log_density
 
 from ._blocks import as_rows
 from ._jax import compiled_once, float64
@@ -63,7 +63,6 @@ WINDOW = 50  # steps over which losses and iterates are averaged
 #: parts of the guide that are optimized
 _MOVING = "log_mean", "log_dispersion", "coef", "capture_offset"
 _MOST_TRUNCATED = 30.0  # standard deviations by which a location may lie below the bound 0
-_ELBO = Trace_ELBO(sum_sites=False)
 _ADAM = optax.scale_by_adam()
 #: held while NumPyro traces: its stack of effect handlers is one list for all threads
 _TRACING = threading.Lock()
@@ -241,13 +240,13 @@ def _step(params, average, state, learning_rate, decay, problem, start, batch, k
     has_capture = start.capture_offset is not None
 
     def loss(p):
+        # not by NumPyro's Trace_ELBO, which adds up a set of names: in another order in every process, so
+        # that neither the last digits nor what JAX's cache of compiled functions finds would be the same
+        args = problem, start, *batch, has_capture, known
         with _TRACING:
-            # all sites have fixed values: the key is not used
-            sites = _ELBO.loss(
-                jax.random.key(0), p, model, guide, problem, start, *batch, has_capture, known
-            )
-        # NumPyro sums over a set of names, in an order that differs between processes
-        return sum(sites[name] for name in sorted(sites))
+            of_guide, trace = log_density(guide, args, {}, p)
+            of_model, _ = log_density(numpyro.handlers.replay(model, trace), args, {}, p)
+        return of_guide - of_model
 
     value, grads = jax.value_and_grad(loss)(params)
     updates, state = _ADAM.update(grads, state, params)

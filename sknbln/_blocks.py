@@ -57,7 +57,7 @@ class Rows(ABC):
         for rows in self.slices():
             yield rows, self.block(rows)
 
-    def as_they_are(self):
+    def of_any_type(self):
         """Yield (slice of rows, their counts) where any type of number will do."""
         yield from self
 
@@ -130,7 +130,7 @@ class CSRRows(Rows):
         borders = np.unique(np.r_[0, first.clip(0, n), n])
         return _between(borders.tolist())
 
-    def as_they_are(self):
+    def of_any_type(self):
         """Yield all rows, without converting them."""
         yield slice(0, self.shape[0]), self.X
 

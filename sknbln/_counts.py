@@ -315,8 +315,8 @@ def checked_n_samples(n_samples):
 
 #: largest number of multiplicities that are counted in one array, 8 bytes each
 _COUNTED_KEYS = 2**22
-#: number of counts that are processed at a time
-_COUNTED_AT_ONCE = 2**18
+#: number of counts that are processed at a time: counted, or sorted
+_COUNTED_AT_ONCE, _SORTED_AT_ONCE = 2**18, 2**20
 
 
 class CountHistogram:
@@ -340,7 +340,7 @@ class CountHistogram:
             _merged,
             (
                 _distinct(X, None if weight is None else weight[rows])
-                for rows, X in as_rows(X).as_they_are()
+                for rows, X in as_rows(X).of_any_type()
             ),
         )
         self.log_factorials = float(np.sum(self.times * log_factorial(self.count)))
@@ -372,24 +372,38 @@ def _distinct(X, weight):
     # one integer key per pair of gene and count; with few possible keys, counting is faster than sorting
     width = int(code.max(initial=0)) + 1
     n_keys = X.shape[1] * width
-    if n_keys <= max(_COUNTED_KEYS, code.size):
+    are_few = n_keys <= max(_COUNTED_KEYS, code.size)
+    size = max(_COUNTED_AT_ONCE, n_keys) if are_few else _SORTED_AT_ONCE
+    weights = [None] * len(in_parts(code, size)) if weight is None else in_parts(weight, size)
+    parts = zip(in_parts(X.indices, size), in_parts(code, size), weights, strict=True)
+    keys = ((gene * np.int64(width) + part.astype(np.int64), own) for gene, part, own in parts)
+    if are_few:
         times = np.zeros(n_keys, np.int64 if weight is None else float)
-        size = max(_COUNTED_AT_ONCE, n_keys)
-        weights = [None] * len(in_parts(code, size))
-        weights = weights if weight is None else in_parts(weight, size)
-        parts = zip(in_parts(X.indices, size), in_parts(code, size), weights, strict=True)
-        for gene, part, own in parts:
-            key = gene * np.int64(width) + part.astype(np.int64)
+        for key, own in keys:
             times += np.bincount(key, own, minlength=n_keys)
         key = np.flatnonzero(times)
         times = times[key]
     else:
-        key = X.indices * np.int64(width) + code.astype(np.int64)
-        key, at, times = np.unique(key, return_inverse=True, return_counts=True)
-        times = times if weight is None else np.bincount(at.ravel(), weight)
-    code = key % width
-    count = code.astype(float) if values is X.data else values[code]
+        key, times = functools.reduce(_joined, (_sorted(*part) for part in keys))
+    count = (key % width).astype(float) if values is X.data else values[key % width].astype(float)
     return (key // width).astype(np.intp), count, times.astype(float)
+
+
+def _sorted(key, weight):
+    """Distinct keys, and how often each occurs."""
+    if weight is None:
+        return np.unique(key, return_counts=True)
+    key, at = np.unique(key, return_inverse=True)
+    return key, np.bincount(at.ravel(), weight)
+
+
+def _joined(one, other):
+    """The distinct keys of both, see :func:`_sorted`."""
+    key, times = (np.concatenate(pair) for pair in zip(one, other, strict=True))
+    order = np.argsort(key, kind="stable")
+    key = key[order]
+    first = np.flatnonzero(np.r_[True, np.diff(key) != 0][: key.size])
+    return key[first], np.add.reduceat(times[order], first) if key.size else times
 
 
 def _merged(one, other):

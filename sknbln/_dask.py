@@ -1,10 +1,10 @@
 """Dask arrays: chunks of rows that are read here, or solved where they are, on the workers of a cluster."""
 
 import contextlib
-import functools
 import itertools
 import os
 import sys
+import threading
 from collections import deque
 
 import jax
@@ -15,8 +15,12 @@ from sklearn.utils import _safe_indexing
 from ._blocks import BLOCK_ENTRIES, StoredRows, as_csr
 from ._jax import give_back, of_libc
 
-# of glibc's malloc: what sets its thresholds, their numbers, and the largest that it takes
-_MALLOPT, _TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGEST = of_libc("mallopt"), -1, -3, 2**25
+# of glibc's malloc: what sets its thresholds, their numbers, and those with which it keeps what is freed: all
+# at the end of the heap, which arrays of less than 32 MB are in
+_MALLOPT, _TRIM_THRESHOLD, _MMAP_THRESHOLD = of_libc("mallopt"), -1, -3
+_KEEPING = {_TRIM_THRESHOLD: 2**30, _MMAP_THRESHOLD: 2**25}
+_STARTING = threading.Lock()
+_STARTED: list[int] = []  # numbers of threads with which JAX was started here
 
 
 def is_dask(X):
@@ -170,11 +174,12 @@ def _same(value):
 
 @contextlib.contextmanager
 def on_worker():
-    """What a task runs in: on a worker with a process of its own it saves a third of the time.
+    """What a task runs in: on a worker with a process of its own a pass takes a third to a half less time.
 
     JAX starts with as many threads as the worker has: with one for each processor of the machine, those of
-    all workers wait for each other in every small loop. And malloc keeps what the task frees until its end:
-    Dask has its workers return it to the system at once, so that the pages of every new array are cleared.
+    all workers wait for each other in every small loop. And malloc keeps what the task frees until its end,
+    or that of the first of several: Dask has its workers return it to the system at once, so that the pages
+    of every new array are cleared.
     """
     worker = _worker()
     if worker is None:
@@ -182,12 +187,12 @@ def on_worker():
         return
     _start_jax(worker.state.nthreads)
     thresholds = _malloc_thresholds()
-    for option, _ in thresholds:
-        _MALLOPT(option, _LARGEST)
+    for option in thresholds:
+        _MALLOPT(option, _KEEPING[option])
     try:
         yield
     finally:
-        for option, value in thresholds:
+        for option, value in thresholds.items():
             _MALLOPT(option, value)
         give_back()
 
@@ -204,22 +209,26 @@ def _worker():
     return worker if worker.nanny is not None else None
 
 
-@functools.cache
 def _start_jax(n_threads):
     """JAX with this number of threads, unless it has started, or the environment says how many."""
-    if "NPROC" in os.environ:
-        return
-    os.environ["NPROC"] = str(n_threads)  # XLA reads it when it starts
-    try:
-        jax.local_devices()
-    finally:
-        del os.environ["NPROC"]
+    with _STARTING:
+        if _STARTED or "NPROC" in os.environ:
+            return
+        _STARTED.append(n_threads)
+        os.environ["NPROC"] = str(n_threads)  # XLA reads it when it starts
+        try:
+            jax.local_devices()
+        finally:
+            os.environ.pop("NPROC", None)
 
 
 def _malloc_thresholds():
-    """Thresholds of malloc that the environment sets, (number, bytes); none with malloc's own defaults."""
+    """Thresholds of malloc that the environment sets, in bytes; none where malloc has its own defaults."""
     trim = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
-    if _MALLOPT is None or not trim.isdigit():
-        return []
+    if _MALLOPT is None or not trim.isdecimal():
+        return {}
     mmap = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
-    return [(_TRIM_THRESHOLD, int(trim)), (_MMAP_THRESHOLD, int(mmap) if mmap.isdigit() else 2**17)]
+    found = {_TRIM_THRESHOLD: int(trim), _MMAP_THRESHOLD: int(mmap) if mmap.isdecimal() else 2**17}
+    return {
+        option: min(value, 2**31 - 1) for option, value in found.items()
+    }  # the largest int of C

@@ -71,9 +71,9 @@ def give_back():
 def compiled_once(kernel):
     """Wrap a jitted function that threads share: the first thread compiles it, the others wait.
 
-    Free memory is returned to the system before the compilation, which needs most of the memory of a small
-    fit, and after it. The compiler allocates many small pieces all over the heap, and glibc keeps the free
-    memory between them: for a pair of fits that is more than all the memory that they use.
+    Compiling needs most of the memory of a small fit, so that free memory is returned to the system before
+    it, and after it: the compiler allocates many small pieces all over the heap, and glibc keeps the free
+    memory between them. For a pair of fits that is more than all the memory that they use.
     """
     seen = set()
 
@@ -85,6 +85,8 @@ def compiled_once(kernel):
         if key in seen:
             return kernel(*args, **kwargs)
         with _COMPILING:
+            if key in seen:  # another thread has compiled it meanwhile
+                return kernel(*args, **kwargs)
             give_back()
             result = kernel(*args, **kwargs)
             seen.add(key)

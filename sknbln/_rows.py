@@ -243,10 +243,9 @@ def _on_worker(chunk, common, batches, of_rows):
     operation, missing, common = common
     counts, _ = canonical(as_csr(chunk), missing)
     batches.counts, batches.workers = CSRRows(counts), 1
+    of_rows = np.array(of_rows)  # what came from elsewhere is read-only
     with on_worker():
-        return operation(
-            batches, *common, np.array(of_rows)
-        )  # what came from elsewhere is read-only
+        return operation(batches, *common, of_rows)
 
 
 def _put(rows, whole, part):

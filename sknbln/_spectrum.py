@@ -149,19 +149,26 @@ def _parts(g):
     return [slice(at, min(at + size, len(g))) for at in range(0, len(g), size)]
 
 
-def _filled(g, block, genes):
-    """The counts of some genes, (n_genes, n), written to `g` from CSR of rows."""
+def _fill(g, level, block, genes, offset, known, coef):
+    """Write the counts of some genes and their log-levels beside the genes' means, (n_genes, n) each."""
     size = max(_AT_ONCE // block.shape[1], 1)
     for at in range(0, block.shape[0], size):
-        dense = block[at : at + size].toarray()
-        g[:, at : at + size] = (dense if genes.size == dense.shape[1] else dense[:, genes]).T
+        rows = slice(at, at + size)
+        shift = known.chosen(rows).log_scale(coef) - offset[rows, None]
+        g[:, rows] = block[rows].toarray()[:, genes].T
+        level[:, rows] = (shift[:, genes] if shift.shape[1] > 1 else shift).T
+
+
+def _information(root, weight):
+    """The information of scores, from its root and the roots of the rows' weights; None without any."""
+    return root**2 if weight is None else root**2 * weight
 
 
 def _sums(root, weight):
     """Sums of the information over genes, (n,), and of its squares over cells, (n_genes,)."""
     of_rows, squares = np.zeros(root.shape[1], root.dtype), np.empty(len(root), root.dtype)
     for part in _parts(root):
-        i = root[part] ** 2 * weight
+        i = _information(root[part], weight)
         of_rows += i.sum(0)
         squares[part] = np.einsum("gc,gc->g", i, i)
     return np.maximum(of_rows, 1e-30), squares
@@ -170,12 +177,12 @@ def _sums(root, weight):
 def _standardize(g, root, weight, of_rows, design):
     """Subtract what cells' levels and genes' means take from scores, and scale genes to length 1; in place.
 
-    With the columns of a design, what the genes' coefficients take too. The information of the scores
-    ``g``, (n_genes, n_cells), is ``root**2 * weight``, and its sums over genes are ``of_rows``.
+    With the columns of a design, what the genes' coefficients take too. Scores ``g`` and the roots of their
+    information are (n_genes, n_cells), and ``of_rows`` are the sums of the information over genes.
     """
     level, norms = g.sum(0) / of_rows, np.empty(len(g), g.dtype)
     for part in _parts(g):
-        own, i = g[part], root[part] ** 2 * weight
+        own, i = g[part], _information(root[part], weight)
         own -= i * level
         own -= i * (own.sum(1) / np.maximum(i.sum(1), 1e-30))[:, None]
         if design.shape[1]:
@@ -233,23 +240,20 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
     genes = np.flatnonzero(block.getnnz(0) >= min(LEAST_ROWS, n / 2))
     if not genes.size:
         return ScoreSpectrum(np.zeros(1), np.zeros(N_PERMUTATIONS), np.zeros((n_genes, 0)))
-    log_mean, r = (a[genes].astype(np.float32)[:, None] for a in (np.log(mean), dispersion))
-    shift = 0.0 if known.is_nothing else known.log_scale(coef)
-    level = np.asarray(shift - offset[:, None], np.float32).T  # of all genes, or of each
-    weight = np.float32(1.0)
-    if known.weight is not None:
-        weight = np.sqrt(known.weight).astype(np.float32)
+    log_mean, r = (a.astype(np.float32)[:, None] for a in (np.log(mean[genes]), dispersion[genes]))
+    weight = None if known.weight is None else np.sqrt(known.weight).astype(np.float32)
     # each of these arrays may be as large as the counts in memory
     g, root, standard = (np.empty((genes.size, n), np.float32) for _ in range(3))
     abundance = np.empty(genes.size)
-    _filled(g, block, genes)
+    _fill(g, root, block, genes, offset, known, coef)
     for part in _parts(g):
-        m = np.exp(log_mean[part] + (level[genes[part]] if len(level) > 1 else level))
+        m = np.exp(log_mean[part] + root[part])
         abundance[part] = m.sum(1)
         own, i = scores(g[part], m, r[part])[:2]
         np.sqrt(i, out=root[part])
         standard[part] = np.divide(own, root[part], out=np.zeros_like(own), where=i > 0)
-        own *= weight
+        if weight is not None:
+            own *= weight
     of_rows, squares = _sums(root, weight)
     norms = _standardize(g, root, weight, of_rows, known.design)
     # at most as many genes as rows, those with the most counts: no larger a product than for the eigenvalues
@@ -261,7 +265,8 @@ def score_spectrum(counts, mean, dispersion, offset, rng, known=None, coef=None)
     for _ in range(FEW_PERMUTATIONS if has_many else N_PERMUTATIONS):
         _permuted(standard, g, generator)
         g *= root
-        g *= weight
+        if weight is not None:
+            g *= weight
         _standardize(g, root, weight, of_rows, known.design)
         gram, of_permuted = _products(g, most)
         null.append(_leading(g, gram, 1)[0][0])

@@ -240,8 +240,8 @@ def _step(params, average, state, learning_rate, decay, problem, start, batch, k
     has_capture = start.capture_offset is not None
 
     def loss(p):
-        # not by NumPyro's Trace_ELBO, which adds up a set of names: in another order in every process, so
-        # that neither the last digits nor what JAX's cache of compiled functions finds would be the same
+        # not by NumPyro's Trace_ELBO, which adds up a set of names, in an order that differs between
+        # processes: last digits would differ, and JAX's cache would not find the compiled step
         args = problem, start, *batch, has_capture, known
         with _TRACING:
             of_guide, trace = log_density(guide, args, {}, p)

@@ -4,6 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import joblib
@@ -13,7 +16,7 @@ import scipy.sparse as sp
 from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.model_selection import GridSearchCV
 
-from sknbln import NBLNEstimator, NBVCPEstimator, _dask
+from sknbln import NBLNEstimator, NBVCPEstimator, _dask, _rows
 from sknbln.datasets import make_nbln_counts
 
 da = pytest.importorskip("dask.array")
@@ -169,18 +172,20 @@ def test_an_error_on_a_worker_is_raised_here_and_leaves_the_estimator(counts, cl
 @pytest.fixture
 def worker(monkeypatch):
     """A worker of 3 threads, as Dask starts them; what malloc is told, and what JAX starts with."""
-    calls = SimpleNamespace(malloc=[], threads=[])
+    calls, start = SimpleNamespace(malloc=[], threads=[]), _dask.jax.local_devices
+
+    def local_devices():
+        calls.threads.append(os.environ.get("NPROC"))
+        return start()
+
     one = SimpleNamespace(nanny="tcp://127.0.0.1:1", state=SimpleNamespace(nthreads=3))
     monkeypatch.setattr(distributed, "get_worker", lambda: one)
     monkeypatch.setattr(_dask, "_MALLOPT", lambda *option: calls.malloc.append(option))
-    monkeypatch.setattr(
-        _dask.jax, "local_devices", lambda: calls.threads.append(os.environ.get("NPROC"))
-    )
+    monkeypatch.setattr(_dask, "_STARTED", [])
+    monkeypatch.setattr(_dask.jax, "local_devices", local_devices)
     for name in ("NPROC", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
         monkeypatch.delenv(name, raising=False)
-    _dask._start_jax.cache_clear()
-    yield calls
-    _dask._start_jax.cache_clear()
+    return calls
 
 
 def test_jax_has_the_threads_of_its_worker(worker, monkeypatch):
@@ -188,11 +193,25 @@ def test_jax_has_the_threads_of_its_worker(worker, monkeypatch):
         with _dask.on_worker():
             pass
     assert worker.threads == ["3"] and "NPROC" not in os.environ
-    _dask._start_jax.cache_clear()
+    monkeypatch.setattr(_dask, "_STARTED", [])
     monkeypatch.setenv("NPROC", "5")  # a user's own number
     with _dask.on_worker():
         pass
     assert worker.threads == ["3"] and os.environ["NPROC"] == "5"
+
+
+def test_tasks_that_begin_together_start_jax_once(worker, monkeypatch):
+    start, together = _dask.jax.local_devices, threading.Barrier(4)
+    monkeypatch.setattr(_dask.jax, "local_devices", lambda: (time.sleep(0.05), start())[1])
+
+    def task(_):
+        together.wait()
+        with _dask.on_worker():
+            return len(worker.threads)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [*pool.map(task, range(4))] == [1, 1, 1, 1]
+    assert worker.threads == ["3"] and "NPROC" not in os.environ
 
 
 def test_malloc_of_a_worker_keeps_what_a_task_frees(worker, monkeypatch):
@@ -201,9 +220,14 @@ def test_malloc_of_a_worker_keeps_what_a_task_frees(worker, monkeypatch):
     assert worker.malloc == []  # by its own defaults it does
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     with pytest.raises(ZeroDivisionError), _dask.on_worker():
-        assert worker.malloc == [(-1, 2**25), (-3, 2**25)]
+        assert worker.malloc == [(-1, 2**30), (-3, 2**25)]
         raise ZeroDivisionError
     assert worker.malloc[2:] == [(-1, 65536), (-3, 2**17)]
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", str(2**70))
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000")
+    with _dask.on_worker():
+        pass
+    assert worker.malloc[-2:] == [(-1, 2**31 - 1), (-3, 1000)]
 
 
 def test_a_process_that_is_not_only_a_workers_stays_as_it_is(worker, monkeypatch):
@@ -221,6 +245,18 @@ def test_a_process_that_is_not_only_a_workers_stays_as_it_is(worker, monkeypatch
     assert worker.malloc == worker.threads == []
 
 
+def test_blocks_and_transforms_run_in_it(worker, counts, model, monkeypatch):
+    def operation(batches, of_rows):
+        return [*worker.threads], of_rows
+
+    batches = _rows.RowBatches(sp.csr_matrix(counts), np.zeros(N), np.ones(N))
+    found, _ = _rows._on_worker(counts, (operation, False, ()), batches, np.zeros((N, 1)))
+    assert found == ["3"]
+    monkeypatch.setattr(_dask, "_STARTED", [])
+    model.transform(lazy(counts)).compute()
+    assert worker.threads.count("3") == 2
+
+
 COUNT = """
 import os
 from sknbln import _dask
@@ -230,7 +266,8 @@ print(len(os.listdir("/proc/self/task")))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
-def test_jax_starts_as_many_threads_as_it_is_told():
+def test_jax_starts_as_many_threads_as_it_is_told(monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
     found = [
         int(
             subprocess.run(

@@ -175,17 +175,22 @@ def test_threads_share_a_compilation():
 
 
 def test_memory_is_given_back_before_and_after_a_compilation_and_only_then(monkeypatch):
-    given = []
-    monkeypatch.setattr(jax_module, "_TRIM", given.append)
-    kernel = jax_module.compiled_once(jax.jit(lambda x: x + 1))
-    assert kernel(1.0) == 2.0 and len(given) == 2
-    assert kernel(2.0) == 3.0 and len(given) == 2
+    seen = []
+    monkeypatch.setattr(jax_module, "_TRIM", lambda _: seen.append("given back"))
+
+    def traced(x):
+        seen.append("traced")
+        return x + 1
+
+    kernel, once = jax_module.compiled_once(jax.jit(traced)), ["given back", "traced", "given back"]
+    assert kernel(1.0) == 2.0 and seen == once
+    assert kernel(2.0) == 3.0 and seen == once
     assert_array_equal(kernel(np.zeros(3)), 1.0)
-    assert len(given) == 4
+    assert seen == once + once
     # where the allocator is not glibc's, nothing is given back
     monkeypatch.setattr(jax_module, "_TRIM", None)
     assert_array_equal(kernel(np.zeros(4)), 1.0)
-    assert len(given) == 4
+    assert seen == [*once, *once, "traced"]
 
 
 # ------------------------------------------------------------------ devices

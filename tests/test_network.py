@@ -1,11 +1,13 @@
 """Sparse networks of genes: the path, what is chosen, and what is handed over."""
 
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from sklearn.exceptions import ConvergenceWarning
 
 from sknbln import NBLNEstimator, network
 from sknbln._known import Known
@@ -69,6 +71,25 @@ def test_the_path_ends_where_correlations_are_too_ill_conditioned(model, monkeyp
         repr(found)
         == f"GeneNetwork(8 genes, {found.n_edges[-1]} edges, penalty={found.penalty:.3g})"
     )
+
+
+def test_a_gap_of_nothing_is_not_passed_on(model, monkeypatch):
+    """Older releases of scikit-learn warn of it where a gene has no edge; a real gap is passed on."""
+    gaps = [0.0, 0.0, 0.25]
+    original = network.graphical_lasso
+
+    def warns(*args, **options):
+        gap = gaps.pop(0) if gaps else 0.0
+        for text in (f"{gap}, tolerance: {0.0}", f"{gap:.6e}, tolerance: {0.0:.3e}"):
+            message = "Objective did not converge.\nIncrease the iterations. Duality gap: " + text
+            warnings.warn(message, ConvergenceWarning, stacklevel=2)
+        return original(*args, **options)
+
+    monkeypatch.setattr(network, "graphical_lasso", warns)
+    with pytest.warns(ConvergenceWarning) as found:
+        sparse_network(model, select="ebic", gamma=0.0)
+    assert all("gap: 0.25," in str(w.message) or "gap: 2.5" in str(w.message) for w in found)
+    assert len(found) == 2
 
 
 def test_the_first_edge_comes_below_its_penalty(model):

@@ -7,6 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from sknbln import NBLNEstimator, _spectrum
 from sknbln._blocks import CSRRows
+from sknbln._known import Known
 from sknbln._spectrum import LEAST_ROWS, N_PERMUTATIONS, ScoreSpectrum, score_spectrum
 
 from .reference.csr import csr
@@ -72,18 +73,47 @@ def test_structural_zeros_are_no_factor():
     assert np.sum(found) <= 1, found
 
 
-def test_eigenvalues_are_those_of_the_dense_scores():
+def known(kind):
+    """What is known of the rows, and the coefficients of their covariates."""
+    rng, nothing = np.random.default_rng(4), Known.nothing(N)
+    if kind == "weights":
+        return nothing._replace(weight=rng.uniform(0.2, 3.0, N)), None
+    if kind == "covariates":
+        return nothing._replace(design=rng.standard_normal((N, 2))), 0.3 * rng.standard_normal(
+            (G, 2)
+        )
+    if kind == "exposure":
+        return nothing._replace(exposure=rng.uniform(-0.5, 0.5, (N, 1))), None
+    if kind == "exposures":
+        exposure, weight = rng.uniform(-0.5, 0.5, (N, G)), rng.uniform(0.2, 3.0, N)
+        return nothing._replace(exposure=exposure, weight=weight), None
+    return nothing, None
+
+
+@pytest.mark.parametrize("at_once", [2**18, 200], ids=["", "in parts"])
+@pytest.mark.parametrize("kind", ["nothing", "weights", "covariates", "exposure", "exposures"])
+def test_eigenvalues_are_those_of_the_dense_scores(kind, at_once, monkeypatch):
     """By their formulas in double precision: ``g``, less what rows' levels and genes' means take."""
+    monkeypatch.setattr(_spectrum, "_AT_ONCE", at_once)
     U, offset = counts(2)
-    mean, r = U.mean(0) + 0.5, np.linspace(0.5, 8.0, G)
-    found = score_spectrum(CSRRows(csr(U)), mean, r, offset, np.random.RandomState(0))
-    m = mean * np.exp(-offset)[:, None]
-    g, i = (U - m) * r / (r + m), m * r / (m + r)
+    U[:, 3] = 0.0  # a gene that is left out
+    U[0, 3] = 1.0
+    mean, r, (of_rows, coef) = U.mean(0) + 0.5, np.linspace(0.5, 8.0, G), known(kind)
+    rng = np.random.RandomState(0)
+    found = score_spectrum(CSRRows(csr(U)), mean, r, offset, rng, of_rows, coef)
+    m = mean * np.exp(of_rows.log_scale(coef) - offset[:, None])
+    root = 1.0 if of_rows.weight is None else np.sqrt(of_rows.weight)[:, None]
+    g, i = (root * a for a in ((U - m) * r / (r + m), m * r / (m + r)))
+    g, i = (np.delete(a, 3, axis=1) for a in (g, i))
     g = g - i * (g.sum(1) / i.sum(1))[:, None]
     g = g - i * (g.sum(0) / i.sum(0))
     assert_allclose(g.sum(0), 0.0, atol=1e-10)
+    if coef is not None:
+        for j in range(G - 1):
+            x = np.column_stack([np.ones(N), of_rows.design])
+            g[:, j] -= i[:, j] * (x @ np.linalg.solve((i[:, j] * x.T) @ x, x.T @ g[:, j]))
     A = g / np.sqrt(np.sum(g**2, 0))
-    assert_allclose(np.sum(found.eigenvalues), G, rtol=1e-5)  # all of them, of a correlation matrix
+    assert_allclose(np.sum(found.eigenvalues), G - 1, rtol=1e-5)  # of a correlation matrix
     assert_allclose(found.eigenvalues, np.linalg.eigvalsh(A.T @ A)[::-1], rtol=1e-4, atol=1e-4)
     assert found.null.shape == (N_PERMUTATIONS,)
 

@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from sklearn.base import clone
 
 from sknbln import NBLNEstimator, NBVCPEstimator, _blocks, _dask, _stored, _svi
+from sknbln import _counts as counts_module
 from sknbln._blocks import CSRRows
 from sknbln._counts import CountHistogram, validate_counts, validated_rows
 from sknbln.datasets import make_nbln_counts
@@ -151,16 +152,36 @@ def test_blocks_are_whole_chunks(counts, tmp_path):
 
 
 @pytest.mark.parametrize("weight", [None, np.linspace(0.5, 2, N)], ids=["", "weights"])
-def test_distinct_counts_of_blocks_are_those_of_all(counts, weight):
+def test_distinct_counts_of_blocks_are_those_of_all(counts, weight, monkeypatch):
     whole = CountHistogram(sp.csr_matrix(counts.astype(float)), weight)
     others = [sp.csr_matrix(counts.astype(kind)) for kind in ("i4", "u2", "f4")]
     for rows in (rows_of(Slices(counts))[0], *others):
-        found = CountHistogram(rows, weight)
-        assert_array_equal(found.gene, whole.gene)
-        assert_array_equal(found.count, whole.count)
-        assert found.count.dtype == float
-        assert_allclose(found.times, whole.times, rtol=1e-13)
-        assert found.n_cells == whole.n_cells
+        assert_same_distinct(CountHistogram(rows, weight), whole)
+    monkeypatch.setattr(counts_module, "_COUNTED_KEYS", 1)
+    monkeypatch.setattr(counts_module, "_SORTED_AT_ONCE", 50)
+    for rows in others:  # many possible keys are sorted, in parts
+        X = rows.tolil()
+        X[0, 0] = 60_000
+        expected = CountHistogram(X.tocsr().astype(float), weight)
+        assert_same_distinct(CountHistogram(X.tocsr(), weight), expected)
+        dense = [np.unique(column[column > 0]).size for column in X.toarray().T]
+        assert_array_equal(np.bincount(expected.gene, minlength=G), dense)
+
+
+@pytest.mark.parametrize("weight", [None, np.linspace(0.5, 2, N)], ids=["", "weights"])
+def test_distinct_counts_of_any_type_are_floats(counts, weight):
+    """Fractions, and whole numbers that are too large for a table."""
+    for X in (counts.astype("f4") * 1.25, counts.astype("i8") * 2**30):
+        expected = CountHistogram(sp.csr_matrix(X.astype(float)), weight)
+        assert_same_distinct(CountHistogram(sp.csr_matrix(X), weight), expected)
+
+
+def assert_same_distinct(found, whole):
+    assert_array_equal(found.gene, whole.gene)
+    assert_array_equal(found.count, whole.count)
+    assert found.count.dtype == float
+    assert_allclose(found.times, whole.times, rtol=1e-13)
+    assert found.n_cells == whole.n_cells
 
 
 @pytest.mark.parametrize("kind", ["i4", "u1", "f4"])

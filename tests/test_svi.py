@@ -1,5 +1,9 @@
 """The variational model against one written with NumPyro's own distributions; the guide; the loop."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -391,3 +395,22 @@ def test_stops_when_the_elbo_rises_no_more():
     assert "below tol=1" in found.reason
     assert isinstance(found.losses, np.ndarray) and found.losses.dtype == np.float64
     assert not jax.config.jax_enable_x64
+
+
+COMPILED = """
+import numpy as np
+from sknbln import NBVCPEstimator
+NBVCPEstimator(n_steps=1, random_state=0).fit(np.arange(60.0).reshape(15, 4) % 7)
+"""
+
+
+@pytest.mark.slow
+def test_the_step_is_the_same_function_in_every_process(tmp_path):
+    """Then JAX's cache of compiled functions finds it. Sets of names have another order there."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    for seed in ("1", "2", "3"):
+        env["PYTHONHASHSEED"] = seed
+        subprocess.run([sys.executable, "-c", COMPILED], check=True, env=env)
+    assert len([*tmp_path.glob("jit__step-*-cache")]) == 1

@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -136,6 +137,17 @@ def test_what_is_wrong_is_said(adata, options, error, message):
     with pytest.raises(error, match=message):
         nbln(adata, **options)
     assert set(adata.obsm) | set(adata.var) | set(adata.obs) | set(adata.uns) == before
+
+
+def test_the_layer_that_is_x_has_no_name():
+    """AnnData 0.13 lists X among the layers, as None."""
+    counts = np.arange(12.0).reshape(4, 3)
+    table = SimpleNamespace(X=counts / 7, layers={None: counts / 7, "counts": counts}, raw=None)
+    with pytest.raises(KeyError, match=r"no layer 'raw'; its layers are counts\."):
+        sknbln.tl._matrix(table, "raw")
+    assert sknbln.tl._where_counts_are(table).endswith(
+        "like counts: 'counts'; pass layer='counts'."
+    )
 
 
 def test_values_that_are_no_counts_are_refused(adata):

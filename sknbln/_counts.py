@@ -382,11 +382,15 @@ def _distinct(X, weight):
         for key, own in keys:
             times += np.bincount(key, own, minlength=n_keys)
         key = np.flatnonzero(times)
-        times = times[key]
+        tallies = [(key, times[key])]
     else:
-        key, times = functools.reduce(_joined, (_sorted(*part) for part in keys))
-    count = (key % width).astype(float) if values is X.data else values[key % width].astype(float)
-    return (key // width).astype(np.intp), count, times.astype(float)
+        tallies = (_sorted(*part) for part in keys)
+
+    def unpacked(key, times):
+        count = key % width if values is X.data else values[key % width]
+        return (key // width).astype(np.intp), count.astype(float), times.astype(float)
+
+    return functools.reduce(_merged, (unpacked(*tally) for tally in tallies))
 
 
 def _sorted(key, weight):
@@ -395,15 +399,6 @@ def _sorted(key, weight):
         return np.unique(key, return_counts=True)
     key, at = np.unique(key, return_inverse=True)
     return key, np.bincount(at.ravel(), weight)
-
-
-def _joined(one, other):
-    """The distinct keys of both, see :func:`_sorted`."""
-    key, times = (np.concatenate(pair) for pair in zip(one, other, strict=True))
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    first = np.flatnonzero(np.r_[True, np.diff(key) != 0][: key.size])
-    return key[first], np.add.reduceat(times[order], first) if key.size else times
 
 
 def _merged(one, other):

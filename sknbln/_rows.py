@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ._blocks import CSRRows, as_csr, as_rows
-from ._dask import on_worker
+from ._dask import tuned_worker
 from ._jax import compiled_once, float64, in_order, n_workers, on_cpu
 from ._known import Known
 from ._values import canonical
@@ -241,10 +241,10 @@ class RowBatches:
 def _on_worker(chunk, common, batches, of_rows):
     """An operation on a chunk of rows, in a thread of a worker; see `RowBatches.run`."""
     operation, missing, common = common
-    counts, _ = canonical(as_csr(chunk), missing)
-    batches.counts, batches.workers = CSRRows(counts), 1
     of_rows = np.array(of_rows)  # what came from elsewhere is read-only
-    with on_worker():
+    with tuned_worker():
+        counts, _ = canonical(as_csr(chunk), missing)
+        batches.counts, batches.workers = CSRRows(counts), 1
         return operation(batches, *common, of_rows)
 
 

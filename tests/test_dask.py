@@ -190,12 +190,12 @@ def worker(monkeypatch):
 
 def test_jax_has_the_threads_of_its_worker(worker, monkeypatch):
     for _ in range(2):
-        with _dask.on_worker():
+        with _dask.tuned_worker():
             pass
     assert worker.threads == ["3"] and "NPROC" not in os.environ
     monkeypatch.setattr(_dask, "_STARTED", [])
     monkeypatch.setenv("NPROC", "5")  # a user's own number
-    with _dask.on_worker():
+    with _dask.tuned_worker():
         pass
     assert worker.threads == ["3"] and os.environ["NPROC"] == "5"
 
@@ -206,7 +206,7 @@ def test_tasks_that_begin_together_start_jax_once(worker, monkeypatch):
 
     def task(_):
         together.wait()
-        with _dask.on_worker():
+        with _dask.tuned_worker():
             return len(worker.threads)
 
     with ThreadPoolExecutor(4) as pool:
@@ -215,17 +215,17 @@ def test_tasks_that_begin_together_start_jax_once(worker, monkeypatch):
 
 
 def test_malloc_of_a_worker_keeps_what_a_task_frees(worker, monkeypatch):
-    with _dask.on_worker():
+    with _dask.tuned_worker():
         pass
     assert worker.malloc == []  # by its own defaults it does
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
-    with pytest.raises(ZeroDivisionError), _dask.on_worker():
+    with pytest.raises(ZeroDivisionError), _dask.tuned_worker():
         assert worker.malloc == [(-1, 2**30), (-3, 2**25)]
         raise ZeroDivisionError
     assert worker.malloc[2:] == [(-1, 65536), (-3, 2**17)]
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", str(2**70))
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000")
-    with _dask.on_worker():
+    with _dask.tuned_worker():
         pass
     assert worker.malloc[-2:] == [(-1, 2**31 - 1), (-3, 1000)]
 
@@ -233,14 +233,14 @@ def test_malloc_of_a_worker_keeps_what_a_task_frees(worker, monkeypatch):
 def test_a_process_that_is_not_only_a_workers_stays_as_it_is(worker, monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
     monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(nanny=None))
-    with _dask.on_worker():
+    with _dask.tuned_worker():
         pass
 
     def nowhere():
         raise ValueError("No worker found")
 
     monkeypatch.setattr(distributed, "get_worker", nowhere)
-    with _dask.on_worker():
+    with _dask.tuned_worker():
         pass
     assert worker.malloc == worker.threads == []
 

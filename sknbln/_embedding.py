@@ -50,6 +50,7 @@ class EmbeddingMixin(TransformerMixin):
             Principal coordinates. Those of a component that is zero are 0. A Dask array, not computed yet,
             where X is one.
         """
+        check_is_fitted(self)
         X, known = self._given_rows(X, covariates, offset, self._offset_prior())
         return self._embedded(self._solve(X, known).scores)
 
@@ -117,6 +118,7 @@ class EmbeddingMixin(TransformerMixin):
             Posterior covariances given the model's parameters; a capture offset that is not frozen is
             integrated out. In nats squared; of standardized scores if ``whiten=True``.
         """
+        check_is_fitted(self)
         X, known = self._given_rows(X, covariates, offset, self._offset_prior())
         posterior = self._solve(X, known)
         units, _ = self._units()

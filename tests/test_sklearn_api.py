@@ -1,13 +1,15 @@
 """The estimators behave as scikit-learn's do."""
 
+import inspect
 import pickle
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 from sklearn.base import clone
-from sklearn.exceptions import ConvergenceWarning
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -208,3 +210,25 @@ def test_not_converged_is_said(counts, source):
 def test_other_sources_are_refused(counts):
     with pytest.raises(TypeError, match="NBVCPEstimator"):
         NBLNEstimator(2, informative_prior_estimator=StandardScaler()).fit(counts)
+
+
+@pytest.mark.parametrize("estimator", [NBVCPEstimator(), NBLNEstimator()], ids=repr)
+def test_what_needs_a_fit_says_so(estimator):
+    """Every public method but those of the parameters, of callbacks, and those that fit."""
+    others = r"fit|fit_transform|get_params|set_\w+|get_metadata_routing"
+    names = [
+        name
+        for name in dir(type(estimator))
+        if callable(getattr(type(estimator), name)) and not re.fullmatch(rf"_.*|{others}", name)
+    ]
+    assert {"transform", "score_samples", "sample_posterior"} <= {*names}
+    for name in names:
+        method = getattr(clone(estimator), name)
+        required = [
+            p
+            for p in inspect.signature(method).parameters.values()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        with pytest.raises(NotFittedError):
+            found = method(*[np.ones((5, 3))] * len(required))
+            next(found)  # of what yields
